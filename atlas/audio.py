@@ -1,0 +1,173 @@
+"""Sound: reading a file, VGGish's log-mel, and the frozen audio encoders. All of it runs once a clip, when the cache is packed.
+
+An encoder maps a clip's log-mel patches [T, 1, 96, 64] to, per second, a context a [T, D_a] and tokens U [T, N, D_u].
+"""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import timm
+import torch
+import torch.nn as nn
+import torchaudio
+from safetensors.torch import load_file
+
+from atlas.errors import AtlasError
+
+RATE, WINDOW, HOP, FFT, BANDS, PATCH = 16000, 400, 160, 512, 64, 96  # Hz, samples, samples, bins, mel bands, frames
+VGGISH_ADDRESS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
+
+
+def read_wave(path):
+    """The sound in `path` as mono float32 [samples] at 16 kHz, in ±1. Stereo is averaged, other rates are resampled."""
+    try:
+        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise AtlasError(f"cannot read the sound {path}: {error}; run prepare_data.py check on the tree") from None
+    if not len(wave):
+        raise AtlasError(f"the sound {path} is empty; run prepare_data.py check on the tree")
+    wave = torch.from_numpy(wave.mean(1))
+    return wave if rate == RATE else torchaudio.functional.resample(wave, rate, RATE)
+
+
+def mel_filters():
+    """VGGish's filter bank [257, 64]: triangles that are linear in mel = 1127 ln(1 + f / 700), 125 to 7500 Hz, DC bin zero (mel_features.py)."""
+    mel = lambda hertz: 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
+    bins = mel(np.linspace(0, RATE / 2, FFT // 2 + 1))[:, None]
+    edges = np.linspace(mel(125.0), mel(7500.0), BANDS + 2)
+    lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
+    filters = np.maximum(0, np.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre)))
+    filters[0] = 0
+    return torch.from_numpy(filters)
+
+
+def log_mel(wave, seconds, offset=0.01):
+    """VGGish's log-mel patches [seconds, 1, 96, 64] of wave [samples] at 16 kHz (FACTS: torchvggish vggish_input.py).
+
+    Magnitude of a 512-point FFT of periodic-Hann frames of 400 samples every 160, times the mel filters, log(mel + offset).
+    Patch k starts at 0.96 k s. A sound shorter than one patch is padded with silence; then the last patch is repeated.
+    """
+    shortest = WINDOW + HOP * (PATCH - 1)
+    wave = nn.functional.pad(wave.double(), (0, max(0, shortest - len(wave))))
+    frames = wave.unfold(0, WINDOW, HOP) * torch.hann_window(WINDOW, periodic=True, dtype=torch.float64)
+    mel = torch.log(torch.fft.rfft(frames, FFT).abs() @ mel_filters() + offset)
+    count = min(seconds, len(mel) // PATCH)
+    patches = mel[: count * PATCH].reshape(count, 1, PATCH, BANDS).float()
+    return torch.cat([patches, patches[-1:].expand(seconds - count, -1, -1, -1)])
+
+
+class LogMel(nn.Module):
+    """No weights at all: a = mean and standard deviation over time of the 64 bands; U = the same over 6 slices of 16 frames."""
+
+    offset, context_dim, token_dim, tokens = 0.01, 2 * BANDS, 2 * BANDS, 6
+
+    def forward(self, patches):
+        def statistic(x):  # [..., frames, bands] -> [..., 2 bands]
+            return torch.cat([x.mean(-2), x.std(-2, correction=0)], -1)
+
+        mel = patches.squeeze(1)  # [T, 96, 64]
+        return statistic(mel), statistic(mel.reshape(len(mel), 6, 16, BANDS))
+
+
+class VGGish(nn.Module):
+    """torchvggish's network, state-dict names and all (72.1 M parameters): a = the 128-d embedding, U = its 6 x 4 grid of 512-d features."""
+
+    offset, context_dim, token_dim, tokens = 0.01, 128, 512, 24
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 1
+        for width in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool"):
+            if width == "pool":
+                layers += [nn.MaxPool2d(2, 2)]
+            else:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+        self.features = nn.Sequential(*layers)
+        self.embeddings = nn.Sequential(nn.Linear(512 * 4 * 6, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 128), nn.ReLU())
+
+    def forward(self, patches):
+        grid = self.features(patches).permute(0, 2, 3, 1)  # [T, 6, 4, 512]: TensorFlow's order, as the embedding expects
+        return self.embeddings(grid.flatten(1)), grid.flatten(1, 2)
+
+
+class YAMNet(nn.Module):
+    """AudioSet's MobileNet v1 in timm: a = the 1024-d pooled embedding, U = its last feature grid (3 x 2). Log-mel offset 0.001."""
+
+    offset, context_dim, token_dim, tokens = 0.001, 1024, 1024, 6
+
+    def __init__(self):
+        super().__init__()
+        self.net = timm.create_model("mobilenetv1_100", in_chans=1, num_classes=521, act_layer=nn.ReLU, pad_type="same")
+
+    def forward(self, patches):
+        grid = self.net.forward_features(patches)  # [T, 1024, 3, 2]
+        return self.net.forward_head(grid, pre_logits=True), grid.flatten(2).transpose(1, 2)
+
+
+ENCODERS = {"logmel": LogMel, "vggish": VGGish, "yamnet": YAMNet}
+
+
+def build_audio_encoder(name, weights):
+    """The frozen encoder in eval mode. `weights`: a file, true (vggish: its published address), false (random, from a fixed seed)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = ENCODERS[name]().eval().requires_grad_(False)
+    if weights is False or name == "logmel":
+        return encoder
+    if weights is True:
+        if name != "vggish":
+            raise AtlasError(f"audio={name} has no published address that ATLAS knows; set audio_weights to a file")
+        try:
+            state = torch.hub.load_state_dict_from_url(VGGISH_ADDRESS, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise AtlasError(f"cannot fetch VGGish from {VGGISH_ADDRESS}: {error}; download it and set audio_weights to the file") from None
+    else:
+        state = read_weights(weights, "audio_weights")
+    target = encoder.net if name == "yamnet" else encoder
+    load_strictly(target, state, weights, surplus=() if name == "vggish" else ("classifier.",))
+    return encoder
+
+
+def read_weights(path, key):
+    """The state dict in a safetensors or torch file, fp32 where it was half; nested ones are unwrapped. `key` is the config key, for errors."""
+    if not Path(path).is_file():
+        raise AtlasError(f"{key}: no file {path}")
+    try:
+        state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken file makes the two readers raise
+        raise AtlasError(f"{key}: {path} is not a readable weights file: {error}") from None
+    for name in ("state_dict", "model"):
+        if isinstance(state.get(name), dict):
+            state = state[name]
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def load_strictly(module, state, path, surplus):
+    """Load `state`; a missing key is an error, and only keys that begin with one of `surplus` may be left over."""
+    missing, unexpected = module.state_dict().keys() - state.keys(), state.keys() - module.state_dict().keys()
+    unexpected = {name for name in unexpected if not name.startswith(tuple(surplus))} if surplus else unexpected
+    if missing or unexpected:
+        example = sorted(missing or unexpected)[0]
+        raise AtlasError(f"{path} does not fit: {len(missing)} keys missing, {len(unexpected)} unknown (`{example}`, for one); is it another model's file?")
+    try:
+        module.load_state_dict({name: state[name] for name in module.state_dict()})
+    except RuntimeError as error:
+        raise AtlasError(f"{path} does not fit: {error}") from None
+
+
+def fingerprint(module):
+    """SHA-256 over a module's weights, names and values: what a cache key and a checkpoint name a frozen encoder by."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode() + str(tuple(value.shape)).encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def encode_clip(encoder, path, seconds):
+    """(a [T, D_a], U [T, N, D_u]) as float16 arrays; `path` None: of a zero waveform."""
+    wave = torch.zeros(seconds * RATE) if path is None else read_wave(path)
+    context, tokens = encoder(log_mel(wave, seconds, encoder.offset))
+    return context.numpy().astype(np.float16), tokens.numpy().astype(np.float16)

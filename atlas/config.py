@@ -1,0 +1,169 @@
+"""The config: flat keys, each with its default, meaning and allowed values, in one table. Imports no torch, so that help is instant.
+
+Files overlay left to right, then `key=value` from the command line, which wins. An unknown or mistyped key raises and
+names the nearest one. There is no other place where a default lives.
+"""
+import argparse
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+
+import yaml
+
+from atlas.errors import AtlasError, one_line_errors
+
+
+def key(default, help, choices=None, types=None, low=None):
+    """One config key. `types`: what it may be (the default's own type if not given); `low`: the smallest allowed number."""
+    types = types or (type(default),)
+    return field(default=default, metadata={"help": help, "choices": choices, "types": types, "low": low})
+
+
+@dataclass(frozen=True)
+class Config:
+    # -- run
+    name: str | None = key(None, "run folder below out_dir; null: PROTOCOL_METHOD_seedSEED", types=(str, type(None)))
+    out_dir: str = key("runs", "where run folders go")
+    seed: int = key(0, "class order, weights that are not loaded, batch order, augmentation", low=0)
+    device: str = key("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    amp: str = key("auto", "mixed precision; auto: bf16 on a GPU that has it, else fp16; off on the CPU", choices=("auto", "bf16", "fp16", "off"))
+    workers: int = key(0, "loader processes; 0: load in the main process", low=0)
+
+    # -- data
+    dataset: str = key("s4", "AVSBench's single-source set", choices=("s4",))
+    data_root: str = key("data/AVSBench", "the folder that holds Single-source/")
+    synth: bool = key(False, "make the synthetic set in data_root on first use")
+    image_size: int = key(224, "height and width in pixels, of input, masks and scores", low=32)
+    augment: bool = key(False, "random flip, scale-and-crop and colour, one draw per clip and epoch")
+    cache_dir: str = key("cache", "where packed caches go")
+
+    # -- protocol
+    protocol: str = key("cil", "class-incremental", choices=("cil",))
+    base: int = key(11, "classes of the first task", low=1)
+    step: int = key(2, "classes of each later task", low=1)
+    class_order: list | None = key(None, "category names in learning order; null: drawn from seed", types=(list, type(None)))
+
+    # -- model
+    visual: str = key("pvt_v2_b5", "timm model with features_only, frozen")
+    visual_weights: bool | str = key(True, "a file, a timm tag, true (timm's hub), false (random)", types=(bool, str))
+    visual_norm: str = key("timm", "timm: the model's own mean and std; half: x / 127.5 - 1", choices=("timm", "half"))
+    visual_pad: str = key("default", "padding of the convolutions (timm's pad_type)", choices=("default", "same"))
+    audio: str = key("vggish", "frozen audio encoder", choices=("vggish", "yamnet", "logmel"))
+    audio_weights: bool | str = key(True, "a file, true (published address; vggish), false (random; logmel has none)", types=(bool, str))
+    width: int = key(256, "D, width of fusion and decoder", low=8)
+    heads: int = key(8, "attention heads; divides width", low=1)
+    conditioning: str = key("gate", "audio gate on visual features before attention; none: off", choices=("gate", "none"))
+    lora_rank: int = key(16, "r; 0: no LoRA", low=0)
+    lora_alpha: float = key(16.0, "alpha; the update is (alpha / r) B A", low=0)
+    lora_dropout: float = key(0.0, "dropout on LoRA's input; 0: off", low=0)
+    lora_targets: str = key("auto", "auto: linear layers and 1x1 convolutions; else a regular expression over module names")
+
+    # -- method
+    method: str = key("lra", "lra; finetune: no anchor; frozen: no LoRA; joint: all classes at once", choices=("lra", "finetune", "frozen", "joint"))
+    joint_run: str | None = key(None, "folder of a joint run, for intransigence; null: none", types=(str, type(None)))
+    lra_lambda: float = key(1.0, "strength of (lambda / 2) sum Omega (theta - anchor)^2; 0: plain sequential LoRA", low=0)
+    lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none", low=0)
+    lra_power: float = key(1.0, "exponent on the sensitivity: 1 Fisher, 0.5 its root, 0 uniform (plain L2)", low=0)
+    lra_scope: str = key("lora", "what is anchored: the LoRA factors, or every trainable", choices=("lora", "trainable"))
+    lra_clips: int = key(0, "clips used for the sensitivity of a task; 0: all", low=0)
+
+    # -- optim
+    epochs_first: int = key(15, "epochs of the first task", low=0)
+    epochs: int = key(15, "epochs of each later task", low=0)
+    batch_size: int = key(4, "clips", low=1)
+    lr_first: float = key(1e-4, "AdamW's peak rate, first task", low=0)
+    lr: float = key(1e-4, "AdamW's peak rate, later tasks", low=0)
+    weight_decay: float = key(0.01, "AdamW's weight decay; 0: off", low=0)
+    warmup: float = key(0.05, "share of a task's steps spent warming up, cosine decay after it; 0: off", low=0)
+    grad_clip: float = key(1.0, "largest gradient norm; 0: off", low=0)
+    w_bce: float = key(1.0, "weight of binary cross-entropy", low=0)
+    w_dice: float = key(1.0, "weight of the Dice loss; 0: off", low=0)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def load_config(files=(), overrides=()):
+    """Overlay YAML `files` left to right, then `key=value` strings, on the defaults, and return a Config."""
+    values = {}
+    for path in files:
+        try:
+            with open(path) as file:
+                content = yaml.safe_load(file) or {}
+        except FileNotFoundError:
+            raise AtlasError(f"no config file {path}; the ones that come with ATLAS are in configs/") from None
+        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+            raise AtlasError(f"{path} is not a readable YAML file: {error}") from None
+        if not isinstance(content, dict):
+            raise AtlasError(f"{path} holds no `key: value` lines")
+        values |= {name: _checked(name, value, path) for name, value in content.items()}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise AtlasError(f"`{text}` on the command line is neither a config file after --cfg nor key=value")
+        try:
+            value = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            raise AtlasError(f"`{text}` on the command line: the value is not readable; quote it") from None
+        values[name] = _checked(name, value, "the command line")
+    config = Config(**values)
+    if config.width % config.heads:
+        raise AtlasError(f"heads={config.heads} does not divide width={config.width}; change one of them")
+    return config
+
+
+def _checked(name, value, where):
+    """The value as the key's type, or an AtlasError that names the key, the place and what is allowed."""
+    if name not in FIELDS:
+        near = difflib.get_close_matches(str(name), FIELDS, n=1, cutoff=0.0)[0]
+        raise AtlasError(f"unknown key `{name}` in {where}; the nearest is `{near}`")
+    meta = FIELDS[name].metadata
+    types, choices, low = meta["types"], meta["choices"], meta["low"]
+    if float in types and not isinstance(value, bool):
+        try:  # YAML reads 1e-3 as a string and 1 as an int
+            value = float(value)
+        except (TypeError, ValueError):
+            pass
+    if choices and value is False and "off" in choices:  # YAML reads a bare off as false
+        value = "off"
+    names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise AtlasError(f"key `{name}` in {where} is {value!r}, which is no {names}")
+    if choices and value not in choices:
+        raise AtlasError(f"key `{name}` in {where} is {value!r}; choose from {', '.join(map(str, choices))}")
+    if isinstance(value, (int, float)) and (not math.isfinite(value) or (low is not None and value < low)):
+        raise AtlasError(f"key `{name}` in {where} is {value}; it must be a number of at least {low}")
+    return value
+
+
+def as_dict(config):
+    """All keys with their values, for config.yaml and results.json."""
+    return dataclasses.asdict(config)
+
+
+def run_name(config):
+    return config.name or f"{config.protocol}_{config.method}_seed{config.seed}"
+
+
+def parse_arguments(manual, words=None):
+    """The Config of a command line `--cfg FILE... key=value...`; `manual` is the script's docstring. Exits on --help and on bad input."""
+    parser = argparse.ArgumentParser(
+        description=manual, epilog=f"keys, their defaults and meaning:\n{key_help()}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="YAML files, overlaid left to right")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="single keys; they win over the files")
+    given = parser.parse_args(words)
+    files = [word for word in given.cfg if "=" not in word]
+    with one_line_errors():
+        return load_config(files, [word for word in given.cfg if "=" in word] + given.overrides)
+
+
+def key_help():
+    """One line a key, for --help."""
+    lines = []
+    for f in FIELDS.values():
+        default = "null" if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default
+        choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+        lines.append(f"  {f.name:<15} {str(default):<14} {f.metadata['help']}{choices}")
+    return "\n".join(lines)

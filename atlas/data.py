@@ -1,0 +1,310 @@
+"""Clips: AVSBench's tree as released, the packed cache, and the dataset.
+
+Shapes: B clips, T seconds (= frames, 5), H W pixels, N audio tokens a second.
+Masks are 1 on the sounding object. `annotated[b, t]` is True where a mask exists.
+
+    DATA_ROOT/Single-source/s4_meta_data.csv                                            name,start,category,split
+    DATA_ROOT/Single-source/s4_data/visual_frames/SPLIT/CATEGORY/VIDEO/VIDEO_{1..5}.png
+    DATA_ROOT/Single-source/s4_data/gt_masks/SPLIT/CATEGORY/VIDEO/VIDEO_{1..5}.png      (train: only _1)
+    DATA_ROOT/Single-source/s4_data/audio_wav/SPLIT/CATEGORY/VIDEO.wav
+"""
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchvision.transforms.v2.functional as tvf
+from PIL import Image
+from tqdm import tqdm
+
+from atlas.audio import encode_clip, fingerprint
+from atlas.errors import AtlasError
+
+T = 5  # seconds = frames of a clip
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One record. `frames` and `masks` are T paths; a mask is None where the frame is not annotated (S4 train: all but the first)."""
+
+    id: str
+    source: str  # the video it was cut from; AVSBench: the first 11 characters of the name, a YouTube id
+    split: str
+    category: str
+    frames: tuple
+    masks: tuple
+    audio: str
+
+
+def s4_clip(root, name, category, split):
+    """The paths of one S4 clip below `root` (the folder that holds Single-source/), whether or not they exist."""
+    data = Path(root, "Single-source", "s4_data")
+    folder = Path(split, category, name)
+    return Clip(
+        id=name, source=name[:11], split=split, category=category,
+        frames=tuple(str(data / "visual_frames" / folder / f"{name}_{k}.png") for k in range(1, T + 1)),
+        masks=tuple(str(data / "gt_masks" / folder / f"{name}_{k}.png") if k == 1 or split != "train" else None for k in range(1, T + 1)),
+        audio=str(data / "audio_wav" / split / category / f"{name}.wav"),
+    )  # fmt: skip
+
+
+def write_s4_clip(root, name, category, split, frames, masks, wave, rate=16000):
+    """Write one clip in S4's tree: frames [T, H, W, 3] uint8, masks [T, H, W] bool (train keeps the first only), wave [samples] in ±1."""
+    clip = s4_clip(root, name, category, split)
+    for path in (clip.frames[0], clip.masks[0], clip.audio):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for path, frame in zip(clip.frames, frames):
+        Image.fromarray(frame).save(path, compress_level=1)
+    for path, mask in zip(clip.masks, masks):
+        if path:
+            Image.fromarray(mask.astype(np.uint8) * 255, mode="L").save(path)
+    soundfile.write(clip.audio, np.clip(wave, -1, 1), rate, subtype="PCM_16")
+    return clip
+
+
+def write_s4_csv(root, clips):
+    """AVSBench's s4_meta_data.csv for `clips`, written last: a tree without it is not finished."""
+    path = Path(root, "Single-source", "s4_meta_data.csv")
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "start", "category", "split"])
+        writer.writerows([clip.id, 0, clip.category, clip.split] for clip in clips)
+
+
+@contextlib.contextmanager
+def built_beside(final):
+    """Yield an empty folder beside `final` and rename it to `final` at the end; on failure nothing is left.
+
+    Of two processes that build the same thing, the one that finishes last drops its own and uses the other's.
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_s4(root):
+    """All clips named by s4_meta_data.csv below `root`, in the file's order. Files are not opened here."""
+    path = Path(root, "Single-source", "s4_meta_data.csv")
+    if not path.is_file():
+        raise AtlasError(f"no S4 tree in {root}: {path} is missing; set data_root to the folder that holds Single-source/, or synth=true")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"name", "category", "split"} <= rows[0].keys():
+        raise AtlasError(f"{path} does not hold the columns name,start,category,split")
+    strange = [row for row in rows if row["split"] not in SPLITS]
+    if strange:
+        raise AtlasError(f"{path}: clip {strange[0]['name']} is in split {strange[0]['split']!r}, not train, val or test")
+    return [s4_clip(root, row["name"], row["category"], row["split"]) for row in rows]
+
+
+def read_frame(path):
+    """The picture in `path` as RGB uint8 [H, W, 3]."""
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def read_mask(path):
+    """The mask in `path` as bool [H, W], True on the sounding object. Grey values other than 0 and 255 (or 0 and 1) are an error."""
+    with _opened(path) as image:
+        grey = np.asarray(image.convert("L"))
+    values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
+    if not (set(values) <= {0, 255} or set(values) <= {0, 1}):
+        raise AtlasError(f"the mask {path} holds the values {values[:6].tolist()}; a mask holds 0 and 255 only; write it again without smoothing")
+    return grey > 127 if values[-1] > 1 else grey > 0
+
+
+@contextlib.contextmanager
+def _opened(path):
+    try:
+        with Image.open(path) as image:
+            image.load()
+            yield image
+    except FileNotFoundError:
+        raise AtlasError(f"the file {path} is missing; run prepare_data.py check on the tree") from None
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a broken file
+        raise AtlasError(f"the picture {path} is not readable ({error}); run prepare_data.py check on the tree") from None
+
+
+def load_clip(clip, size):
+    """Decode one clip: frames [T, size, size, 3] uint8 (bilinear), masks [T, size, size] bool (nearest; zero where not annotated)."""
+    frames = np.zeros((T, size, size, 3), np.uint8)
+    masks = np.zeros((T, size, size), bool)
+    for t, (frame_path, mask_path) in enumerate(zip(clip.frames, clip.masks)):
+        frame = read_frame(frame_path)
+        frames[t] = _resized(frame, size, Image.Resampling.BILINEAR)
+        if mask_path:
+            mask = read_mask(mask_path)
+            if mask.shape != frame.shape[:2]:
+                raise AtlasError(f"the mask {mask_path} is {mask.shape[1]}x{mask.shape[0]}, its frame {frame.shape[1]}x{frame.shape[0]}; they must be equal")
+            masks[t] = _resized(mask.astype(np.uint8), size, Image.Resampling.NEAREST)
+    return frames, masks
+
+
+def _resized(array, size, how):
+    return array if array.shape[:2] == (size, size) else np.asarray(Image.fromarray(array).resize((size, size), how))
+
+
+# ---- the packed cache ------------------------------------------------------------------------------------------------
+
+
+def pack(clips, root, cache_dir, size, encoder, encoder_name):
+    """Decode `clips` and run the frozen audio encoder over them once; return the folder of the cache.
+
+    The folder's name is a hash of every file's path, size and time, the settings and the encoder's weights, so a stale cache
+    is never used. It holds frames.npy [n, T, H, W, 3] uint8, masks.npy [n, T, HW/8] bits, annotated.npy [n, T],
+    context.npy [n, T, D_a] and tokens.npy [n, T, N, D_u] float16, the same of a zero waveform, and index.json.
+    """
+    folder = Path(cache_dir, f"s4-{_cache_key(clips, root, size, encoder, encoder_name)}")
+    if folder.is_dir():
+        return folder
+    count = len(clips)
+    with built_beside(folder) as build:
+
+        def array(name, dtype, *shape):
+            return np.lib.format.open_memmap(build / f"{name}.npy", "w+", dtype, shape)
+
+        mute_context, mute_tokens = encode_clip(encoder, None, T)
+        np.save(build / "mute_context.npy", mute_context)
+        np.save(build / "mute_tokens.npy", mute_tokens)
+        frames, masks = array("frames", np.uint8, count, T, size, size, 3), array("masks", np.uint8, count, T, -(-size * size // 8))
+        context, tokens = array("context", np.float16, count, *mute_context.shape), array("tokens", np.float16, count, *mute_tokens.shape)
+        for i, clip in enumerate(tqdm(clips, "packing clips", unit="clip")):
+            frames[i], truth = load_clip(clip, size)
+            masks[i] = np.packbits(truth.reshape(T, -1), axis=-1)
+            context[i], tokens[i] = encode_clip(encoder, clip.audio, T)
+        np.save(build / "annotated.npy", np.array([[mask is not None for mask in clip.masks] for clip in clips]))
+        index = [{"id": c.id, "source": c.source, "split": c.split, "category": c.category} for c in clips]
+        (build / "index.json").write_text(json.dumps({"size": size, "clips": index}))
+        for a in (frames, masks, context, tokens):
+            a.flush()
+    return folder
+
+
+def _cache_key(clips, root, size, encoder, encoder_name):
+    digest = hashlib.sha256(f"1 {size} {encoder_name} {fingerprint(encoder)}".encode())  # 1: the version of this layout
+    for clip in sorted(clips, key=lambda c: c.id):
+        digest.update(f"\n{clip.id} {clip.category} {clip.split}".encode())
+        for path in (*clip.frames, *clip.masks, clip.audio):
+            if path:
+                try:
+                    stat = os.stat(path)
+                except FileNotFoundError:
+                    raise AtlasError(f"clip {clip.id}: the file {path} is missing; run prepare_data.py check on the tree") from None
+                digest.update(f" {os.path.relpath(path, root)} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+class PackedClips:
+    """The cache, opened. `[i]` is the only way to a clip's data; it copies one clip's annotated frames out of the memory maps."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        index = json.loads((folder / "index.json").read_text())
+        self.size, self.clips = index["size"], index["clips"]  # clips: dicts of id, source, split, category
+        names = ("frames", "masks", "annotated", "context", "tokens", "mute_context", "mute_tokens")
+        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+
+    @property
+    def context_dim(self):
+        return self.arrays["context"].shape[-1]
+
+    @property
+    def token_dim(self):
+        return self.arrays["tokens"].shape[-1]
+
+    def select(self, split, categories):
+        """Indices of the clips of `split` whose category is in `categories`."""
+        return [i for i, clip in enumerate(self.clips) if clip["split"] == split and clip["category"] in set(categories)]
+
+    def __getitem__(self, i):
+        """Clip i: frames [m, 3, H, W] uint8, masks [m, H, W] bool, second [m] of its m annotated frames, and its sound."""
+        second = np.flatnonzero(self.arrays["annotated"][i])
+        masks = np.unpackbits(self.arrays["masks"][i, second], axis=-1, count=self.size**2).reshape(-1, self.size, self.size)
+        return {
+            "index": i,
+            "frames": torch.from_numpy(self.arrays["frames"][i, second]).permute(0, 3, 1, 2),
+            "masks": torch.from_numpy(masks).bool(),
+            "second": torch.from_numpy(second),
+            **self.sound(i),
+        }
+
+    def sound(self, i):
+        """The frozen encoder's view of clip i's sound, or of a zero waveform (i = None): context [T, D_a], tokens [T, N, D_u], float32."""
+        names = ("mute_context", "mute_tokens") if i is None else ("context", "tokens")
+        context, tokens = (np.asarray(self.arrays[name] if i is None else self.arrays[name][i], np.float32) for name in names)
+        return {"context": torch.from_numpy(context), "tokens": torch.from_numpy(tokens)}
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """The clips `indices` of a cache. With `draw` (a tuple of integers: seed, task, epoch) each clip is augmented, by a draw that depends on it and the clip alone."""
+
+    def __init__(self, cache, indices, draw=None):
+        self.cache, self.indices, self.draw = cache, indices, draw
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, k):
+        item = self.cache[self.indices[k]]
+        return item if self.draw is None else augmented(item, np.random.default_rng([*self.draw, item["index"]]))
+
+
+def augmented(item, rng):
+    """Flip, scale-and-crop (half to all of the area) and colour; one draw for all frames and masks of the clip."""
+    frames, masks = item["frames"], item["masks"]
+    if rng.random() < 0.5:
+        frames, masks = tvf.horizontal_flip(frames), tvf.horizontal_flip(masks)
+    size = frames.shape[-1]
+    side = round(size * np.sqrt(rng.uniform(0.5, 1.0)))
+    box = (*rng.integers(0, size - side + 1, 2).tolist(), side, side)
+    frames = tvf.resized_crop(frames, *box, [size, size], antialias=True)
+    masks = tvf.resized_crop(masks[:, None].to(torch.uint8), *box, [size, size], tvf.InterpolationMode.NEAREST)[:, 0].bool()
+    for adjust in (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation):
+        frames = adjust(frames, rng.uniform(0.7, 1.3))
+    return item | {"frames": frames, "masks": masks}
+
+
+def collate(items):
+    """Clips side by side. Frames are concatenated: `clip` [M] and `second` [M] say whose each of the M annotated frames is."""
+    joined = {name: torch.cat([item[name] for item in items]) for name in ("frames", "masks", "second")}
+    stacked = {name: torch.stack([item[name] for item in items]) for name in ("context", "tokens")}
+    counts = torch.tensor([len(item["second"]) for item in items])
+    return joined | stacked | {"clip": torch.repeat_interleave(torch.arange(len(items)), counts), "index": [item["index"] for item in items]}
+
+
+def loader(dataset, batch_size, order=None, workers=0, device="cpu"):
+    """Batches of `dataset` in the given order (a list of positions; None: as stored), pinned where the device is a GPU."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_size, sampler=order, collate_fn=collate, num_workers=workers, pin_memory=torch.device(device).type == "cuda"
+    )
+
+
+def to_device(batch, device):
+    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def swap_partners(cache, split, seed=0):
+    """For every clip of `split`, a clip of another category, drawn once: {index: partner}. Partners come from the whole split (DESIGN: J_swap)."""
+    rng = np.random.default_rng(seed)
+    indices = [i for i, clip in enumerate(cache.clips) if clip["split"] == split]
+    category = {i: cache.clips[i]["category"] for i in indices}
+    return {i: int(rng.choice([j for j in indices if category[j] != category[i]] or [i])) for i in indices}

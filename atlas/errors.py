@@ -1,0 +1,27 @@
+"""The one exception that means "your input, not our bug": scripts print its message as a single line and exit with 2."""
+import contextlib
+import sys
+
+
+class AtlasError(Exception):
+    """Bad input. The message says what is wrong, where (file, clip, key), and what to do."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around a script's main: bad input ends in one clear line on stderr and exit code 2, Ctrl-C in 130, a full disk in 1."""
+    try:
+        yield
+    except AtlasError as error:
+        sys.exit(_line(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_line("stopped by Ctrl-C; what was finished is kept", 130))
+    except OSError as error:
+        if error.errno != 28:  # ENOSPC
+            raise
+        sys.exit(_line(f"the disk is full ({error.filename or 'while writing'}); free some space and run again", 1))
+
+
+def _line(text, code):
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,162 @@
+"""Scores of masks (J, F, does it listen?) and of continual learning (everything computed from the matrix R[i, j]).
+
+Shapes: B clips, T seconds (= frames), H W pixels. A logit is positive on the sounding object; `annotated[b, t]` is True where a mask exists.
+"""
+import numpy as np
+import torch
+
+from atlas.data import ClipDataset, T, loader, to_device
+
+THRESHOLDS = 255
+BETA2 = 0.3
+
+
+class MaskMeter:
+    """J and F of a set of clips, in one pass; neither depends on how the clips are batched.
+
+    J         mean over annotated frames of |P and G| / (|P or G| + 1e-7), P = logit > 0; an empty G scores the background fraction of P
+              (AVSBench utils/utility.py, mask_iou).
+    J_strict  the same, but an empty G scores 1 for an empty P and 0 otherwise.
+    F         MaxF, beta^2 = 0.3: per clip, the curve over 255 thresholds averaged over its frames with a non-empty G, then its maximum;
+              mean over clips in which something sounds (AVSBench's Eval_Fmeasure, one clip a batch).
+    F_dataset the mean curve over all frames with a non-empty G, then its maximum.
+    """
+
+    def __init__(self):
+        self.J = self.J_strict = self.F = 0.0
+        self.frames = self.sounding_clips = self.sounding_frames = 0
+        self.curve = torch.zeros(THRESHOLDS, dtype=torch.float64)
+
+    def update(self, logits, masks, annotated):
+        """logits [B, T, H, W], masks [B, T, H, W] (bool, or 1 and 0), annotated [B, T] bool."""
+        B, T = annotated.shape
+        clip = torch.arange(B, device=logits.device)[:, None].expand(B, T)[annotated]  # [M]
+        x, g = logits[annotated].flatten(1).float(), masks[annotated].flatten(1).bool()  # [M, HW]
+        p, size = x > 0, g.sum(1)
+        union = (p | g).sum(1)
+        J = (p & g).sum(1) / (union + 1e-7)
+        empty = size == 0
+        background = (~p).sum(1) / (g.shape[1] + 1e-7)
+        self.J += torch.where(empty, background, J).sum(dtype=torch.float64).item()
+        self.J_strict += torch.where(empty, (~p).all(1).to(J.dtype), J).sum(dtype=torch.float64).item()
+        self.frames += len(x)
+
+        curves = f_curves(x.sigmoid(), g)[~empty]  # [M', 255]
+        clip = clip[~empty]
+        count = torch.bincount(clip, minlength=B)
+        per_clip = torch.zeros(B, THRESHOLDS, dtype=curves.dtype, device=curves.device).index_add_(0, clip, curves)
+        best = (per_clip[count > 0] / count[count > 0, None]).amax(1)
+        self.F += best.sum().item()
+        self.sounding_clips += len(best)
+        self.sounding_frames += len(curves)
+        self.curve += curves.sum(0).cpu()
+
+    def compute(self):
+        """{"J", "J_strict", "F", "F_dataset"}; a score with nothing to average is None."""
+        return {
+            "J": self.J / self.frames if self.frames else None,
+            "J_strict": self.J_strict / self.frames if self.frames else None,
+            "F": self.F / self.sounding_clips if self.sounding_clips else None,
+            "F_dataset": (self.curve / self.sounding_frames).max().item() if self.sounding_frames else None,
+        }
+
+
+def f_curves(scores, masks):
+    """F at the thresholds linspace(0, 1, 255), of each frame: scores [M, P] in [0, 1], masks [M, P] bool -> [M, 255] float64.
+
+    A score counts at a threshold when it is >= it: F = 1.3 p r / (0.3 p + r), 0 where that is 0 / 0. From a histogram of scores,
+    object and background apart, summed from the top: one pass instead of 255.
+    """
+    M, device = len(scores), scores.device
+    edges = torch.linspace(0, 1, THRESHOLDS, device=device)
+    level = (scores * (THRESHOLDS - 1)).long()  # the last threshold that is <= the score, up to rounding, which the next lines undo
+    level -= (scores < edges[level]).long()
+    level += (scores >= edges[(level + 1).clamp(max=THRESHOLDS - 1)]).long() * (level < THRESHOLDS - 1)
+    cell = (torch.arange(M, device=device)[:, None] * 2 + masks) * THRESHOLDS + level
+    histogram = torch.bincount(cell.flatten(), minlength=M * 2 * THRESHOLDS).view(M, 2, THRESHOLDS)
+    background, hit = histogram.flip(-1).cumsum(-1).flip(-1).double().unbind(1)  # [M, 255]: pixels with a score >= the threshold
+    precision, recall = hit / (hit + background + 1e-20), hit / (masks.sum(1, keepdim=True) + 1e-20)
+    return ((1 + BETA2) * precision * recall / (BETA2 * precision + recall)).nan_to_num(0.0)
+
+
+@torch.inference_mode()
+def score(model, cache, indices, partners=None, batch_size=8, device="cpu", workers=0, autocast=None):
+    """Scores of the clips `indices`: MaskMeter's four, and with `partners` (data.swap_partners) J_swap and mute_area, from one encoder pass.
+
+    J_swap: J with the sound of the partner, against the clip's own mask. mute_area: mean predicted area when the encoder hears a zero waveform.
+    """
+    model.eval()
+    own, swapped, area, frames = MaskMeter(), MaskMeter(), 0.0, 0
+    mute = {name: value.to(device) for name, value in cache.sound(None).items()}
+    for batch in loader(ClipDataset(cache, indices), batch_size, workers=workers, device=device):
+        batch = to_device(batch, device)
+        B = len(batch["context"])
+
+        def segment(features, context, tokens):
+            logits = model.segment(features, cache.size, batch["clip"], batch["second"], context, tokens).float()
+            full = torch.zeros(B, T, cache.size, cache.size, device=device)
+            full[batch["clip"], batch["second"]] = logits
+            return full
+
+        with autocast() if autocast else torch.autocast(torch.device(device).type, enabled=False):
+            features = model.encode(batch["frames"])
+            masks, annotated = torch.zeros(B, T, cache.size, cache.size, dtype=torch.bool, device=device), torch.zeros(B, T, dtype=torch.bool, device=device)
+            masks[batch["clip"], batch["second"]], annotated[batch["clip"], batch["second"]] = batch["masks"], True
+            own.update(segment(features, batch["context"], batch["tokens"]), masks, annotated)
+            if partners is not None:
+                other = [cache.sound(partners[i]) for i in batch["index"]]
+                other = {name: torch.stack([sound[name] for sound in other]).to(device) for name in mute}
+                swapped.update(segment(features, other["context"], other["tokens"]), masks, annotated)
+                silent = segment(features, mute["context"].expand(B, -1, -1), mute["tokens"].expand(B, -1, -1, -1))
+                area += (silent > 0)[annotated].flatten(1).float().mean(1).sum().item()
+                frames += int(annotated.sum())
+    result = own.compute()
+    if partners is not None:
+        result |= {"J_swap": swapped.compute()["J"], "mute_area": area / frames if frames else None}
+    return result
+
+
+# ---- continual learning ----------------------------------------------------------------------------------------------
+
+
+def continual_metrics(R, joint=None):
+    """What is computed from R[i][j], the score on task j + 1 after i tasks (row 0: untrained): (tasks + 1) x tasks, None where undefined.
+
+    With tasks counted from 1 and R[k, j] after task k:
+    final          mean_j R[T, j]                                              (Lopez-Paz & Ranzato 2017, ACC)
+    incremental    mean_k mean_{j <= k} R[k, j]                                (Rebuffi et al. 2017)
+    learning       mean_j R[j, j]
+    forgetting     mean_{j < T} ( max_{j <= l < T} R[l, j] - R[T, j] )         (Chaudhry et al. 2018); positive = forgot
+    bwt            mean_{j < T} ( R[T, j] - R[j, j] )                          (Lopez-Paz & Ranzato 2017)
+    fwt            mean_{j > 1} ( R[j - 1, j] - R[0, j] )                      (Lopez-Paz & Ranzato 2017, against this very network, untrained)
+    intransigence  mean_j ( joint_j - R[j, j] )                                (Chaudhry et al. 2018, but with one all-task model: ours)
+
+    Undefined entries are left out of a mean; a mean of nothing is None. A joint run's R has two rows, untrained and trained on everything:
+    then only `final` is defined.
+    """
+    R = np.array(R, dtype=float)  # None becomes nan
+    last = R.shape[1]
+    names = ("final", "incremental", "learning", "forgetting", "bwt", "fwt", "intransigence")
+    if len(R) == 2 and last > 1:
+        return dict.fromkeys(names) | {"final": _mean(R[-1])}
+    if len(R) != last + 1:
+        raise ValueError(f"R is {R.shape[0]} x {last}; it must be (tasks + 1) x tasks")
+    own = np.array([R[j + 1, j] for j in range(last)])
+    best = np.array([np.max(R[j + 1 : last, j], initial=-np.inf, where=~np.isnan(R[j + 1 : last, j])) for j in range(last - 1)])
+    best[np.isinf(best)] = np.nan
+    values = {
+        "final": R[last],
+        "incremental": [_mean(R[k, :k]) for k in range(1, last + 1)],
+        "learning": own,
+        "forgetting": best - R[last, :-1],
+        "bwt": R[last, :-1] - own[:-1],
+        "fwt": [R[j, j] - R[0, j] for j in range(1, last)],
+        "intransigence": [] if joint is None else np.array(joint, dtype=float) - own,
+    }
+    return {name: _mean(values[name]) for name in names}
+
+
+def _mean(values):
+    values = np.array(values, dtype=float)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None

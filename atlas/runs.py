@@ -1,0 +1,237 @@
+"""A run: its data, its folder, its checkpoints and its results file. What train.py writes and eval.py reads."""
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import peft
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from atlas.audio import build_audio_encoder, fingerprint
+from atlas.config import as_dict, load_config, run_name
+from atlas.data import PackedClips, pack, read_s4
+from atlas.errors import AtlasError
+from atlas.metrics import continual_metrics
+from atlas.model import base_encoder, build_model
+from atlas.synth import synth_s4
+
+TEST_SCORES = ("J", "F", "J_strict", "F_dataset", "J_swap", "mute_area")
+
+
+def open_data(config):
+    """(PackedClips, SHA-256 of the audio encoder) of a config; makes the synthetic set and the packed cache where they are missing."""
+    if config.synth and not Path(config.data_root).exists():
+        print(f"making the synthetic set in {config.data_root}")
+        synth_s4(config.data_root)
+    clips = read_s4(config.data_root)
+    encoder = build_audio_encoder(config.audio, config.audio_weights)
+    return PackedClips(pack(clips, config.data_root, config.cache_dir, config.image_size, encoder, config.audio)), fingerprint(encoder)
+
+
+def open_model(config, cache):
+    """(the untrained model of a config, SHA-256 of its frozen visual encoder)."""
+    model = build_model(config, cache.context_dim, cache.token_dim)
+    return model, frozen_fingerprint(model)
+
+
+def frozen_fingerprint(model):
+    """The SHA-256 of the visual encoder without LoRA."""
+    encoder = base_encoder(model.encoder)
+    kept = {name.replace(".base_layer", ""): value for name, value in encoder.state_dict().items() if "lora_" not in name}
+    holder = torch.nn.Module()
+    for i, name in enumerate(sorted(kept)):
+        holder.register_buffer(f"{i:05d}", kept[name])
+    return fingerprint(holder)
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def create_run(config):
+    """The new, empty folder of a run, with its resolved config.yaml. A folder that holds anything is never touched."""
+    folder = Path(config.out_dir, run_name(config))
+    if folder.exists() and any(folder.iterdir()):
+        raise AtlasError(f"the run folder {folder} is not empty and is never overwritten; choose another name=... or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+    return folder
+
+
+def log(folder, **line):
+    """Append one line to log.jsonl."""
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def write_json(path, content):
+    """Write beside and rename: a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(beside, path)
+
+
+def read_results(folder):
+    try:
+        results = json.loads(Path(folder, "results.json").read_text())
+    except FileNotFoundError:
+        raise AtlasError(f"no results.json in {folder}; give the folder of a run, as train.py printed it") from None
+    except json.JSONDecodeError as error:
+        raise AtlasError(f"{folder}/results.json is damaged ({error})") from None
+    if results.get("schema") != 1:
+        raise AtlasError(f"{folder}/results.json has schema {results.get('schema')}, this version reads 1")
+    return results
+
+
+def read_run_config(folder):
+    return load_config([Path(folder, "config.yaml")])
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder, model, method):
+    """`folder` (task_NN/): LoRA in PEFT's own format, fusion and decoder in model.safetensors, the method's state in method.safetensors."""
+    folder.mkdir()
+    if isinstance(model.encoder, peft.PeftModel):
+        model.encoder.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    rest = {name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+    save_file(rest, folder / "model.safetensors")
+    save_file({name: value.contiguous() for name, value in method.state_dict().items()}, folder / "method.safetensors")
+
+
+def load_checkpoint(folder, model):
+    """Load LoRA, fusion and decoder of a checkpoint into the model that build_model made from the run's config."""
+    folder = Path(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise AtlasError(f"no checkpoint in {folder}; the run stopped before it was written, or the folder was moved")
+    if isinstance(model.encoder, peft.PeftModel):
+        peft.set_peft_model_state_dict(model.encoder, load_file(folder / "adapter_model.safetensors"))
+    rest = load_file(folder / "model.safetensors")
+    surplus = model.load_state_dict(rest, strict=False)
+    if surplus.unexpected_keys or any(not name.startswith("encoder.") for name in surplus.missing_keys):
+        raise AtlasError(f"the checkpoint {folder} is of another model than the run's config.yaml describes")
+
+
+# ---- results.json ----------------------------------------------------------------------------------------------------
+
+
+def new_results(config, cache, tasks, parameters, weights):
+    """results.json before the first score. Matrices: row 0 = untrained, then one row a stage learned; columns = tasks."""
+    return {
+        "schema": 1,
+        "complete": False,
+        "method": config.method,
+        "protocol": config.protocol,
+        "seed": config.seed,
+        "config": as_dict(config),
+        **commit(),
+        "environment": environment(config),
+        "weights": weights,
+        "tasks": [
+            {"name": t.name, "classes": list(t.classes), "clips": {s: len(getattr(t, s)) for s in ("train", "val", "test")}} for t in tasks
+        ],
+        "matrix": {name: [] for name in TEST_SCORES},
+        "val_matrix": {"J": []},
+        "metrics": None,
+        "parameters": parameters,
+        "seconds": {"train": [], "consolidate": [], "evaluate": []},
+        "peak_memory_mb": None,
+    }
+
+
+def finish_results(results, joint_run=None):
+    """Fill in what derives from the matrices. `joint_run`: the folder of a joint run over the same tasks, for intransigence."""
+    joint = read_results(joint_run) if joint_run else None
+    if joint and (joint["method"] != "joint" or [set(t["classes"]) for t in joint["tasks"]] != [set(t["classes"]) for t in results["tasks"]]):
+        raise AtlasError(f"joint_run={joint_run} is not a joint run over the same tasks; run method=joint with the same seed, base and step")
+    matrix = results["matrix"]
+    clips = [t["clips"]["test"] for t in results["tasks"]]
+    metrics = {}
+    for name in ("J", "F"):
+        last = matrix[name][-1]
+        metrics[name] = continual_metrics(matrix[name], joint["matrix"][name][-1] if joint else None)
+        known = [(value, n) for value, n in zip(last, clips) if value is not None]
+        metrics[name]["final_clips"] = sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+    metrics["mute_area"] = sum(matrix["mute_area"][-1]) / len(clips)
+    metrics["listening"] = metrics["J"]["final"] - sum(matrix["J_swap"][-1]) / len(clips)
+    results |= {"metrics": metrics, "complete": True}
+
+
+def commit():
+    """{"commit", "dirty"} of the code, both null outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
+        return {"commit": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def environment(config):
+    device = torch.device(pick_device(config))
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "peft": peft.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "amp": pick_amp(config),
+    }
+
+
+def pick_device(config):
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise AtlasError("device=cuda, but torch sees no GPU; use device=cpu or device=auto")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def pick_amp(config):
+    """bf16, fp16 or off; `auto` is off on the CPU, bf16 on a GPU that has it, else fp16."""
+    if config.amp != "auto":
+        return config.amp
+    if pick_device(config) == "cpu":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def row_text(results, k):
+    """Row k of R for J, in words: one number a task, the tasks not learned yet in brackets."""
+    learned = len(results["tasks"]) if results["method"] == "joint" and k else k
+    row = results["matrix"]["J"][k]
+    return " ".join(f"{v:5.3f} " if j < learned else f"({v:5.3f})"[:7] for j, v in enumerate(row))
+
+
+def summary(results):
+    """The matrix R of J and the summary table of one run, as text, from results.json alone."""
+    tasks, matrix = results["tasks"], results["matrix"]["J"]
+    stages = ["untrained"] + (["joint"] if results["method"] == "joint" else [f"task {k + 1}" for k in range(len(tasks))])
+    lines = [f"{results['method']} · {results['protocol'].upper()} · seed {results['seed']}", "", "R, J on test clips: rows after learning, columns tasks"]
+    lines += [" " * 12 + " ".join(f"{f'task {j + 1}':>7}" for j in range(len(tasks)))]
+    lines += [f"{stages[k]:<12}" + " ".join(f"{v:7.3f}" for v in row) for k, row in enumerate(matrix)]
+    if not results["complete"]:
+        return "\n".join(lines + ["", f"not finished: {len(matrix)} of {len(stages)} rows"])
+    show = lambda v: "   –  " if v is None else f"{v:6.3f}"
+    J, F = results["metrics"]["J"], results["metrics"]["F"]
+    names = ("final", "incremental", "learning", "forgetting", "bwt", "fwt", "intransigence")
+    lines += ["", f"{'':<14}{'J':>6}  {'F':>6}"] + [f"{name:<14}{show(J[name])}  {show(F[name])}" for name in names if J[name] is not None]
+    lines += [f"{'listening':<14}{show(results['metrics']['listening'])}   J minus J with another clip's sound"]
+    lines += [f"{'mute area':<14}{show(results['metrics']['mute_area'])}   area masked when it hears nothing"]
+    p, s = results["parameters"], results["seconds"]
+    lines += ["", f"parameters: {p['total']:,} in all, {p['trainable']:,} trainable, {p['lora']:,} of them LoRA"]
+    lines += [f"seconds: {sum(s['train']):.0f} training, {sum(s['consolidate']):.0f} consolidating, {sum(s['evaluate']):.0f} evaluating"]
+    random = [name for name, w in results["weights"].items() if w["source"] == "random"]
+    if random:
+        lines += [f"note: the {' and '.join(random)} encoder has random weights, not pretrained ones"]
+    return "\n".join(lines)

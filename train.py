@@ -1,0 +1,172 @@
+"""Train one continual run and score it after every task.
+
+    python train.py --cfg configs/ss_cil.yaml configs/tiny.yaml                  CIL on the synthetic set, on a CPU, in minutes
+    python train.py --cfg configs/ss_cil.yaml configs/tiny.yaml method=finetune  the same without anchoring
+    python train.py --cfg configs/ss_cil.yaml data_root=/data/AVSBench           paper scale, on a GPU
+
+Config files overlay left to right, then key=value; the command line wins. The run goes to OUT_DIR/NAME: config.yaml,
+log.jsonl (a line an epoch), results.json, task_NN/ (checkpoints). `python eval.py RUN` prints its table again.
+"""
+from atlas.config import parse_arguments
+
+if __name__ == "__main__":
+    config = parse_arguments(__doc__)  # before the heavy imports, so that --help and a mistyped key answer at once
+
+import math
+import resource
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from atlas.data import ClipDataset, loader, swap_partners, to_device
+from atlas.errors import AtlasError, one_line_errors
+from atlas.lra import build_method
+from atlas.metrics import score
+from atlas.model import clip_losses, count_parameters, weighted
+from atlas.protocols import PROTOCOLS, stages
+from atlas.runs import (
+    TEST_SCORES,
+    create_run,
+    finish_results,
+    log,
+    new_results,
+    open_data,
+    open_model,
+    pick_amp,
+    pick_device,
+    row_text,
+    save_checkpoint,
+    summary,
+    write_json,
+)
+
+
+def main(config):
+    """config -> data -> model -> for each task: fit, consolidate, evaluate -> results.json."""
+    device, amp = pick_device(config), pick_amp(config)
+    autocast = lambda: torch.autocast(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "off")
+    cache, audio_sha = open_data(config)
+    tasks = PROTOCOLS[config.protocol](cache.clips, config)
+    model, visual_sha = open_model(config, cache)
+    model.to(device)
+    method = build_method(config, model)
+    source = lambda weights: "random" if weights is False else str(weights)
+    weights = {
+        "visual": {"source": source(config.visual_weights), "sha256": visual_sha},
+        "audio": {"source": "none needed" if config.audio == "logmel" else source(config.audio_weights), "sha256": audio_sha},
+    }
+    results = new_results(config, cache, tasks, count_parameters(model), weights)
+    folder = create_run(config)
+    partners = swap_partners(cache, "test")
+    for name, w in weights.items():
+        if w["source"] == "random":
+            print(f"NOTE: the {name} encoder has RANDOM weights ({name}_weights: false)")
+    print(f"{folder}: {config.method}, {config.protocol}, {len(tasks)} tasks, {device}, {results['parameters']['trainable']:,} trainable parameters")
+
+    evaluate(model, cache, tasks, partners, config, device, autocast, results)
+    print(f"untrained      J: {row_text(results, 0)}")
+    for t, stage in enumerate(stages(tasks, config.method), start=1):
+        start = time.time()
+        fit(model, method, cache, stage, t, config, device, autocast, folder)
+        results["seconds"]["train"].append(time.time() - start)
+
+        start = time.time()
+        report = method.consolidate(single_clip_losses(model, cache, stage, t, config, device))
+        log(folder, task=t, consolidated=report)
+        results["seconds"]["consolidate"].append(time.time() - start)
+
+        save_checkpoint(folder / f"task_{t:02d}", model, method)
+        evaluate(model, cache, tasks, partners, config, device, autocast, results)
+        print(f"after task {t:<3} J: {row_text(results, t)}", flush=True)
+        write_json(folder / "results.json", results)
+    results["peak_memory_mb"] = peak_memory_mb(device)
+    finish_results(results, config.joint_run)
+    write_json(folder / "results.json", results)
+    print(f"\n{summary(results)}\n\n{folder}/results.json")
+
+
+def fit(model, method, cache, stage, t, config, device, autocast, folder):
+    """Learn one stage: a fresh optimiser and schedule; the last epoch is the one that counts."""
+    epochs, peak = (config.epochs_first, config.lr_first) if t == 1 else (config.epochs, config.lr)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
+    steps = epochs * math.ceil(len(stage.train) / config.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, config.warmup))
+    scaler = torch.amp.GradScaler(device, enabled=pick_amp(config) == "fp16" and device == "cuda")
+    bar = tqdm(total=steps, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True)
+    for epoch in range(1, epochs + 1):
+        start, totals = time.time(), {}
+        model.train()
+        order = np.random.default_rng([config.seed, t, epoch]).permutation(len(stage.train)).tolist()
+        dataset = ClipDataset(cache, stage.train, (config.seed, t, epoch) if config.augment else None)
+        for batch in loader(dataset, config.batch_size, order, config.workers, device):
+            batch = to_device(batch, device)
+            with autocast():
+                logits = model(batch)
+            terms = clip_losses(logits.float(), batch)
+            task, penalty = weighted(terms, config).mean(), method.penalty()
+            loss = task + penalty
+            losses = {name: value.mean().item() for name, value in terms.items()} | {"task": task.item(), "penalty": penalty.item()}
+            if not math.isfinite(loss.item()):
+                clips = ", ".join(cache.clips[i]["id"] for i in batch["index"])
+                raise AtlasError(f"the loss is not finite in task {t}, epoch {epoch}: {losses}; clips of the batch: {clips}; lower lr or set amp=off")
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if config.grad_clip:
+                torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            method.observe()
+            bar.update()
+            bar.set_postfix(loss=f"{losses['task']:.3f}", refresh=False)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + value * len(batch["index"]) / len(dataset)
+        raw = {name: totals[name] for name in terms}
+        shares = {"bce": config.w_bce * raw["bce"], "dice": config.w_dice * raw["dice"], "penalty": totals["penalty"]}
+        log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=schedule.get_last_lr()[0], seconds=time.time() - start)
+    bar.close()
+
+
+def rate(step, steps, warmup):
+    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to zero; a factor of the peak rate."""
+    warm = warmup * steps
+    return (step + 1) / (warm + 1) if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def single_clip_losses(model, cache, stage, t, config, device):
+    """The task loss of one train clip at a time (all of the stage's, or lra_clips drawn from it), each with its graph; eval mode, fp32."""
+    model.eval()
+    chosen = list(stage.train)
+    if 0 < config.lra_clips < len(chosen):
+        chosen = np.random.default_rng([config.seed, t]).choice(chosen, config.lra_clips, replace=False).tolist()
+    for batch in tqdm(loader(ClipDataset(cache, chosen), 1), "sensitivity", unit="clip", leave=False):
+        batch = to_device(batch, device)
+        yield weighted(clip_losses(model(batch), batch), config).squeeze(0)
+
+
+def evaluate(model, cache, tasks, partners, config, device, autocast, results):
+    """Append one row to every matrix: all tasks, past, present and future. Validation clips get J only; nothing is decided by either."""
+    start = time.time()
+    options = dict(batch_size=config.batch_size, device=device, workers=config.workers, autocast=autocast)
+    rows = [score(model, cache, task.test, partners, **options) for task in tqdm(tasks, "scoring", unit="task", leave=False)]
+    for name in TEST_SCORES:
+        results["matrix"][name].append([row[name] for row in rows])
+    results["val_matrix"]["J"].append([score(model, cache, task.val, **options)["J"] for task in tasks])
+    results["seconds"]["evaluate"].append(time.time() - start)
+
+
+def peak_memory_mb(device):
+    """Peak memory in MB: allocated on the GPU, or the process's resident set on the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(config)
