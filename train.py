@@ -24,11 +24,11 @@ from tqdm import tqdm
 from atlas.data import ClipDataset, loader, swap_partners, to_device
 from atlas.errors import AtlasError, one_line_errors
 from atlas.lra import build_method
-from atlas.metrics import score
+from atlas.metrics import score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, stages
 from atlas.runs import (
-    TEST_SCORES,
+    autocast_of,
     create_run,
     finish_results,
     log,
@@ -46,8 +46,7 @@ from atlas.runs import (
 
 def main(config):
     """config -> data -> model -> for each task: fit, consolidate, evaluate -> results.json."""
-    device, amp = pick_device(config), pick_amp(config)
-    autocast = lambda: torch.autocast(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "off")
+    device, autocast = pick_device(config), autocast_of(config)
     cache, audio_sha = open_data(config)
     tasks = PROTOCOLS[config.protocol](cache.clips, config)
     model, visual_sha = open_model(config, cache)
@@ -66,7 +65,7 @@ def main(config):
             print(f"NOTE: the {name} encoder has RANDOM weights ({name}_weights: false)")
     print(f"{folder}: {config.method}, {config.protocol}, {len(tasks)} tasks, {device}, {results['parameters']['trainable']:,} trainable parameters")
 
-    evaluate(model, cache, tasks, partners, config, device, autocast, results)
+    evaluate(model, cache, tasks, partners, config, autocast, device, results)
     print(f"untrained      J: {row_text(results, 0)}")
     for t, stage in enumerate(stages(tasks, config.method), start=1):
         start = time.time()
@@ -79,7 +78,7 @@ def main(config):
         results["seconds"]["consolidate"].append(time.time() - start)
 
         save_checkpoint(folder / f"task_{t:02d}", model, method)
-        evaluate(model, cache, tasks, partners, config, device, autocast, results)
+        evaluate(model, cache, tasks, partners, config, autocast, device, results)
         print(f"after task {t:<3} J: {row_text(results, t)}", flush=True)
         write_json(folder / "results.json", results)
     results["peak_memory_mb"] = peak_memory_mb(device)
@@ -92,7 +91,7 @@ def fit(model, method, cache, stage, t, config, device, autocast, folder):
     """Learn one stage: a fresh optimiser and schedule; the last epoch is the one that counts."""
     epochs, peak = (config.epochs_first, config.lr_first) if t == 1 else (config.epochs, config.lr)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay, fused=True)
     steps = epochs * math.ceil(len(stage.train) / config.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, config.warmup))
     scaler = torch.amp.GradScaler(device, enabled=pick_amp(config) == "fp16" and device == "cuda")
@@ -149,14 +148,13 @@ def single_clip_losses(model, cache, stage, t, config, device):
         yield weighted(clip_losses(model(batch), batch), config).squeeze(0)
 
 
-def evaluate(model, cache, tasks, partners, config, device, autocast, results):
-    """Append one row to every matrix: all tasks, past, present and future. Validation clips get J only; nothing is decided by either."""
+def evaluate(model, cache, tasks, partners, config, autocast, device, results):
+    """Append one row to every matrix. Nothing is decided by it."""
     start = time.time()
-    options = dict(batch_size=config.batch_size, device=device, workers=config.workers, autocast=autocast)
-    rows = [score(model, cache, task.test, partners, **options) for task in tqdm(tasks, "scoring", unit="task", leave=False)]
-    for name in TEST_SCORES:
-        results["matrix"][name].append([row[name] for row in rows])
-    results["val_matrix"]["J"].append([score(model, cache, task.val, **options)["J"] for task in tasks])
+    row = score_tasks(model, cache, tasks, partners, config, autocast, device)
+    for matrix, split in (("matrix", "test"), ("val_matrix", "val")):
+        for name in results[matrix]:
+            results[matrix][name].append(row[split][name])
     results["seconds"]["evaluate"].append(time.time() - start)
 
 

@@ -116,6 +116,9 @@ def read_s4(root):
     return [s4_clip(root, row["name"], row["category"], row["split"]) for row in rows]
 
 
+READERS = {"s4": read_s4}
+
+
 def read_frame(path):
     """The picture in `path` as RGB uint8 [H, W, 3]."""
     with _opened(path) as image:
@@ -166,14 +169,14 @@ def _resized(array, size, how):
 # ---- the packed cache ------------------------------------------------------------------------------------------------
 
 
-def pack(clips, root, cache_dir, size, encoder, encoder_name):
+def pack(clips, root, cache_dir, size, encoder, encoder_name, dataset="s4"):
     """Decode `clips` and run the frozen audio encoder over them once; return the folder of the cache.
 
     The folder's name is a hash of every file's path, size and time, the settings and the encoder's weights, so a stale cache
     is never used. It holds frames.npy [n, T, H, W, 3] uint8, masks.npy [n, T, HW/8] bits, annotated.npy [n, T],
     context.npy [n, T, D_a] and tokens.npy [n, T, N, D_u] float16, the same of a zero waveform, and index.json.
     """
-    folder = Path(cache_dir, f"s4-{_cache_key(clips, root, size, encoder, encoder_name)}")
+    folder = Path(cache_dir, f"{dataset}-{_cache_key(clips, root, size, encoder, encoder_name)}")
     if folder.is_dir():
         return folder
     count = len(clips)
@@ -219,7 +222,7 @@ class PackedClips:
     def __init__(self, folder):
         folder = Path(folder)
         index = json.loads((folder / "index.json").read_text())
-        self.size, self.clips = index["size"], index["clips"]  # clips: dicts of id, source, split, category
+        self.folder, self.size, self.clips = folder, index["size"], index["clips"]  # clips: dicts of id, source, split, category
         names = ("frames", "masks", "annotated", "context", "tokens", "mute_context", "mute_tokens")
         self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 

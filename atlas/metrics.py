@@ -2,10 +2,14 @@
 
 Shapes: B clips, T seconds (= frames), H W pixels. A logit is positive on the sounding object; `annotated[b, t]` is True where a mask exists.
 """
+import contextlib
+
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from atlas.data import ClipDataset, T, loader, to_device
+from atlas.model import merged
 
 THRESHOLDS = 255
 BETA2 = 0.3
@@ -80,7 +84,7 @@ def f_curves(scores, masks):
 
 
 @torch.inference_mode()
-def score(model, cache, indices, partners=None, batch_size=8, device="cpu", workers=0, autocast=None):
+def score(model, cache, indices, partners=None, batch_size=8, device="cpu", workers=0, autocast=contextlib.nullcontext):
     """Scores of the clips `indices`: MaskMeter's four, and with `partners` (data.swap_partners) J_swap and mute_area, from one encoder pass.
 
     J_swap: J with the sound of the partner, against the clip's own mask. mute_area: mean predicted area when the encoder hears a zero waveform.
@@ -98,7 +102,7 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
             full[batch["clip"], batch["second"]] = logits
             return full
 
-        with autocast() if autocast else torch.autocast(torch.device(device).type, enabled=False):
+        with autocast():
             features = model.encode(batch["frames"])
             masks, annotated = torch.zeros(B, T, cache.size, cache.size, dtype=torch.bool, device=device), torch.zeros(B, T, dtype=torch.bool, device=device)
             masks[batch["clip"], batch["second"]], annotated[batch["clip"], batch["second"]] = batch["masks"], True
@@ -114,6 +118,18 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
     if partners is not None:
         result |= {"J_swap": swapped.compute()["J"], "mute_area": area / frames if frames else None}
     return result
+
+
+def score_tasks(model, cache, tasks, partners, config, autocast, device):
+    """One row of every matrix, for all tasks, past, present and future: {"test": {score: [one a task]}, "val": {"J": [...]}}.
+
+    Scored clips have T annotated frames, so fewer clips than in training fill a batch.
+    """
+    options = dict(batch_size=max(1, config.batch_size // T), device=device, workers=config.workers, autocast=autocast)
+    with merged(model):
+        rows = [score(model, cache, task.test, partners, **options) for task in tqdm(tasks, "scoring", unit="task", leave=False)]
+        val = [score(model, cache, task.val, **options)["J"] for task in tasks]
+    return {"test": {name: [row[name] for row in rows] for name in rows[0]}, "val": {"J": val}}
 
 
 # ---- continual learning ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Shapes: B clips, T seconds (= frames), M annotated frames of a batch, C channels, H W pixels, L scales, N audio tokens a second, D width.
 A logit is positive on the sounding object.
 """
+import contextlib
 import re
 import warnings
 
@@ -11,6 +12,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from atlas.audio import read_weights
 from atlas.data import T
@@ -92,7 +94,10 @@ class Fusion(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """x + Attention(queries = LN(x), keys and values = the T N audio tokens, each with a learned embedding of its second's distance to the frame's)."""
+    """x + Attention(LN(x)), then x + MLP(LN(x)): a pre-norm transformer block.
+
+    Queries are visual tokens; keys and values the T N audio tokens, each with a learned embedding of its second's distance to the frame's.
+    """
 
     def __init__(self, token_dim, width, heads):
         super().__init__()
@@ -101,6 +106,7 @@ class CrossAttention(nn.Module):
         self.token = nn.Linear(token_dim, width)
         self.distance = nn.Embedding(2 * T - 1, width)  # index 0: the token's second is T - 1 before the frame's
         self.key_value, self.out = nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         nn.init.normal_(self.distance.weight, std=0.02)
 
     def forward(self, x, u, second):
@@ -110,10 +116,13 @@ class CrossAttention(nn.Module):
         distance = seconds[None] - second[:, None] + T - 1  # [M, T]
         u = (self.token(u) + self.distance(distance)[:, :, None]).flatten(1, 2)  # [M, T N, D]
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [M, heads, tokens, D / heads]
-        q = split(self.query(self.norm(x.flatten(2).transpose(1, 2))))
+        x = x.flatten(2).transpose(1, 2)  # [M, h w, D]
+        q = split(self.query(self.norm(x)))
         k, v = map(split, self.key_value(u).chunk(2, -1))
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [M, h w, D]
-        return x + self.out(y).transpose(1, 2).reshape(M, D, h, w)
+        x = x + self.out(y)
+        x = x + self.mlp(x)
+        return x.transpose(1, 2).reshape(M, D, h, w)
 
 
 class Decoder(nn.Module):
@@ -212,6 +221,23 @@ def add_lora(encoder, rank, alpha, dropout=0.0, targets="auto"):
 def base_encoder(encoder):
     """The timm feature pyramid, with or without peft around it."""
     return encoder.get_base_model() if isinstance(encoder, peft.PeftModel) else encoder
+
+
+@contextlib.contextmanager
+def merged(model):
+    """While inside, LoRA is folded into the encoder's weights (a third faster to encode); afterwards they are back, to the bit."""
+    if not isinstance(model.encoder, peft.PeftModel):
+        yield
+        return
+    layers = [m for m in model.encoder.modules() if isinstance(m, BaseTunerLayer)]
+    kept = [layer.get_base_layer().weight.data.clone() for layer in layers]
+    model.encoder.merge_adapter()
+    try:
+        yield
+    finally:
+        model.encoder.unmerge_adapter()
+        for layer, weight in zip(layers, kept):
+            layer.get_base_layer().weight.data.copy_(weight)
 
 
 def count_parameters(model):

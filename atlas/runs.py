@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from atlas.audio import build_audio_encoder, fingerprint
 from atlas.config import as_dict, load_config, run_name
-from atlas.data import PackedClips, pack, read_s4
+from atlas.data import READERS, PackedClips, pack
 from atlas.errors import AtlasError
 from atlas.metrics import continual_metrics
 from atlas.model import base_encoder, build_model
@@ -28,9 +28,10 @@ def open_data(config):
     if config.synth and not Path(config.data_root).exists():
         print(f"making the synthetic set in {config.data_root}")
         synth_s4(config.data_root)
-    clips = read_s4(config.data_root)
+    clips = READERS[config.dataset](config.data_root)
     encoder = build_audio_encoder(config.audio, config.audio_weights)
-    return PackedClips(pack(clips, config.data_root, config.cache_dir, config.image_size, encoder, config.audio)), fingerprint(encoder)
+    folder = pack(clips, config.data_root, config.cache_dir, config.image_size, encoder, config.audio, config.dataset)
+    return PackedClips(folder), fingerprint(encoder)
 
 
 def open_model(config, cache):
@@ -201,6 +202,12 @@ def pick_amp(config):
     if pick_device(config) == "cpu":
         return "off"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def autocast_of(config):
+    """A function that makes the autocast context of a config; one that does nothing where amp is off."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(pick_amp(config))
+    return lambda: torch.autocast(pick_device(config), dtype, enabled=dtype is not None)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class Thing:
 
 def draw_object(name, rng):
     """A thing of class `name`. Area, position and motion follow the same law for every class, heard or not."""
-    area = rng.uniform(0.055, 0.12) * np.exp(np.linspace(-1, 1, T) * rng.uniform(-0.12, 0.12))
+    area = rng.uniform(0.07, 0.15) * np.exp(np.linspace(-1, 1, T) * rng.uniform(-0.12, 0.12))
     margin = 0.75 * np.sqrt(area.max() / 1.5)  # a typical radius; corners of the longest shapes may leave the frame
     start, heading, length = rng.uniform(margin, 1 - margin, 2), rng.uniform(0, 2 * np.pi), rng.uniform(0.08, 0.3)
     end = np.clip(start + length * np.array([np.cos(heading), np.sin(heading)]), margin, 1 - margin)
@@ -301,7 +301,7 @@ def make_clip(name, rng, size=96, classes=CLASSES):
     return frames, masks, wave
 
 
-def synth_s4(root, seed=0, size=96, train=24, val=4, test=8, classes=None, progress=True):
+def synth_s4(root, seed=0, size=96, train=24, val=3, test=6, classes=None, progress=True):
     """Write a synthetic S4 below `root`: `train`, `val` and `test` clips for each of `classes` (default: all 23), the whole tree or nothing."""
     root, counts = Path(root), dict(zip(SPLITS, (train, val, test)))
     unknown = sorted(set(classes or ()) - set(CLASSES))

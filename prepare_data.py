@@ -1,0 +1,89 @@
+"""Everything that turns files into clips.
+
+    python prepare_data.py synth --out data/synthetic                 the synthetic S4 set (23 classes, real PNG and WAV files)
+    python prepare_data.py compose --voc VOC2012 --esc ESC-50 --out data/open --seed 0
+                                                                      an open S4 set: photos or videos with masks x sounds
+    python prepare_data.py check --root data/AVSBench                 missing or unreadable files, masks, sounds, split leaks
+    python prepare_data.py pack --cfg configs/ss_cil.yaml             the packed cache of a config (train.py makes it too)
+
+`python prepare_data.py COMMAND --help` explains each.
+"""
+import argparse
+import sys
+
+from atlas.config import load_config
+from atlas.errors import one_line_errors
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    synth = commands.add_parser("synth", help="make a synthetic S4 tree", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    synth.add_argument("--out", required=True, help="the new folder; holds Single-source/ afterwards")
+    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--size", type=int, default=96, help="height and width in pixels")
+    for split, clips in (("train", 24), ("val", 3), ("test", 6)):
+        synth.add_argument(f"--{split}", type=int, default=clips, help=f"{split} clips a class")
+    synth.add_argument("--classes", help="comma-separated S4 categories (default: all 23)")
+
+    compose = commands.add_parser("compose", help="make an open S4 tree", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    compose.add_argument("--voc", help="VOC folder: JPEGImages/, SegmentationClass/")
+    compose.add_argument("--davis", help="DAVIS folder: JPEGImages/480p/, Annotations/480p/, classes.csv where there is one")
+    compose.add_argument("--esc", required=True, help="ESC-50 folder: audio/, meta/esc50.csv")
+    compose.add_argument("--out", required=True, help="the new folder; holds Single-source/ afterwards")
+    compose.add_argument("--seed", type=int, default=0, help="splits, pairs and crops")
+    compose.add_argument("--clips", type=int, default=24, help="train clips a class; a quarter and a half of it for val and test")
+    compose.add_argument("--size", type=int, default=128, help="height and width in pixels")
+    compose.add_argument("--classes", help="comma-separated classes (default: all that have three sources of pictures and of sounds)")
+    compose.add_argument("--map", help="class map (default: configs/class_map.yaml)")
+
+    check = commands.add_parser("check", help="read a whole tree and report; exit 1 on errors")
+    check.add_argument("--root", required=True, help="the folder that holds Single-source/")
+
+    pack = commands.add_parser("pack", help="build the packed cache of a config")
+    pack.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="YAML files, overlaid left to right")
+    pack.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_args()
+
+
+def main(given):
+    names = lambda text: [name.strip() for name in text.split(",") if name.strip()] if text else None
+    if given.command == "synth":
+        from atlas.synth import synth_s4
+
+        synth_s4(given.out, given.seed, given.size, given.train, given.val, given.test, names(given.classes))
+        print(f"{given.out}: done")
+    elif given.command == "compose":
+        from atlas.compose import compose_s4
+
+        report = compose_s4(
+            given.out, given.voc, given.davis, given.esc, given.seed, given.clips, size=given.size, classes=names(given.classes), class_map=given.map
+        )
+        for name, splits in report["kept"].items():
+            counts = ", ".join(f"{split} {s['clips']} clips of {s['picture_sources']} pictures, {s['recordings']} sounds" for split, s in splits.items())
+            print(f"kept     {name}: {counts}")
+        for name, reason in report["dropped"].items():
+            print(f"dropped  {name}: {reason}")
+        print(f"{given.out}: {len(report['clips'])} clips; what each is made of stands in {given.out}/compose.json")
+    elif given.command == "check":
+        from atlas.check import check_s4
+
+        counts, errors, warnings = check_s4(given.root)
+        print("\n".join([*counts, *(f"warning: {w}" for w in warnings), *(f"error: {e}" for e in errors)]))
+        print(f"{len(errors)} errors, {len(warnings)} warnings")
+        return 1 if errors else 0
+    elif given.command == "pack":
+        from atlas.runs import open_data
+
+        files = [word for word in given.cfg if "=" not in word]
+        config = load_config(files, [word for word in given.cfg if "=" in word] + given.overrides)
+        cache, _ = open_data(config)
+        print(f"{cache.folder}: {len(cache.clips)} clips, {sum(a.nbytes for a in cache.arrays.values()) / 2**20:.0f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    given = parse()
+    with one_line_errors():
+        sys.exit(main(given))

@@ -1,0 +1,187 @@
+"""The scripts as a user runs them, each in its own process."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from atlas.data import read_s4
+from conftest import SHARED, TINY, real, run
+
+FAST = [*TINY, "batch_size=4", "epochs_first=1", "epochs=1", "lr_first=1e-3", "lr=1e-3", "method=lra"]
+
+
+@pytest.fixture(scope="session")
+def place(tree, tmp_path_factory):
+    """key=values that put runs and caches into a folder of their own."""
+    where = tmp_path_factory.mktemp("runs")
+    return where, [f"data_root={tree}", f"out_dir={where}", f"cache_dir={where / 'cache'}"]
+
+
+@pytest.fixture(scope="session")
+def lra(place):
+    """(folder, process) of one run of 3 tasks."""
+    done = run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "name=lra")
+    assert done.returncode == 0, done.stderr
+    return place[0] / "lra", done
+
+
+def test_results_have_the_published_schema(lra):
+    folder, done = lra
+    results = json.loads((folder / "results.json").read_text())
+    assert results["schema"] == 1 and results["complete"] and results["method"] == "lra" and results["protocol"] == "cil"
+    assert [len(t["classes"]) for t in results["tasks"]] == [2, 1, 1] and results["tasks"][0]["clips"] == {"train": 8, "val": 4, "test": 4}
+    for name in ("J", "F", "J_strict", "F_dataset", "J_swap", "mute_area"):
+        matrix = np.array(results["matrix"][name])
+        assert matrix.shape == (4, 3) and ((0 <= matrix) & (matrix <= 1)).all()
+    assert np.array(results["val_matrix"]["J"]).shape == (4, 3)
+    assert set(results["metrics"]["J"]) >= {"final", "incremental", "learning", "forgetting", "bwt", "fwt", "intransigence"}
+    assert results["metrics"]["J"]["final"] == pytest.approx(np.mean(results["matrix"]["J"][3]))
+    swap = np.mean(results["matrix"]["J_swap"][3])
+    assert results["metrics"]["listening"] == pytest.approx(results["metrics"]["J"]["final"] - swap)
+    p = results["parameters"]
+    assert p["total"] > p["trainable"] > p["lora"] > 0 and len(results["seconds"]["train"]) == 3 and results["peak_memory_mb"] > 0
+    assert results["weights"]["visual"]["source"] == "random" and "RANDOM" in done.stdout
+    assert {"commit", "dirty", "environment", "config", "seed"} <= results.keys()
+
+
+def test_the_log_has_raw_and_weighted_losses_and_the_checkpoints_are_there(lra):
+    folder, _ = lra
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if "epoch" in line]
+    assert len(epochs) == 3 and {"bce", "dice"} <= epochs[0]["raw"].keys() and epochs[0]["weighted"]["penalty"] == 0 < epochs[1]["weighted"]["penalty"]
+    assert [line["consolidated"]["clips"] for line in lines if "consolidated" in line] == [8, 4, 4]
+    for k in (1, 2, 3):
+        assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors", "method.safetensors"} <= {p.name for p in (folder / f"task_{k:02d}").iterdir()}
+
+
+def test_eval_prints_the_same_table_and_the_checkpoints_score_the_same(lra):
+    folder, done = lra
+    printed = run("eval.py", folder)
+    assert printed.returncode == 0 and printed.stdout.strip() in done.stdout
+    again = run("eval.py", folder, "--rescore")
+    assert again.returncode == 0 and "agrees with" in again.stdout, again.stdout + again.stderr
+
+    results = json.loads((folder / "results.json").read_text())
+    copy = Path(shutil.copytree(folder, folder.with_name("forged")))
+    results["matrix"]["J"][2][0] += 0.01
+    (copy / "results.json").write_text(json.dumps(results))
+    forged = run("eval.py", copy, "--rescore")
+    assert forged.returncode == 1 and "DIFFERS" in forged.stdout
+
+
+def test_the_same_seed_gives_the_same_matrices(lra, place):
+    done = run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "name=again")
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (lra[0], place[0] / "again"))
+    assert first["matrix"] == second["matrix"] and first["val_matrix"] == second["val_matrix"] and first["metrics"] == second["metrics"]
+
+
+def test_lambda_zero_is_finetune_and_the_anchor_changes_later_tasks_only(lra, place):
+    for name, words in (("finetune", ["method=finetune"]), ("zero", ["lra_lambda=0"])):
+        assert run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, *words, f"name={name}").returncode == 0
+    J = {name: json.loads((place[0] / name / "results.json").read_text())["matrix"]["J"] for name in ("lra", "finetune", "zero")}
+    assert J["zero"] == J["finetune"] and J["lra"][:2] == J["finetune"][:2] and J["lra"][2:] != J["finetune"][2:]
+
+
+def test_joint_has_two_rows_and_serves_as_intransigence(lra, place):
+    assert run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "method=joint", "name=joint").returncode == 0
+    joint = json.loads((place[0] / "joint" / "results.json").read_text())
+    assert np.array(joint["matrix"]["J"]).shape == (2, 3) and joint["metrics"]["J"]["forgetting"] is None
+    done = run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "method=frozen", "name=frozen", f"joint_run={place[0] / 'joint'}")
+    assert done.returncode == 0, done.stderr
+    frozen = json.loads((place[0] / "frozen" / "results.json").read_text())
+    own = [frozen["matrix"]["J"][k + 1][k] for k in range(3)]
+    assert frozen["metrics"]["J"]["intransigence"] == pytest.approx(np.mean(np.array(joint["matrix"]["J"][1]) - own))
+    assert frozen["parameters"]["lora"] == 0
+
+
+def one_line(done, *words):
+    assert done.returncode not in (0, None) and "Traceback" not in done.stderr, done.stderr
+    error = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and all(str(word) in error[0] for word in words), done.stderr
+
+
+def test_a_run_folder_is_never_overwritten(lra, place):
+    before = sorted((p, p.stat().st_mtime_ns) for p in lra[0].rglob("*"))
+    one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "name=lra"), "not empty", "name=")
+    assert sorted((p, p.stat().st_mtime_ns) for p in lra[0].rglob("*")) == before
+
+
+@pytest.mark.parametrize("damage", ["missing frame", "truncated frame", "mask value", "no sound"])
+def test_a_damaged_tree_is_one_line_for_train_and_a_report_for_check(tree, tmp_path, damage):
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    clip = read_s4(root)[0]
+    path = Path({"mask value": clip.masks[0], "no sound": clip.audio}.get(damage, clip.frames[1]))
+    if damage == "truncated frame":
+        path.write_bytes(path.read_bytes()[:300])
+    elif damage == "mask value":
+        Image.fromarray(np.full((32, 32), 130, np.uint8)).save(path)
+    else:
+        path.unlink()
+    words = [f"data_root={root}", f"out_dir={tmp_path / 'r'}", f"cache_dir={tmp_path / 'c'}", *FAST]
+    one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", *words), path.name)
+    assert not (tmp_path / "r").exists()
+    report = run("prepare_data.py", "check", "--root", root)
+    assert report.returncode == 1 and path.name in report.stdout and "1 errors" in report.stdout
+
+
+def test_check_passes_a_good_tree_and_warns_of_what_is_handled(tree, tmp_path):
+    done = run("prepare_data.py", "check", "--root", tree)
+    assert done.returncode == 0 and "0 errors, 0 warnings" in done.stdout
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    clips = read_s4(root)
+    soundfile.write(clips[0].audio, np.random.default_rng(0).uniform(-0.5, 0.5, (44100 * 2, 2)), 44100)
+    soundfile.write(clips[1].audio, np.zeros(5 * 16000), 16000)
+    done = run("prepare_data.py", "check", "--root", root)
+    assert done.returncode == 0 and all(what in done.stdout for what in ("44100 Hz", "2 channels", "2.00 s", "silent throughout"))
+    packed = run("prepare_data.py", "pack", "--cfg", "configs/ss_cil.yaml", f"data_root={root}", f"cache_dir={tmp_path / 'c'}", *TINY)
+    assert packed.returncode == 0, packed.stderr
+
+
+def test_check_finds_a_source_video_in_two_splits(tree, tmp_path):
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    data = root / "Single-source"
+    csv = data / "s4_meta_data.csv"
+    rows = csv.read_text().splitlines()
+    old, other = rows[1].split(",")[0], next(row for row in rows if row.endswith("test")).split(",")[0]
+    for path in sorted(data.rglob(f"{old}*"), reverse=True):
+        path.rename(path.with_name(path.name.replace(old, f"{other:<11}".replace(" ", "_") + "_2")))
+    for path in sorted(data.rglob(f"{other}*"), reverse=True):
+        if "_2" not in path.name[11:]:
+            path.rename(path.with_name(path.name.replace(other, f"{other:<11}".replace(" ", "_") + "_1")))
+    long = f"{other:<11}".replace(" ", "_")
+    csv.write_text("\n".join(r.replace(old, long + "_2").replace(other, long + "_1") if r.split(",")[0] in (old, other) else r for r in rows) + "\n")
+    done = run("prepare_data.py", "check", "--root", root)
+    assert done.returncode == 1 and "a leak" in done.stdout and long in done.stdout
+
+
+def test_the_first_command_makes_the_synthetic_set(tmp_path):
+    """synth=true with nothing there; the set's own size is the default, so only its making is run here, by the command of its own."""
+    done = run("prepare_data.py", "synth", "--out", tmp_path / "s", "--size", 32, "--train", 1, "--val", 1, "--test", 1)
+    assert done.returncode == 0 and len(read_s4(tmp_path / "s")) == 69
+    one_line(run("prepare_data.py", "synth", "--out", tmp_path / "s"), "not empty")
+
+
+def test_no_run_no_config_no_data():
+    one_line(run("eval.py", "nowhere"), "nowhere")
+    one_line(run("train.py", "--cfg", "nowhere.yaml"), "nowhere.yaml")
+    one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", "data_root=nowhere"), "nowhere", "data_root")
+    one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", "device=cuda"), "no GPU") if not __import__("torch").cuda.is_available() else None
+
+
+@real
+def test_real_photos_sounds_and_weights(tmp_path):
+    """compose -> CIL with the pretrained encoders, a step or two of it."""
+    data, weights = SHARED / "openavs", SHARED / "weights"
+    done = run("prepare_data.py", "compose", "--voc", data / "VOC2012", "--davis", data / "DAVIS", "--esc", data / "ESC-50", "--out", tmp_path / "open", "--clips", 4)
+    assert done.returncode == 0 and all(f"kept     {name}" in done.stdout for name in ("person", "car", "dog", "motorbike")), done.stderr
+    words = [f"visual_weights={weights / 'mobilenetv2_100.imagenet.safetensors'}", f"audio_weights={weights / 'mobilenetv1_100.yamnet.safetensors'}"]
+    words += [f"data_root={tmp_path / 'open'}", f"out_dir={tmp_path}", f"cache_dir={tmp_path / 'c'}", "epochs_first=1", "epochs=1", "image_size=64", "width=16"]
+    done = run("train.py", "--cfg", "configs/ss_cil.yaml", "configs/open.yaml", *words, "name=run")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [len(t["classes"]) for t in results["tasks"]] == [2, 1, 1] and "RANDOM" not in done.stdout
