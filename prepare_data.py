@@ -23,7 +23,7 @@ def parse():
     synth.add_argument("--out", required=True, help="the new folder; holds Single-source/ afterwards")
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--size", type=int, default=96, help="height and width in pixels")
-    for split, clips in (("train", 24), ("val", 3), ("test", 6)):
+    for split, clips in (("train", 32), ("val", 3), ("test", 5)):
         synth.add_argument(f"--{split}", type=int, default=clips, help=f"{split} clips a class")
     synth.add_argument("--classes", help="comma-separated S4 categories (default: all 23)")
 

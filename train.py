@@ -66,7 +66,8 @@ def main(config):
     print(f"{folder}: {config.method}, {config.protocol}, {len(tasks)} tasks, {device}, {results['parameters']['trainable']:,} trainable parameters")
 
     evaluate(model, cache, tasks, partners, config, autocast, device, results)
-    print(f"untrained      J: {row_text(results, 0)}")
+    write_json(folder / "results.json", results)
+    print(f"untrained      J: {row_text(results, 0)}", flush=True)
     for t, stage in enumerate(stages(tasks, config.method), start=1):
         start = time.time()
         fit(model, method, cache, stage, t, config, device, autocast, folder)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from atlas.audio import build_audio_encoder, fingerprint
 from atlas.config import as_dict, load_config, run_name
-from atlas.data import READERS, PackedClips, pack
+from atlas.data import READERS, PackedClips, built_beside, pack
 from atlas.errors import AtlasError
 from atlas.metrics import continual_metrics
 from atlas.model import base_encoder, build_model
@@ -97,13 +97,13 @@ def read_run_config(folder):
 
 def save_checkpoint(folder, model, method):
     """`folder` (task_NN/): LoRA in PEFT's own format, fusion and decoder in model.safetensors, the method's state in method.safetensors."""
-    folder.mkdir()
-    if isinstance(model.encoder, peft.PeftModel):
-        model.encoder.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    rest = {name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith("encoder.")}
-    save_file(rest, folder / "model.safetensors")
-    save_file({name: value.contiguous() for name, value in method.state_dict().items()}, folder / "method.safetensors")
+    with built_beside(folder) as build:
+        if isinstance(model.encoder, peft.PeftModel):
+            model.encoder.save_pretrained(build)
+            (build / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        rest = {name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+        save_file(rest, build / "model.safetensors")
+        save_file({name: value.contiguous() for name, value in method.state_dict().items()}, build / "method.safetensors")
 
 
 def load_checkpoint(folder, model):

@@ -301,7 +301,7 @@ def make_clip(name, rng, size=96, classes=CLASSES):
     return frames, masks, wave
 
 
-def synth_s4(root, seed=0, size=96, train=24, val=3, test=6, classes=None, progress=True):
+def synth_s4(root, seed=0, size=96, train=32, val=3, test=5, classes=None, progress=True):
     """Write a synthetic S4 below `root`: `train`, `val` and `test` clips for each of `classes` (default: all 23), the whole tree or nothing."""
     root, counts = Path(root), dict(zip(SPLITS, (train, val, test)))
     unknown = sorted(set(classes or ()) - set(CLASSES))

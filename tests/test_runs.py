@@ -11,7 +11,7 @@ from PIL import Image
 from atlas.data import read_s4
 from conftest import SHARED, TINY, real, run
 
-FAST = [*TINY, "batch_size=4", "epochs_first=1", "epochs=1", "lr_first=1e-3", "lr=1e-3", "method=lra"]
+FAST = [*TINY, "batch_size=2", "epochs_first=1", "epochs=1", "lr_first=1e-3", "lr=1e-3", "method=lra"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,84 @@
+"""Run a grid of settings through train.py and rank it on the validation matrix.
+
+    python sweep.py --cfg configs/ss_cil.yaml configs/tiny.yaml --out runs/power --jobs 2 seed=0,1 lra_power=1,0.5,0 lra_lambda=0.3,1,3
+
+A comma separates the values of a key; every combination is a run in its own folder below OUT. What is finished is skipped, so the same
+command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds. Test scores stand
+beside it and decide nothing.
+"""
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+from atlas.errors import AtlasError, one_line_errors
+
+
+def grid(words):
+    """["a=1,2", "b=3"] -> [{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]"""
+    if any("=" not in word for word in words):
+        raise AtlasError(f"`{next(w for w in words if '=' not in w)}` is not key=value,value")
+    keys = [word.partition("=")[0] for word in words]
+    return [dict(zip(keys, values)) for values in itertools.product(*(word.partition("=")[2].split(",") for word in words))]
+
+
+def launch(point, given):
+    """Train one point unless it is finished; its error line, or None. The folder's name says the settings."""
+    folder = folder_of(point, given)
+    if (folder / "results.json").is_file() and json.loads((folder / "results.json").read_text())["complete"]:
+        return None
+    command = [sys.executable, "train.py", "--cfg", *given.cfg, *(f"{k}={v}" for k, v in point.items()), f"out_dir={given.out}", f"name={folder.name}"]
+    threads = str(max(1, (os.cpu_count() or 1) // given.jobs))
+    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads} | os.environ, cwd=Path(__file__).parent)
+    error = None if done.returncode == 0 else f"{folder.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    print(error or f"done {folder.name}", flush=True)
+    return error
+
+
+def folder_of(point, given):
+    return Path(given.out, " ".join(f"{k}={v}" for k, v in point.items()).replace("/", "_").replace(" ", ","))
+
+
+def table(points, given):
+    """Markdown, a row a setting (seeds averaged), best validation J first."""
+    rows = {}
+    for point in points:
+        path = folder_of(point, given) / "results.json"
+        results = json.loads(path.read_text()) if path.is_file() else {"complete": False}
+        if results["complete"]:
+            setting = " ".join(f"{k}={v}" for k, v in point.items() if k != "seed") or "as configured"
+            rows.setdefault(setting, []).append((mean(results["val_matrix"]["J"][-1]), results["metrics"]["J"]))
+    show = lambda runs, name: "–" if any(m[name] is None for _, m in runs) else f"{mean(m[name] for _, m in runs):.3f}"
+    lines = ["| setting | runs | val J final | J final | forgetting | learning |", "|---|---|---|---|---|---|"]
+    for setting, runs in sorted(rows.items(), key=lambda item: -mean(v for v, _ in item[1])):
+        values = " | ".join(show(runs, name) for name in ("final", "forgetting", "learning"))
+        lines.append(f"| {setting} | {len(runs)} | {mean(v for v, _ in runs):.3f} | {values} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", nargs="+", required=True, metavar="FILE", help="YAML files, overlaid left to right")
+    parser.add_argument("--out", required=True, help="folder of the runs and of sweep.md")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("grid", nargs="*", metavar="key=v1,v2", help="values to combine")
+    given = parser.parse_args()
+    given.grid, given.cfg = given.grid + [w for w in given.cfg if "=" in w], [w for w in given.cfg if "=" not in w]
+    points = grid(given.grid)
+    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
+        errors = [error for error in pool.map(lambda point: launch(point, given), points) if error]
+    text = table(points, given)
+    Path(given.out).mkdir(parents=True, exist_ok=True)
+    Path(given.out, "sweep.md").write_text(f"`{' '.join(map(str, sys.argv))}`\n\n{text}\n")
+    print(text)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.exit(main())
