@@ -3,8 +3,8 @@
     python sweep.py --cfg configs/ss_cil.yaml configs/tiny.yaml --out runs/power --jobs 2 seed=0,1 lra_power=1,0.5,0 lra_lambda=0.3,1,3
 
 A comma separates the values of a key; every combination is a run in its own folder below OUT. What is finished is skipped, so the same
-command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds. Test scores stand
-beside it and decide nothing.
+command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds (and over
+data_root, where several are given). Test scores stand beside it, mean ± standard deviation, and decide nothing.
 """
 import argparse
 import concurrent.futures
@@ -14,9 +14,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from atlas.errors import AtlasError, one_line_errors
+
+
+REPLICATES = ("seed", "data_root")  # what a row of the table is averaged over
 
 
 def grid(words):
@@ -45,20 +48,29 @@ def folder_of(point, given):
 
 
 def table(points, given):
-    """Markdown, a row a setting (seeds averaged), best validation J first."""
+    """Markdown, a row a setting, best validation J first."""
     rows = {}
     for point in points:
         path = folder_of(point, given) / "results.json"
         results = json.loads(path.read_text()) if path.is_file() else {"complete": False}
         if results["complete"]:
-            setting = " ".join(f"{k}={v}" for k, v in point.items() if k != "seed") or "as configured"
-            rows.setdefault(setting, []).append((mean(results["val_matrix"]["J"][-1]), results["metrics"]["J"]))
-    show = lambda runs, name: "–" if any(m[name] is None for _, m in runs) else f"{mean(m[name] for _, m in runs):.3f}"
-    lines = ["| setting | runs | val J final | J final | forgetting | learning |", "|---|---|---|---|---|---|"]
-    for setting, runs in sorted(rows.items(), key=lambda item: -mean(v for v, _ in item[1])):
-        values = " | ".join(show(runs, name) for name in ("final", "forgetting", "learning"))
-        lines.append(f"| {setting} | {len(runs)} | {mean(v for v, _ in runs):.3f} | {values} |")
+            setting = " ".join(f"{k}={v}" for k, v in point.items() if k not in REPLICATES) or "as configured"
+            scores = {"val J final": mean(results["val_matrix"]["J"][-1]), "J swap": mean(results["matrix"]["J_swap"][-1])}
+            scores |= {f"J {name}": results["metrics"]["J"][name] for name in ("final", "forgetting", "learning")}
+            scores |= {"F final": results["metrics"]["F"]["final"], "minutes": sum(sum(s) for s in results["seconds"].values()) / 60}
+            rows.setdefault(setting, []).append(scores)
+    columns = ("val J final", "J final", "J forgetting", "J learning", "J swap", "F final", "minutes")
+    lines = [f"| setting | runs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for setting, runs in sorted(rows.items(), key=lambda item: -mean(s["val J final"] for s in item[1])):
+        lines.append(f"| {setting} | {len(runs)} | {' | '.join(cell([s[name] for s in runs]) for name in columns)} |")
     return "\n".join(lines)
+
+
+def cell(values):
+    """Mean ± standard deviation, without the latter for a single run; a dash where a score is undefined."""
+    if None in values:
+        return "–"
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def main():

@@ -2,6 +2,7 @@
 
 An encoder maps a clip's log-mel patches [T, 1, 96, 64] to, per second, a context a [T, D_a] and tokens U [T, N, D_u].
 """
+import functools
 import hashlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from atlas.errors import AtlasError
 
 RATE, WINDOW, HOP, FFT, BANDS, PATCH = 16000, 400, 160, 512, 64, 96  # Hz, samples, samples, bins, mel bands, frames
+_resampler = functools.lru_cache(torchaudio.transforms.Resample)  # its kernel costs more than its use
 VGGISH_ADDRESS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 
 
@@ -24,11 +26,11 @@ def read_wave(path):
     try:
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
-        raise AtlasError(f"cannot read the sound {path}: {error}; run prepare_data.py check on the tree") from None
+        raise AtlasError(f"cannot read the sound {path}: {error}") from None
     if not len(wave):
-        raise AtlasError(f"the sound {path} is empty; run prepare_data.py check on the tree")
+        raise AtlasError(f"the sound {path} is empty")
     wave = torch.from_numpy(wave.mean(1))
-    return wave if rate == RATE else torchaudio.functional.resample(wave, rate, RATE)
+    return wave if rate == RATE else _resampler(rate, RATE)(wave)
 
 
 def mel_filters():

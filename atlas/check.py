@@ -54,7 +54,7 @@ def _tried(read, path, errors):
     try:
         return read(path)
     except AtlasError as error:
-        errors.append(str(error).split("; run prepare_data.py check")[0])
+        errors.append(str(error))
 
 
 def _check_sound(path, errors, warnings):

@@ -17,7 +17,6 @@ Known weakness: DAVIS labels one object and has no classes. A sequence is taken 
 Shapes: T frames (5), H W pixels of the square frame; each picture fills a half, [T, H, W/2]. Masks are 1 on the sounding object.
 """
 import csv
-import functools
 import json
 import re
 from collections import Counter, defaultdict
@@ -25,14 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import torch
-import torchaudio
 import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from atlas.data import SPLITS, T, built_beside, write_s4_clip, write_s4_csv
+from atlas.audio import RATE, read_wave
+from atlas.data import SPLITS, T, built_beside, read_frame, write_s4_clip, write_s4_csv
 from atlas.errors import AtlasError
 
 CLASS_MAP = Path(__file__).parents[1] / "configs" / "class_map.yaml"
@@ -42,10 +39,8 @@ SHARE = {"train": 0.6, "val": 0.2, "test": 0.2}  # of the sources of a class
 MIDDLE = 0.10  # a picture shows a class that covers this much of its middle half ...
 VISIBLE = 0.02  # ... and in a clip the class covers at least this much of every frame
 DISTRACTORS = 0.2  # silent pictures of classes that are never heard
-RATE, RMS = 16000, 0.05  # of the written sound
+RMS = 0.05  # of the written sound
 RESTARTS = 1000
-
-_resampler = functools.lru_cache(torchaudio.transforms.Resample)  # its kernel costs more than its use
 
 
 @dataclass(frozen=True)
@@ -329,11 +324,7 @@ def view(picture, name, size, rng):
 
 def load_sound(path):
     """A recording as T seconds of mono at RATE in one loudness: [T * RATE] float32. Silence at both ends is cut off, what is short is looped."""
-    try:
-        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:
-        raise AtlasError(f"cannot read the recording {path}: {error}") from error
-    wave = _resampler(rate, RATE)(torch.from_numpy(wave.mean(1))).numpy()
+    wave = read_wave(path).numpy()
     audible = np.flatnonzero(np.abs(wave) > 1e-3 * np.abs(wave).max(initial=0))
     if not len(audible):
         raise AtlasError(f"{path} is silent or empty: remove its row from meta/esc50.csv")
@@ -355,11 +346,7 @@ def read_mask(path):
 
 def read_image(path, size):
     """An RGB picture of (W, H) `size`, its mask's."""
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise AtlasError(f"cannot read the picture {path}: {error}") from error
+    image = Image.fromarray(read_frame(path))
     if image.size != size:
         raise AtlasError(f"{path} is {image.size[0]}x{image.size[1]} and its mask {size[0]}x{size[1]}: they must match")
     return image

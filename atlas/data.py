@@ -131,7 +131,7 @@ def read_mask(path):
         grey = np.asarray(image.convert("L"))
     values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
     if not (set(values) <= {0, 255} or set(values) <= {0, 1}):
-        raise AtlasError(f"the mask {path} holds the values {values[:6].tolist()}; a mask holds 0 and 255 only; write it again without smoothing")
+        raise AtlasError(f"the mask {path} holds the values {values[:6].tolist()}; a mask holds 0 and 255 only, without smoothing")
     return grey > 127 if values[-1] > 1 else grey > 0
 
 
@@ -142,9 +142,9 @@ def _opened(path):
             image.load()
             yield image
     except FileNotFoundError:
-        raise AtlasError(f"the file {path} is missing; run prepare_data.py check on the tree") from None
+        raise AtlasError(f"the file {path} is missing") from None
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a broken file
-        raise AtlasError(f"the picture {path} is not readable ({error}); run prepare_data.py check on the tree") from None
+        raise AtlasError(f"the picture {path} is not readable ({error})") from None
 
 
 def load_clip(clip, size):
@@ -191,9 +191,12 @@ def pack(clips, root, cache_dir, size, encoder, encoder_name, dataset="s4"):
         frames, masks = array("frames", np.uint8, count, T, size, size, 3), array("masks", np.uint8, count, T, -(-size * size // 8))
         context, tokens = array("context", np.float16, count, *mute_context.shape), array("tokens", np.float16, count, *mute_tokens.shape)
         for i, clip in enumerate(tqdm(clips, "packing clips", unit="clip")):
-            frames[i], truth = load_clip(clip, size)
+            try:
+                frames[i], truth = load_clip(clip, size)
+                context[i], tokens[i] = encode_clip(encoder, clip.audio, T)
+            except AtlasError as error:
+                raise AtlasError(f"clip {clip.id}: {error}; `python prepare_data.py check --root {root}` lists every such file") from None
             masks[i] = np.packbits(truth.reshape(T, -1), axis=-1)
-            context[i], tokens[i] = encode_clip(encoder, clip.audio, T)
         np.save(build / "annotated.npy", np.array([[mask is not None for mask in clip.masks] for clip in clips]))
         index = [{"id": c.id, "source": c.source, "split": c.split, "category": c.category} for c in clips]
         (build / "index.json").write_text(json.dumps({"size": size, "clips": index}))
@@ -211,7 +214,7 @@ def _cache_key(clips, root, size, encoder, encoder_name):
                 try:
                     stat = os.stat(path)
                 except FileNotFoundError:
-                    raise AtlasError(f"clip {clip.id}: the file {path} is missing; run prepare_data.py check on the tree") from None
+                    raise AtlasError(f"clip {clip.id}: the file {path} is missing; `python prepare_data.py check --root {root}` lists every such file") from None
                 digest.update(f" {os.path.relpath(path, root)} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
@@ -236,7 +239,8 @@ class PackedClips:
 
     def select(self, split, categories):
         """Indices of the clips of `split` whose category is in `categories`."""
-        return [i for i, clip in enumerate(self.clips) if clip["split"] == split and clip["category"] in set(categories)]
+        categories = set(categories)
+        return [i for i, clip in enumerate(self.clips) if clip["split"] == split and clip["category"] in categories]
 
     def __getitem__(self, i):
         """Clip i: frames [m, 3, H, W] uint8, masks [m, H, W] bool, second [m] of its m annotated frames, and its sound."""

@@ -224,7 +224,7 @@ def test_an_unreadable_picture_is_named_and_nothing_is_left(flat, tmp_path):
     voc = flat_voc(tmp_path / "voc")
     for path in (voc / "JPEGImages").glob("*.jpg"):
         path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(AtlasError, match="cannot read the picture .*jpg"):
+    with pytest.raises(AtlasError, match="the picture .*jpg is not readable"):
         compose_s4(tmp_path / "x", **settings | {"voc": voc, "davis": None})
     (voc / "SegmentationClass" / "10_both.png").write_bytes(b"no image")
     with pytest.raises(AtlasError, match="cannot read the mask .*10_both.png"):
