@@ -35,9 +35,9 @@ def launch(point, given):
     folder = folder_of(point, given)
     if (folder / "results.json").is_file() and json.loads((folder / "results.json").read_text())["complete"]:
         return None
-    command = [sys.executable, "train.py", "--cfg", *given.cfg, *(f"{k}={v}" for k, v in point.items()), f"out_dir={given.out}", f"name={folder.name}"]
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--cfg", *given.cfg, *(f"{k}={v}" for k, v in point.items()), f"out_dir={given.out}", f"name={folder.name}"]
     threads = str(max(1, (os.cpu_count() or 1) // given.jobs))
-    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads} | os.environ, cwd=Path(__file__).parent)
+    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads} | os.environ)
     error = None if done.returncode == 0 else f"{folder.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
     print(error or f"done {folder.name}", flush=True)
     return error
