@@ -6,11 +6,12 @@
 
 Config files overlay left to right, then key=value; the command line wins. The run goes to OUT_DIR/NAME: config.yaml,
 log.jsonl (a line an epoch), results.json, task_NN/ (checkpoints). `python eval.py RUN` prints its table again.
+After a kill, the same command with --resume goes on from the last finished epoch, to the result it would have had.
 """
 from atlas.config import parse_arguments
 
 if __name__ == "__main__":
-    config = parse_arguments(__doc__)  # before the heavy imports, so that --help and a mistyped key answer at once
+    config, resume = parse_arguments(__doc__)  # before the heavy imports, so that --help and a mistyped key answer at once
 
 import math
 import resource
@@ -29,49 +30,62 @@ from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, stages
 from atlas.runs import (
     autocast_of,
-    create_run,
     finish_results,
+    forget_log_after,
+    load_checkpoint,
+    load_progress,
     log,
     new_results,
     open_data,
     open_model,
+    open_run,
     pick_amp,
     pick_device,
+    read_results,
     row_text,
     save_checkpoint,
+    save_progress,
     summary,
     write_json,
 )
 
 
-def main(config):
+def main(config, resume=False):
     """config -> data -> model -> for each task: fit, consolidate, evaluate -> results.json."""
     device, autocast = pick_device(config), autocast_of(config)
     cache, audio_sha = open_data(config)
     tasks = PROTOCOLS[config.protocol](cache.clips, config)
+    partners = swap_partners(cache, "test")
     model, visual_sha = open_model(config, cache)
     model.to(device)
     method = build_method(config, model)
-    source = lambda weights: "random" if weights is False else str(weights)
-    weights = {
-        "visual": {"source": source(config.visual_weights), "sha256": visual_sha},
-        "audio": {"source": "none needed" if config.audio == "logmel" else source(config.audio_weights), "sha256": audio_sha},
-    }
-    results = new_results(config, cache, tasks, count_parameters(model), weights)
-    folder = create_run(config)
-    partners = swap_partners(cache, "test")
-    for name, w in weights.items():
-        if w["source"] == "random":
+
+    folder, _lock = open_run(config, resume)
+    if resume and (folder / "results.json").is_file():
+        results = read_results(folder)
+        if results["complete"]:
+            print(f"{folder} is finished\n\n{summary(results)}")
+            return
+    else:
+        results = new_results(config, tasks, count_parameters(model), {"visual": visual_sha, "audio": audio_sha})
+    learned = max(0, len(results["matrix"]["J"]) - 1)
+    if learned:
+        load_checkpoint(folder / f"task_{learned:02d}", model, method)
+    for name, weights in results["weights"].items():
+        if weights["source"] == "random":
             print(f"NOTE: the {name} encoder has RANDOM weights ({name}_weights: false)")
     print(f"{folder}: {config.method}, {config.protocol}, {len(tasks)} tasks, {device}, {results['parameters']['trainable']:,} trainable parameters")
 
-    evaluate(model, cache, tasks, partners, config, autocast, device, results)
-    write_json(folder / "results.json", results)
+    if not results["matrix"]["J"]:
+        evaluate(model, cache, tasks, partners, config, autocast, device, results)
+        write_json(folder / "results.json", results)
     print(f"untrained      J: {row_text(results, 0)}", flush=True)
     for t, stage in enumerate(stages(tasks, config.method), start=1):
-        start = time.time()
-        fit(model, method, cache, stage, t, config, device, autocast, folder)
-        results["seconds"]["train"].append(time.time() - start)
+        if t <= learned:
+            print(f"after task {t:<3} J: {row_text(results, t)}  (before this resume)")
+            continue
+        seconds = fit(model, method, cache, stage, t, config, device, autocast, folder)
+        results["seconds"]["train"].append(seconds)
 
         start = time.time()
         report = method.consolidate(single_clip_losses(model, cache, stage, t, config, device))
@@ -80,27 +94,40 @@ def main(config):
 
         save_checkpoint(folder / f"task_{t:02d}", model, method)
         evaluate(model, cache, tasks, partners, config, autocast, device, results)
-        print(f"after task {t:<3} J: {row_text(results, t)}", flush=True)
         write_json(folder / "results.json", results)
+        print(f"after task {t:<3} J: {row_text(results, t)}", flush=True)
     results["peak_memory_mb"] = peak_memory_mb(device)
     finish_results(results, config.joint_run)
     write_json(folder / "results.json", results)
+    (folder / "progress.pt").unlink(missing_ok=True)
     print(f"\n{summary(results)}\n\n{folder}/results.json")
 
 
 def fit(model, method, cache, stage, t, config, device, autocast, folder):
-    """Learn one stage: a fresh optimiser and schedule; the last epoch is the one that counts."""
+    """Learn one stage and return its seconds: a fresh optimiser and schedule; the last epoch is the one that counts.
+
+    Everything random in an epoch is drawn from (seed, t, epoch), so a resumed stage needs only weights and optimiser.
+    """
     epochs, peak = (config.epochs_first, config.lr_first) if t == 1 else (config.epochs, config.lr)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay, fused=True)
     steps = epochs * math.ceil(len(stage.train) / config.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, config.warmup))
+    done, spent = 0, 0.0
+    if state := load_progress(folder, t):
+        done, spent = state["epoch"], state["seconds"]
+        model.load_state_dict(state["model"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+    forget_log_after(folder, t, done)
+    before = done * steps // max(1, epochs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, config.warmup), last_epoch=before - 1)
     scaler = torch.amp.GradScaler(device, enabled=pick_amp(config) == "fp16" and device == "cuda")
-    bar = tqdm(total=steps, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True)
-    for epoch in range(1, epochs + 1):
+    bar = tqdm(total=steps, initial=before, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True)
+    for epoch in range(done + 1, epochs + 1):
         start, totals = time.time(), {}
+        rng = np.random.default_rng([config.seed, t, epoch])
+        order = rng.permutation(len(stage.train)).tolist()
+        torch.manual_seed(int(rng.integers(2**63)))  # for LoRA's dropout
         model.train()
-        order = np.random.default_rng([config.seed, t, epoch]).permutation(len(stage.train)).tolist()
         dataset = ClipDataset(cache, stage.train, (config.seed, t, epoch) if config.augment else None)
         for batch in loader(dataset, config.batch_size, order, config.workers, device):
             batch = to_device(batch, device)
@@ -129,7 +156,10 @@ def fit(model, method, cache, stage, t, config, device, autocast, folder):
         raw = {name: totals[name] for name in terms}
         shares = {"bce": config.w_bce * raw["bce"], "dice": config.w_dice * raw["dice"], "penalty": totals["penalty"]}
         log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=schedule.get_last_lr()[0], seconds=time.time() - start)
+        spent += time.time() - start
+        save_progress(folder, model, optimizer, t, epoch, spent)
     bar.close()
+    return spent
 
 
 def rate(step, steps, warmup):
@@ -168,4 +198,4 @@ def peak_memory_mb(device):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(config)
+        main(config, resume)

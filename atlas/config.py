@@ -147,16 +147,17 @@ def run_name(config):
 
 
 def parse_arguments(manual, words=None):
-    """The Config of a command line `--cfg FILE... key=value...`; `manual` is the script's docstring. Exits on --help and on bad input."""
+    """(Config, resume?) of a command line `--cfg FILE... [--resume] key=value...`; `manual` is the script's docstring. Exits on --help and on bad input."""
     parser = argparse.ArgumentParser(
         description=manual, epilog=f"keys, their defaults and meaning:\n{key_help()}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="YAML files, overlaid left to right")
+    parser.add_argument("--resume", action="store_true", help="go on with this run after a kill, to the same result; start it where there is nothing yet")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="single keys; they win over the files")
     given = parser.parse_args(words)
     files = [word for word in given.cfg if "=" not in word]
     with one_line_errors():
-        return load_config(files, [word for word in given.cfg if "=" in word] + given.overrides)
+        return load_config(files, [word for word in given.cfg if "=" in word] + given.overrides), given.resume
 
 
 def key_help():

@@ -1,8 +1,11 @@
 """A run: its data, its folder, its checkpoints and its results file. What train.py writes and eval.py reads."""
 import datetime
+import fcntl
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -53,14 +56,30 @@ def frozen_fingerprint(model):
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
-def create_run(config):
-    """The new, empty folder of a run, with its resolved config.yaml. A folder that holds anything is never touched."""
+def open_run(config, resume):
+    """(folder, lock) of a run; hold on to the lock. New: an empty folder with the resolved config.yaml, and one that holds anything is refused.
+
+    With `resume`, a folder that holds this very run is opened as it is; another config is refused by the keys that differ.
+    """
     folder = Path(config.out_dir, run_name(config))
-    if folder.exists() and any(folder.iterdir()):
-        raise AtlasError(f"the run folder {folder} is not empty and is never overwritten; choose another name=... or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
-    return folder
+    lock = open(folder / ".lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise AtlasError(f"the run folder {folder} is in use by another process; wait for it, or choose another name=...") from None
+    if {p.name for p in folder.iterdir()} - {".lock"}:
+        if not resume:
+            raise AtlasError(f"the run folder {folder} is not empty and is never overwritten; choose another name=..., go on with --resume, or remove it")
+        if not (folder / "config.yaml").is_file():
+            raise AtlasError(f"{folder} is not empty and holds no config.yaml, so it is no run to resume; choose another name=...")
+        old, new = as_dict(read_run_config(folder)), as_dict(config)
+        differing = [f"{key} ({old[key]} there, {new[key]} here)" for key in new if old[key] != new[key]]
+        if differing:
+            raise AtlasError(f"{folder} was made with another config, so it cannot be resumed: {', '.join(differing)}")
+    else:
+        write_text(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
+    return folder, lock
 
 
 def log(folder, **line):
@@ -69,11 +88,24 @@ def log(folder, **line):
         file.write(json.dumps(line) + "\n")
 
 
-def write_json(path, content):
+def forget_log_after(folder, task, epoch):
+    """Drop the lines of log.jsonl that a resumed run writes again: all after this epoch of this task."""
+    path = folder / "log.jsonl"
+    if path.is_file():
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if (line["task"], line.get("epoch", math.inf)) <= (task, epoch)]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def write_text(path, text):
     """Write beside and rename: a reader never sees half a file."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    beside.write_text(text)
     os.replace(beside, path)
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def read_results(folder):
@@ -97,6 +129,7 @@ def read_run_config(folder):
 
 def save_checkpoint(folder, model, method):
     """`folder` (task_NN/): LoRA in PEFT's own format, fusion and decoder in model.safetensors, the method's state in method.safetensors."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed between this and its scores
     with built_beside(folder) as build:
         if isinstance(model.encoder, peft.PeftModel):
             model.encoder.save_pretrained(build)
@@ -106,8 +139,8 @@ def save_checkpoint(folder, model, method):
         save_file({name: value.contiguous() for name, value in method.state_dict().items()}, build / "method.safetensors")
 
 
-def load_checkpoint(folder, model):
-    """Load LoRA, fusion and decoder of a checkpoint into the model that build_model made from the run's config."""
+def load_checkpoint(folder, model, method=None):
+    """Load a checkpoint into the model (and the method) that were built from the run's config."""
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
         raise AtlasError(f"no checkpoint in {folder}; the run stopped before it was written, or the folder was moved")
@@ -117,13 +150,35 @@ def load_checkpoint(folder, model):
     surplus = model.load_state_dict(rest, strict=False)
     if surplus.unexpected_keys or any(not name.startswith("encoder.") for name in surplus.missing_keys):
         raise AtlasError(f"the checkpoint {folder} is of another model than the run's config.yaml describes")
+    if method is not None:
+        method.load_state_dict(load_file(folder / "method.safetensors"))
+
+
+def save_progress(folder, model, optimizer, task, epoch, seconds):
+    """progress.pt: the trainables and the optimiser after `epoch` of `task`; one file, replaced as a whole."""
+    trainables = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    beside = folder / ".progress.tmp"
+    torch.save({"model": trainables, "optimizer": optimizer.state_dict(), "task": task, "epoch": epoch, "seconds": seconds}, beside)
+    os.replace(beside, folder / "progress.pt")
+
+
+def load_progress(folder, task):
+    """What save_progress wrote for this very task, or None."""
+    path = folder / "progress.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    return state if state and state["task"] == task else None
 
 
 # ---- results.json ----------------------------------------------------------------------------------------------------
 
 
-def new_results(config, cache, tasks, parameters, weights):
-    """results.json before the first score. Matrices: row 0 = untrained, then one row a stage learned; columns = tasks."""
+def new_results(config, tasks, parameters, sha256):
+    """results.json before the first score. Matrices: row 0 = untrained, then one row a stage learned; columns = tasks. `sha256`: of the frozen encoders."""
+    source = lambda weights: "random" if weights is False else str(weights)
+    weights = {
+        "visual": {"source": source(config.visual_weights), "sha256": sha256["visual"]},
+        "audio": {"source": "none needed" if config.audio == "logmel" else source(config.audio_weights), "sha256": sha256["audio"]},
+    }
     return {
         "schema": 1,
         "complete": False,
