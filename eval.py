@@ -19,15 +19,36 @@ if __name__ == "__main__":
 import sys
 from pathlib import Path
 
+import torch
+
 from atlas.data import swap_partners
 from atlas.errors import AtlasError, one_line_errors
 from atlas.metrics import score_tasks
 from atlas.protocols import PROTOCOLS
-from atlas.runs import TEST_SCORES, autocast_of, load_checkpoint, open_data, open_model, pick_device, read_results, read_run_config, summary
+from atlas.runs import (
+    TEST_SCORES,
+    autocast_of,
+    derived_metrics,
+    load_checkpoint,
+    open_data,
+    open_model,
+    pick_device,
+    read_joint,
+    read_results,
+    read_run_config,
+    summary,
+)
 
 
 def rescore(run, results):
-    """The largest difference between results.json and the scores of the run's checkpoints, as they are on disk, computed anew."""
+    """The largest difference between results.json and the scores of the run's checkpoints, as they are on disk, computed anew.
+
+    With the run's own number of threads, since another one rounds differently. The derived metrics must follow from the matrices exactly.
+    """
+    joint = read_joint(results["config"]["joint_run"], results["tasks"])
+    if results["complete"] and derived_metrics(results, joint) != results["metrics"]:
+        raise AtlasError(f"the metrics in {run}/results.json do not follow from its matrices")
+    torch.set_num_threads(results["environment"]["threads"])
     config = read_run_config(run)
     device = pick_device(config)
     cache, audio_sha = open_data(config)
@@ -41,12 +62,11 @@ def rescore(run, results):
     for row in range(len(results["matrix"]["J"])):
         if row:
             load_checkpoint(Path(run, f"task_{row:02d}"), model)
-        found = score_tasks(model, cache, tasks, partners, config, autocast_of(config), device)["test"]
-        for name in TEST_SCORES:
-            pairs = zip(results["matrix"][name][row], found[name])
-            differences = [0.0 if a is b else float("inf") if None in (a, b) else abs(a - b) for a, b in pairs]
-            largest = max(largest, *differences)
-        print(f"row {row}  J: " + " ".join(f"{v:5.3f}" for v in found["J"]) + f"   largest difference so far {largest:.1e}", flush=True)
+        found = score_tasks(model, cache, tasks, partners, config, autocast_of(config), device)
+        rows = [(results["matrix"][name][row], found["test"][name]) for name in TEST_SCORES]
+        for old, new in [*rows, (results["val_matrix"]["J"][row], found["val"]["J"])]:
+            largest = max(largest, *(0.0 if a is b else float("inf") if None in (a, b) else abs(a - b) for a, b in zip(old, new)))
+        print(f"row {row}  J: " + " ".join(f"{v:5.3f}" for v in found["test"]["J"]) + f"   largest difference so far {largest:.1e}", flush=True)
     return largest
 
 

@@ -2,8 +2,8 @@
 
     python sweep.py --cfg configs/ss_cil.yaml configs/tiny.yaml --out runs/power --jobs 2 seed=0,1 lra_power=1,0.5,0 lra_lambda=0.3,1,3
 
-A comma separates the values of a key; every combination is a run in its own folder below OUT. What is finished is skipped, so the same
-command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds (and over
+A comma separates the values of a key; every combination is a run in its own folder below OUT. What is finished is skipped, what
+was begun is resumed, so the same command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds (and over
 data_root, where several are given). Test scores stand beside it, mean ± standard deviation, and decide nothing.
 """
 import argparse
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from atlas.config import as_dict, load_config
 from atlas.errors import AtlasError, one_line_errors
 
 
@@ -31,11 +32,16 @@ def grid(words):
 
 
 def launch(point, given):
-    """Train one point unless it is finished; its error line, or None. The folder's name says the settings."""
+    """Train one point, or go on with it, or skip it where it is finished; its error line, or None. The folder's name says the settings."""
     folder = folder_of(point, given)
-    if (folder / "results.json").is_file() and json.loads((folder / "results.json").read_text())["complete"]:
-        return None
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--cfg", *given.cfg, *(f"{k}={v}" for k, v in point.items()), f"out_dir={given.out}", f"name={folder.name}"]
+    words = [*(f"{k}={v}" for k, v in point.items()), f"out_dir={given.out}", f"name={folder.name}"]
+    if finished(folder):
+        if finished(folder)["config"] == as_dict(load_config(given.cfg, words)):
+            return None
+        error = f"{folder} holds a run of other config files; choose another --out"
+        print(error)
+        return error
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--resume", "--cfg", *given.cfg, *words]
     threads = str(max(1, (os.cpu_count() or 1) // given.jobs))
     done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads} | os.environ)
     error = None if done.returncode == 0 else f"{folder.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
@@ -44,16 +50,21 @@ def launch(point, given):
 
 
 def folder_of(point, given):
-    return Path(given.out, " ".join(f"{k}={v}" for k, v in point.items()).replace("/", "_").replace(" ", ","))
+    return Path(given.out, ",".join(f"{k}={v}" for k, v in point.items()).replace("/", "_") or "as_configured")
+
+
+def finished(folder):
+    """The results of a finished run, or None."""
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) if path.is_file() else {"complete": False}
+    return results if results["complete"] else None
 
 
 def table(points, given):
     """Markdown, a row a setting, best validation J first."""
     rows = {}
     for point in points:
-        path = folder_of(point, given) / "results.json"
-        results = json.loads(path.read_text()) if path.is_file() else {"complete": False}
-        if results["complete"]:
+        if results := finished(folder_of(point, given)):
             setting = " ".join(f"{k}={v}" for k, v in point.items() if k not in REPLICATES) or "as configured"
             scores = {"val J final": mean(results["val_matrix"]["J"][-1]), "J swap": mean(results["matrix"]["J_swap"][-1])}
             scores |= {f"J {name}": results["metrics"]["J"][name] for name in ("final", "forgetting", "learning")}

@@ -30,7 +30,7 @@ from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, stages
 from atlas.runs import (
     autocast_of,
-    finish_results,
+    derived_metrics,
     forget_log_after,
     load_checkpoint,
     load_progress,
@@ -41,7 +41,9 @@ from atlas.runs import (
     open_run,
     pick_amp,
     pick_device,
+    read_joint,
     read_results,
+    refuse_used_folder,
     row_text,
     save_checkpoint,
     save_progress,
@@ -52,6 +54,8 @@ from atlas.runs import (
 
 def main(config, resume=False):
     """config -> data -> model -> for each task: fit, consolidate, evaluate -> results.json."""
+    if not resume:
+        refuse_used_folder(config)
     device, autocast = pick_device(config), autocast_of(config)
     cache, audio_sha = open_data(config)
     tasks = PROTOCOLS[config.protocol](cache.clips, config)
@@ -68,6 +72,7 @@ def main(config, resume=False):
             return
     else:
         results = new_results(config, tasks, count_parameters(model), {"visual": visual_sha, "audio": audio_sha})
+    joint = read_joint(config.joint_run, results["tasks"])
     learned = max(0, len(results["matrix"]["J"]) - 1)
     if learned:
         load_checkpoint(folder / f"task_{learned:02d}", model, method)
@@ -96,8 +101,7 @@ def main(config, resume=False):
         evaluate(model, cache, tasks, partners, config, autocast, device, results)
         write_json(folder / "results.json", results)
         print(f"after task {t:<3} J: {row_text(results, t)}", flush=True)
-    results["peak_memory_mb"] = peak_memory_mb(device)
-    finish_results(results, config.joint_run)
+    results |= {"peak_memory_mb": peak_memory_mb(device), "metrics": derived_metrics(results, joint), "complete": True}
     write_json(folder / "results.json", results)
     (folder / "progress.pt").unlink(missing_ok=True)
     print(f"\n{summary(results)}\n\n{folder}/results.json")
@@ -147,15 +151,16 @@ def fit(model, method, cache, stage, t, config, device, autocast, folder):
                 torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
+            lr = schedule.get_last_lr()[0]
             schedule.step()
             method.observe()
             bar.update()
             bar.set_postfix(loss=f"{losses['task']:.3f}", refresh=False)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value * len(batch["index"]) / len(dataset)
-        raw = {name: totals[name] for name in terms}
+        raw = {name: totals[name] for name in terms} | {"penalty": totals["penalty"] / (method.strength or 1.0)}
         shares = {"bce": config.w_bce * raw["bce"], "dice": config.w_dice * raw["dice"], "penalty": totals["penalty"]}
-        log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=schedule.get_last_lr()[0], seconds=time.time() - start)
+        log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=lr, seconds=time.time() - start)
         spent += time.time() - start
         save_progress(folder, model, optimizer, t, epoch, spent)
     bar.close()

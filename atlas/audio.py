@@ -141,8 +141,10 @@ def read_weights(path, key):
     except Exception as error:  # whatever a broken file makes the two readers raise
         raise AtlasError(f"{key}: {path} is not a readable weights file: {error}") from None
     for name in ("state_dict", "model"):
-        if isinstance(state.get(name), dict):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise AtlasError(f"{key}: {path} holds no state dict (names and tensors, by itself or under `state_dict` or `model`)")
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 

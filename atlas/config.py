@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import sys
 from dataclasses import dataclass, field
 
 import yaml
@@ -14,10 +15,10 @@ import yaml
 from atlas.errors import AtlasError, one_line_errors
 
 
-def key(default, help, choices=None, types=None, low=None):
-    """One config key. `types`: what it may be (the default's own type if not given); `low`: the smallest allowed number."""
+def key(default, help, choices=None, types=None, low=None, high=math.inf):
+    """One config key. `types`: what it may be (the default's own type if not given); `low`, `high`: the smallest and largest allowed number."""
     types = types or (type(default),)
-    return field(default=default, metadata={"help": help, "choices": choices, "types": types, "low": low})
+    return field(default=default, metadata={"help": help, "choices": choices, "types": types, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,16 @@ class Config:
     conditioning: str = key("gate", "audio gate on visual features before attention; none: off", choices=("gate", "none"))
     lora_rank: int = key(16, "r; 0: no LoRA", low=0)
     lora_alpha: float = key(16.0, "alpha; the update is (alpha / r) B A", low=0)
-    lora_dropout: float = key(0.0, "dropout on LoRA's input; 0: off", low=0)
+    lora_dropout: float = key(0.0, "dropout on LoRA's input; 0: off", low=0, high=0.99)
     lora_targets: str = key("auto", "auto: linear layers and 1x1 convolutions; else a regular expression over module names")
 
     # -- method
     method: str = key("lra", "lra; finetune: no anchor; frozen: no LoRA; joint: all classes at once", choices=("lra", "finetune", "frozen", "joint"))
     joint_run: str | None = key(None, "folder of a joint run, for intransigence; null: none", types=(str, type(None)))
-    lra_lambda: float = key(1.0, "strength of (lambda / 2) sum Omega (theta - anchor)^2; 0: plain sequential LoRA", low=0)
+    lra_lambda: float = key(0.1, "strength of (lambda / 2) sum Omega (theta - anchor)^2; 0: plain sequential LoRA", low=0)
     lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none", low=0)
     lra_power: float = key(1.0, "exponent on the sensitivity: 1 Fisher, 0.5 its root, 0 uniform (plain L2)", low=0)
-    lra_scope: str = key("lora", "what is anchored: the LoRA factors, or every trainable", choices=("lora", "trainable"))
+    lra_scope: str = key("trainable", "what is anchored: the LoRA factors (as the paper names it), or fusion and decoder too", choices=("lora", "trainable"))
     lra_clips: int = key(0, "clips used for the sensitivity of a task; 0: all", low=0)
 
     # -- optim
@@ -75,7 +76,7 @@ class Config:
     lr_first: float = key(1e-4, "AdamW's peak rate, first task", low=0)
     lr: float = key(1e-4, "AdamW's peak rate, later tasks", low=0)
     weight_decay: float = key(0.01, "AdamW's weight decay; 0: off", low=0)
-    warmup: float = key(0.05, "share of a task's steps spent warming up, cosine decay after it; 0: off", low=0)
+    warmup: float = key(0.05, "share of a task's steps spent warming up, cosine decay after it; 0: off", low=0, high=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: off", low=0)
     w_bce: float = key(1.0, "weight of binary cross-entropy", low=0)
     w_dice: float = key(1.0, "weight of the Dice loss; 0: off", low=0)
@@ -108,8 +109,10 @@ def load_config(files=(), overrides=()):
             raise AtlasError(f"`{text}` on the command line: the value is not readable; quote it") from None
         values[name] = _checked(name, value, "the command line")
     config = Config(**values)
-    if config.width % config.heads:
-        raise AtlasError(f"heads={config.heads} does not divide width={config.width}; change one of them")
+    if config.width % config.heads or config.width % 8:
+        raise AtlasError(f"width={config.width} must be a multiple of heads={config.heads} and of 8 (the decoder's normalisation groups)")
+    if config.method == "lra" and not config.lora_rank and config.lra_scope == "lora":
+        raise AtlasError("method=lra anchors LoRA, but lora_rank=0; give a rank, or lra_scope=trainable, or method=finetune")
     return config
 
 
@@ -119,7 +122,7 @@ def _checked(name, value, where):
         near = difflib.get_close_matches(str(name), FIELDS, n=1, cutoff=0.0)[0]
         raise AtlasError(f"unknown key `{name}` in {where}; the nearest is `{near}`")
     meta = FIELDS[name].metadata
-    types, choices, low = meta["types"], meta["choices"], meta["low"]
+    types, choices, low, high = meta["types"], meta["choices"], meta["low"], meta["high"]
     if float in types and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as a string and 1 as an int
             value = float(value)
@@ -132,8 +135,8 @@ def _checked(name, value, where):
         raise AtlasError(f"key `{name}` in {where} is {value!r}, which is no {names}")
     if choices and value not in choices:
         raise AtlasError(f"key `{name}` in {where} is {value!r}; choose from {', '.join(map(str, choices))}")
-    if isinstance(value, (int, float)) and (not math.isfinite(value) or (low is not None and value < low)):
-        raise AtlasError(f"key `{name}` in {where} is {value}; it must be a number of at least {low}")
+    if low is not None and not low <= value <= min(high, sys.float_info.max):
+        raise AtlasError(f"key `{name}` in {where} is {value}; it must be a number of at least {low}" + (f" and at most {high}" if high < math.inf else ""))
     return value
 
 

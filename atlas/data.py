@@ -310,8 +310,10 @@ def to_device(batch, device):
 
 
 def swap_partners(cache, split, seed=0):
-    """For every clip of `split`, a clip of another category, drawn once: {index: partner}. Partners come from the whole split (DESIGN: J_swap)."""
+    """For every clip of `split`, a clip of another category, drawn once: {index: partner}. Partners come from the whole split."""
     rng = np.random.default_rng(seed)
     indices = [i for i, clip in enumerate(cache.clips) if clip["split"] == split]
     category = {i: cache.clips[i]["category"] for i in indices}
-    return {i: int(rng.choice([j for j in indices if category[j] != category[i]] or [i])) for i in indices}
+    if len(set(category.values())) < 2:
+        raise AtlasError(f"the {split} split holds clips of one category only, so no sounds can be exchanged; add clips of another")
+    return {i: int(rng.choice([j for j in indices if category[j] != category[i]])) for i in indices}

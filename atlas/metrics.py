@@ -26,7 +26,9 @@ class MaskMeter:
     F_dataset the mean curve over all frames with a non-empty G, then its maximum.
     """
 
-    def __init__(self):
+    def __init__(self, with_F=True):
+        """with_F=False leaves F and F_dataset out (None), which is faster."""
+        self.with_F = with_F
         self.J = self.J_strict = self.F = 0.0
         self.frames = self.sounding_clips = self.sounding_frames = 0
         self.curve = torch.zeros(THRESHOLDS, dtype=torch.float64)
@@ -45,6 +47,8 @@ class MaskMeter:
         self.J_strict += torch.where(empty, (~p).all(1).to(J.dtype), J).sum(dtype=torch.float64).item()
         self.frames += len(x)
 
+        if not self.with_F:
+            return
         curves = f_curves(x.sigmoid(), g)[~empty]  # [M', 255]
         clip = clip[~empty]
         count = torch.bincount(clip, minlength=B)
@@ -90,30 +94,30 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
     J_swap: J with the sound of the partner, against the clip's own mask. mute_area: mean predicted area when the encoder hears a zero waveform.
     """
     model.eval()
-    own, swapped, area, frames = MaskMeter(), MaskMeter(), 0.0, 0
+    own, swapped, area, frames = MaskMeter(), MaskMeter(with_F=False), 0.0, 0
     mute = {name: value.to(device) for name, value in cache.sound(None).items()}
     for batch in loader(ClipDataset(cache, indices), batch_size, workers=workers, device=device):
         batch = to_device(batch, device)
         B = len(batch["context"])
 
-        def segment(features, context, tokens):
-            logits = model.segment(features, cache.size, batch["clip"], batch["second"], context, tokens).float()
-            full = torch.zeros(B, T, cache.size, cache.size, device=device)
-            full[batch["clip"], batch["second"]] = logits
-            return full
-
+        masks, annotated = torch.zeros(B, T, cache.size, cache.size, dtype=torch.bool, device=device), torch.zeros(B, T, dtype=torch.bool, device=device)
+        masks[batch["clip"], batch["second"]], annotated[batch["clip"], batch["second"]] = batch["masks"], True
         with autocast():
             features = model.encode(batch["frames"])
-            masks, annotated = torch.zeros(B, T, cache.size, cache.size, dtype=torch.bool, device=device), torch.zeros(B, T, dtype=torch.bool, device=device)
-            masks[batch["clip"], batch["second"]], annotated[batch["clip"], batch["second"]] = batch["masks"], True
-            own.update(segment(features, batch["context"], batch["tokens"]), masks, annotated)
-            if partners is not None:
-                other = [cache.sound(partners[i]) for i in batch["index"]]
-                other = {name: torch.stack([sound[name] for sound in other]).to(device) for name in mute}
-                swapped.update(segment(features, other["context"], other["tokens"]), masks, annotated)
-                silent = segment(features, mute["context"].expand(B, -1, -1), mute["tokens"].expand(B, -1, -1, -1))
-                area += (silent > 0)[annotated].flatten(1).float().mean(1).sum().item()
-                frames += int(annotated.sum())
+
+        def segment(context, tokens):  # -> logits [B, T, H, W]
+            full = torch.zeros(B, T, cache.size, cache.size, device=device)
+            with autocast():
+                full[batch["clip"], batch["second"]] = model.segment(features, cache.size, batch["clip"], batch["second"], context, tokens).float()
+            return full
+
+        own.update(segment(batch["context"], batch["tokens"]), masks, annotated)
+        if partners is not None:
+            other = [cache.sound(partners[i]) for i in batch["index"]]
+            swapped.update(segment(*(torch.stack([sound[name] for sound in other]).to(device) for name in ("context", "tokens"))), masks, annotated)
+            silent = segment(mute["context"].expand(B, -1, -1), mute["tokens"].expand(B, -1, -1, -1))
+            area += (silent > 0)[annotated].flatten(1).float().mean(1).sum().item()
+            frames += int(annotated.sum())
     result = own.compute()
     if partners is not None:
         result |= {"J_swap": swapped.compute()["J"], "mute_area": area / frames if frames else None}

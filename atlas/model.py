@@ -27,9 +27,9 @@ class Atlas(nn.Module):
         self.encoder = encoder
         base = base_encoder(encoder)
         self.scales = [i for i, stride in enumerate(base.feature_info.reduction()) if stride >= 4]
-        channels = [base.feature_info.channels()[i] for i in self.scales]
-        self.fusion = Fusion(channels, context_dim, token_dim, width, heads, conditioning)
-        self.decoder = Decoder(len(channels), width)
+        self.channels = [base.feature_info.channels()[i] for i in self.scales]
+        self.fusion = Fusion(self.channels, context_dim, token_dim, width, heads, conditioning)
+        self.decoder = Decoder(len(self.channels), width)
         mean, std = (base.pretrained_cfg["mean"], base.pretrained_cfg["std"]) if norm == "timm" else ((0.5,) * 3, (0.5,) * 3)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -46,7 +46,8 @@ class Atlas(nn.Module):
     def encode(self, frames):
         """frames [M, 3, H, W] uint8 -> list of L feature maps [M, C_l, H_l, W_l]. They do not depend on the sound."""
         features = self.encoder((frames - self.mean) / self.std)
-        return [features[i] for i in self.scales]
+        features = [features[i] for i in self.scales]
+        return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.channels)]  # Swin's are channels-last
 
     def segment(self, features, size, clip, second, context, tokens):
         """features of encode -> logits [M, size, size]; `clip`, `second` [M]: whose frame, which second; context [B, T, D_a]; tokens [B, T, N, D_u]."""

@@ -1,4 +1,5 @@
 """A run: its data, its folder, its checkpoints and its results file. What train.py writes and eval.py reads."""
+import contextlib
 import datetime
 import fcntl
 import json
@@ -13,6 +14,7 @@ import peft
 import timm
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from atlas.audio import build_audio_encoder, fingerprint
@@ -28,7 +30,8 @@ TEST_SCORES = ("J", "F", "J_strict", "F_dataset", "J_swap", "mute_area")
 
 def open_data(config):
     """(PackedClips, SHA-256 of the audio encoder) of a config; makes the synthetic set and the packed cache where they are missing."""
-    if config.synth and not Path(config.data_root).exists():
+    root = Path(config.data_root)
+    if config.synth and not (root.is_dir() and any(root.iterdir())):
         print(f"making the synthetic set in {config.data_root}")
         synth_s4(config.data_root)
     clips = READERS[config.dataset](config.data_root)
@@ -56,6 +59,13 @@ def frozen_fingerprint(model):
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
+def refuse_used_folder(config):
+    """A cheap look before the heavy work: open_run is what decides."""
+    folder = Path(config.out_dir, run_name(config))
+    if folder.is_dir() and {p.name for p in folder.iterdir()} - {".lock"}:
+        raise AtlasError(f"the run folder {folder} is not empty and is never overwritten; choose another name=..., go on with --resume, or remove it")
+
+
 def open_run(config, resume):
     """(folder, lock) of a run; hold on to the lock. New: an empty folder with the resolved config.yaml, and one that holds anything is refused.
 
@@ -70,7 +80,7 @@ def open_run(config, resume):
         raise AtlasError(f"the run folder {folder} is in use by another process; wait for it, or choose another name=...") from None
     if {p.name for p in folder.iterdir()} - {".lock"}:
         if not resume:
-            raise AtlasError(f"the run folder {folder} is not empty and is never overwritten; choose another name=..., go on with --resume, or remove it")
+            refuse_used_folder(config)
         if not (folder / "config.yaml").is_file():
             raise AtlasError(f"{folder} is not empty and holds no config.yaml, so it is no run to resume; choose another name=...")
         old, new = as_dict(read_run_config(folder)), as_dict(config)
@@ -127,10 +137,19 @@ def read_run_config(folder):
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def writing(folder):
+    """torch and safetensors have errors of their own for a full disk: one line for all of them."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise AtlasError(f"cannot write to {folder}: {error}; make room there and go on with --resume") from None
+
+
 def save_checkpoint(folder, model, method):
     """`folder` (task_NN/): LoRA in PEFT's own format, fusion and decoder in model.safetensors, the method's state in method.safetensors."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed between this and its scores
-    with built_beside(folder) as build:
+    with built_beside(folder) as build, writing(folder):
         if isinstance(model.encoder, peft.PeftModel):
             model.encoder.save_pretrained(build)
             (build / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
@@ -145,11 +164,14 @@ def load_checkpoint(folder, model, method=None):
     if not (folder / "model.safetensors").is_file():
         raise AtlasError(f"no checkpoint in {folder}; the run stopped before it was written, or the folder was moved")
     if isinstance(model.encoder, peft.PeftModel):
-        peft.set_peft_model_state_dict(model.encoder, load_file(folder / "adapter_model.safetensors"))
-    rest = load_file(folder / "model.safetensors")
-    surplus = model.load_state_dict(rest, strict=False)
-    if surplus.unexpected_keys or any(not name.startswith("encoder.") for name in surplus.missing_keys):
-        raise AtlasError(f"the checkpoint {folder} is of another model than the run's config.yaml describes")
+        found = peft.set_peft_model_state_dict(model.encoder, load_file(folder / "adapter_model.safetensors"))
+        wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
+    else:
+        wrong = []
+    found = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    wrong += [*found.unexpected_keys, *(name for name in found.missing_keys if not name.startswith("encoder."))]
+    if wrong:
+        raise AtlasError(f"the checkpoint {folder} is of another model than the run's config.yaml describes (`{wrong[0]}`, for one)")
     if method is not None:
         method.load_state_dict(load_file(folder / "method.safetensors"))
 
@@ -158,7 +180,8 @@ def save_progress(folder, model, optimizer, task, epoch, seconds):
     """progress.pt: the trainables and the optimiser after `epoch` of `task`; one file, replaced as a whole."""
     trainables = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     beside = folder / ".progress.tmp"
-    torch.save({"model": trainables, "optimizer": optimizer.state_dict(), "task": task, "epoch": epoch, "seconds": seconds}, beside)
+    with writing(folder):
+        torch.save({"model": trainables, "optimizer": optimizer.state_dict(), "task": task, "epoch": epoch, "seconds": seconds}, beside)
     os.replace(beside, folder / "progress.pt")
 
 
@@ -201,22 +224,29 @@ def new_results(config, tasks, parameters, sha256):
     }
 
 
-def finish_results(results, joint_run=None):
-    """Fill in what derives from the matrices. `joint_run`: the folder of a joint run over the same tasks, for intransigence."""
-    joint = read_results(joint_run) if joint_run else None
-    if joint and (joint["method"] != "joint" or [set(t["classes"]) for t in joint["tasks"]] != [set(t["classes"]) for t in results["tasks"]]):
-        raise AtlasError(f"joint_run={joint_run} is not a joint run over the same tasks; run method=joint with the same seed, base and step")
+def read_joint(folder, tasks):
+    """The last row of every matrix of a finished joint run over the very same tasks, for intransigence; None without a folder."""
+    if not folder:
+        return None
+    joint = read_results(folder)
+    if joint["method"] != "joint" or not joint["complete"] or joint["tasks"] != tasks:
+        raise AtlasError(f"joint_run={folder} is no finished joint run over the same tasks and clips; run method=joint with the same data, seed, base and step")
+    return {name: rows[-1] for name, rows in joint["matrix"].items()}
+
+
+def derived_metrics(results, joint=None):
+    """results["metrics"]: what derives from the matrices. `joint`: of read_joint."""
     matrix = results["matrix"]
     clips = [t["clips"]["test"] for t in results["tasks"]]
     metrics = {}
     for name in ("J", "F"):
         last = matrix[name][-1]
-        metrics[name] = continual_metrics(matrix[name], joint["matrix"][name][-1] if joint else None)
+        metrics[name] = continual_metrics(matrix[name], joint and joint[name])
         known = [(value, n) for value, n in zip(last, clips) if value is not None]
         metrics[name]["final_clips"] = sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
     metrics["mute_area"] = sum(matrix["mute_area"][-1]) / len(clips)
     metrics["listening"] = metrics["J"]["final"] - sum(matrix["J_swap"][-1]) / len(clips)
-    results |= {"metrics": metrics, "complete": True}
+    return metrics
 
 
 def commit():
@@ -256,7 +286,7 @@ def pick_amp(config):
         return config.amp
     if pick_device(config) == "cpu":
         return "off"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def autocast_of(config):
@@ -272,7 +302,7 @@ def row_text(results, k):
     """Row k of R for J, in words: one number a task, the tasks not learned yet in brackets."""
     learned = len(results["tasks"]) if results["method"] == "joint" and k else k
     row = results["matrix"]["J"][k]
-    return " ".join(f"{v:5.3f} " if j < learned else f"({v:5.3f})"[:7] for j, v in enumerate(row))
+    return " ".join(f" {v:5.3f} " if j < learned else f"({v:5.3f})" for j, v in enumerate(row))
 
 
 def summary(results):
@@ -291,7 +321,7 @@ def summary(results):
     lines += [f"{'listening':<14}{show(results['metrics']['listening'])}   J minus J with another clip's sound"]
     lines += [f"{'mute area':<14}{show(results['metrics']['mute_area'])}   area masked when it hears nothing"]
     p, s = results["parameters"], results["seconds"]
-    lines += ["", f"parameters: {p['total']:,} in all, {p['trainable']:,} trainable, {p['lora']:,} of them LoRA"]
+    lines += ["", f"parameters: {p['total']:,} without the audio encoder, {p['trainable']:,} trainable, {p['lora']:,} of them LoRA"]
     lines += [f"seconds: {sum(s['train']):.0f} training, {sum(s['consolidate']):.0f} consolidating, {sum(s['evaluate']):.0f} evaluating"]
     random = [name for name, w in results["weights"].items() if w["source"] == "random"]
     if random:

@@ -105,7 +105,9 @@ def test_weights_load_strictly(tmp_path):
     torch.save({k: v for k, v in state.items() if k != "conv_stem.weight"}, tmp_path / "missing.pt")
     torch.save(state | {"more.weight": torch.zeros(1)}, tmp_path / "more.pt")
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    for name in ("shape.pt", "missing.pt", "more.pt", "junk.pt", "nowhere.pt"):
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"weights": state, "epoch": 3}, tmp_path / "other.pt")
+    for name in ("list.pt", "other.pt", "shape.pt", "missing.pt", "more.pt", "junk.pt", "nowhere.pt"):
         with pytest.raises(AtlasError, match=name):
             build_audio_encoder("yamnet", str(tmp_path / name))
     with pytest.raises(AtlasError, match="audio_weights"):

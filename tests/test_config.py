@@ -30,13 +30,17 @@ def test_every_shipped_config_loads():
         ("lora_rank=-1", "at least 0"),
         ("lr=.nan", "at least 0"),
         ("audio=beats", "vggish"),
-        ("heads=3", "does not divide"),
+        ("heads=3", "multiple of heads=3"),
+        ("width=20", "multiple"),
+        ("lora_dropout=1.5", "at most"),
+        ("warmup=2", "at most 1"),
+        ("lra_scope=lora lora_rank=0", "lra_scope=trainable"),
         ("justaword", "key=value"),
     ],
 )
 def test_bad_values_name_the_key_and_the_way_out(word, what):
     with pytest.raises(AtlasError, match=what):
-        load_config([], [word])
+        load_config([], word.split())
 
 
 def test_every_key_is_read_somewhere():

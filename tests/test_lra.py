@@ -106,19 +106,33 @@ def test_per_clip_gradients_on_the_model(cache, config):
     torch.manual_seed(0)
     for p in model.groups()["lora"].values():
         p.data += 0.1 * torch.randn_like(p)
-    model.eval()
-    method = build_method(replace(config, method="lra", lra_lambda=1.0), model)
+    model.eval().double()  # so that what is compared is the estimator, not rounding
+    double = lambda batch: batch | {name: batch[name].double() for name in ("context", "tokens")}
+    method = build_method(replace(config, method="lra", lra_lambda=1.0, lra_scope="lora"), model)
     indices = cache.select("train", [c["category"] for c in cache.clips])[:4]
-    method.consolidate(weighted(clip_losses(model(batch), batch), config).squeeze(0) for batch in loader(ClipDataset(cache, indices), 1))
+    single = map(double, loader(ClipDataset(cache, indices), 1))
+    method.consolidate(weighted(clip_losses(model(batch), batch), config).squeeze(0) for batch in single)
 
-    batch = collate([cache[i] for i in indices])
+    batch = double(collate([cache[i] for i in indices]))
     losses = weighted(clip_losses(model(batch), batch), config)  # [4]
     S = 0
     for loss in losses:
         gradients = torch.autograd.grad(loss, method.anchored, retain_graph=True)
         S = S + torch.cat([g.flatten() for g in gradients]) ** 2 / 4
-    torch.testing.assert_close(method.sensitivity, S / S.mean(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(method.sensitivity, (S / S.mean()).float(), rtol=1e-4, atol=1e-6)
     assert method.sensitivity.mean().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_sensitivity_pass_is_in_eval_mode_one_clip_at_a_time_and_lra_clips_draws_from_the_stage(cache, config):
+    from atlas.protocols import class_incremental
+    from train import single_clip_losses
+
+    stage = class_incremental(cache.clips, config)[0]
+    model, _ = open_model(replace(config, lora_dropout=0.5), cache)
+    whole = [loss.item() for loss in single_clip_losses(model.train(), cache, stage, 1, config, "cpu")]
+    assert not model.training and len(whole) == len(stage.train) == 8
+    few = [loss.item() for loss in single_clip_losses(model.train(), cache, stage, 1, replace(config, lra_clips=3), "cpu")]
+    assert len(few) == 3 and all(any(abs(x - y) < 1e-6 for y in whole) for x in few)
 
 
 @pytest.mark.parametrize("scope, groups", [("lora", {"lora"}), ("trainable", {"lora", "fusion", "decoder"})])

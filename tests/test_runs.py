@@ -1,6 +1,7 @@
 """The scripts as a user runs them, each in its own process."""
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +68,13 @@ def test_eval_prints_the_same_table_and_the_checkpoints_score_the_same(lra):
 
     results = json.loads((folder / "results.json").read_text())
     copy = Path(shutil.copytree(folder, folder.with_name("forged")))
-    results["matrix"]["J"][2][0] += 0.01
+    results["val_matrix"]["J"][2][0] += 0.01
     (copy / "results.json").write_text(json.dumps(results))
     forged = run("eval.py", copy, "--rescore")
     assert forged.returncode == 1 and "DIFFERS" in forged.stdout
+    results["metrics"]["J"]["final"] += 0.01
+    (copy / "results.json").write_text(json.dumps(results))
+    one_line(run("eval.py", copy, "--rescore"), "do not follow")
 
 
 def test_the_same_seed_gives_the_same_matrices(lra, place):
@@ -88,6 +92,7 @@ def test_lambda_zero_is_finetune_and_the_anchor_changes_later_tasks_only(lra, pl
 
 
 def test_joint_has_two_rows_and_serves_as_intransigence(lra, place):
+    one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "name=no", f"joint_run={lra[0]}"), "no finished joint run")
     assert run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "method=joint", "name=joint").returncode == 0
     joint = json.loads((place[0] / "joint" / "results.json").read_text())
     assert np.array(joint["matrix"]["J"]).shape == (2, 3) and joint["metrics"]["J"]["forgetting"] is None
@@ -159,8 +164,16 @@ def test_check_finds_a_source_video_in_two_splits(tree, tmp_path):
     assert done.returncode == 1 and "a leak" in done.stdout and long in done.stdout
 
 
-def test_the_first_command_makes_the_synthetic_set(tmp_path):
-    """synth=true with nothing there; the set's own size is the default, so only its making is run here, by the command of its own."""
+def test_synth_true_makes_the_set_on_first_use(tmp_path, config, monkeypatch):
+    from atlas import runs, synth
+
+    small = lambda root: synth.synth_s4(root, size=32, train=1, val=1, test=1, classes=synth.CLASSES[:2], progress=False)
+    monkeypatch.setattr(runs, "synth_s4", small)
+    here = replace(config, synth=True, data_root=str(tmp_path / "new"), cache_dir=str(tmp_path / "c"))
+    assert len(runs.open_data(here)[0].clips) == len(runs.open_data(here)[0].clips) == 6
+
+
+def test_synth_is_a_command(tmp_path):
     done = run("prepare_data.py", "synth", "--out", tmp_path / "s", "--size", 32, "--train", 1, "--val", 1, "--test", 1)
     assert done.returncode == 0 and len(read_s4(tmp_path / "s")) == 69
     one_line(run("prepare_data.py", "synth", "--out", tmp_path / "s"), "not empty")
