@@ -103,8 +103,9 @@ def load_config(files=(), overrides=()):
         name, equals, value = text.partition("=")
         if not equals:
             raise AtlasError(f"`{text}` on the command line is neither a config file after --cfg nor key=value")
-        try:
-            value = yaml.safe_load(value) if value else ""
+        text_only = name in FIELDS and set(FIELDS[name].metadata["types"]) <= {str, type(None)}
+        try:  # a text key is taken as it stands: name=1 and name=no are names
+            value = yaml.safe_load(value) if value == "null" or not text_only else value
         except yaml.YAMLError:
             raise AtlasError(f"`{text}` on the command line: the value is not readable; quote it") from None
         values[name] = _checked(name, value, "the command line")

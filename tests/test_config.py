@@ -14,6 +14,11 @@ def test_files_overlay_left_to_right_and_the_command_line_wins(tmp_path):
     assert (config.lora_rank, config.lr, config.seed, config.epochs) == (2, 1e-3, 8, Config().epochs)
 
 
+def test_text_is_taken_as_it_stands():
+    assert load_config([], ["name=no"]).name == "no" and load_config([], ["name=1"]).name == "1" and load_config([], ["name=null"]).name is None
+    assert load_config([], ["visual_weights=false", "amp=off"]).visual_weights is False
+
+
 def test_every_shipped_config_loads():
     for path in ROOT.glob("configs/*.yaml"):
         if path.name != "class_map.yaml":
