@@ -50,7 +50,7 @@ def launch(point, given):
 
 
 def folder_of(point, given):
-    return Path(given.out, ",".join(f"{k}={v}" for k, v in point.items()).replace("/", "_") or "as_configured")
+    return Path(given.out, ",".join(f"{k}={v.rstrip('/').rpartition('/')[2]}" for k, v in point.items()) or "as_configured")
 
 
 def finished(folder):
@@ -62,10 +62,10 @@ def finished(folder):
 
 def table(points, given):
     """Markdown, a row a setting, best validation J first."""
-    rows = {}
+    rows, varied = {}, [k for k in points[0] if len({point[k] for point in points}) > 1 and k not in REPLICATES]
     for point in points:
         if results := finished(folder_of(point, given)):
-            setting = " ".join(f"{k}={v}" for k, v in point.items() if k not in REPLICATES) or "as configured"
+            setting = " ".join(f"{k}={point[k]}" for k in varied) or "as configured"
             scores = {"val J final": mean(results["val_matrix"]["J"][-1]), "J swap": mean(results["matrix"]["J_swap"][-1])}
             scores |= {f"J {name}": results["metrics"]["J"][name] for name in ("final", "forgetting", "learning")}
             scores |= {"F final": results["metrics"]["F"]["final"], "minutes": sum(sum(s) for s in results["seconds"].values()) / 60}

@@ -89,6 +89,9 @@ def main(config, resume=False):
         if t <= learned:
             print(f"after task {t:<3} J: {row_text(results, t)}  (before this resume)")
             continue
+        if config.protocol == "til" and t > 1:
+            model.decoder.add_head()
+        model.decoder.use_head(t - 1)
         seconds = fit(model, method, cache, stage, t, config, device, autocast, folder)
         results["seconds"]["train"].append(seconds)
 

@@ -40,10 +40,12 @@ class Config:
     cache_dir: str = key("cache", "where packed caches go")
 
     # -- protocol
-    protocol: str = key("cil", "class-incremental", choices=("cil",))
-    base: int = key(11, "classes of the first task", low=1)
-    step: int = key(2, "classes of each later task", low=1)
-    class_order: list | None = key(None, "category names in learning order; null: drawn from seed", types=(list, type(None)))
+    protocol: str = key("cil", "task-, class- or domain-incremental", choices=("til", "cil", "dil"))
+    base: int = key(11, "TIL, CIL: classes of the first task", low=1)
+    step: int = key(2, "TIL, CIL: classes of each later task", low=1)
+    class_order: list | None = key(None, "TIL, CIL: category names in learning order; null: drawn from seed", types=(list, type(None)))
+
+    domains: dict | list | None = key(None, "DIL: null: human, animal, instrument, vehicle, tool; a list: their order; or a mapping", types=(dict, list, type(None)))
 
     # -- model
     visual: str = key("pvt_v2_b5", "timm model with features_only, frozen")

@@ -80,6 +80,8 @@ class LowRankAnchor(nn.Module):
 def build_method(config, model):
     """The continual-learning method of a config: the anchor, or one of strength 0 for what needs none (finetune, frozen, joint)."""
     groups = model.groups()
+    if config.protocol == "til":  # a task's head is its own and is frozen after it
+        groups["decoder"] = {name: p for name, p in groups["decoder"].items() if not name.startswith("decoder.heads.")}
     chosen = groups if config.lra_scope == "trainable" else {"lora": groups["lora"]}
     strength = config.lra_lambda if config.method == "lra" else 0.0
     return LowRankAnchor(chosen, strength, config.lra_gamma, config.lra_power)

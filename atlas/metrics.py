@@ -127,12 +127,15 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
 def score_tasks(model, cache, tasks, partners, config, autocast, device):
     """One row of every matrix, for all tasks, past, present and future: {"test": {score: [one a task]}, "val": {"J": [...]}}.
 
-    Scored clips have T annotated frames, so fewer clips than in training fill a batch.
+    With heads of their own (TIL) the tasks are told apart; a task not learned yet is scored with the latest head. Scored clips have T annotated frames, so fewer clips than in training fill a batch.
     """
     options = dict(batch_size=max(1, config.batch_size // T), device=device, workers=config.workers, autocast=autocast)
     with merged(model):
-        rows = [score(model, cache, task.test, partners, **options) for task in tqdm(tasks, "scoring", unit="task", leave=False)]
-        val = [score(model, cache, task.val, **options)["J"] for task in tasks]
+        rows, val = [], []
+        for j, task in enumerate(tqdm(tasks, "scoring", unit="task", leave=False)):
+            model.decoder.use_head(j)
+            rows.append(score(model, cache, task.test, partners, **options))
+            val.append(score(model, cache, task.val, **options)["J"])
     return {"test": {name: [row[name] for row in rows] for name in rows[0]}, "val": {"J": val}}
 
 

@@ -4,6 +4,7 @@ Shapes: B clips, T seconds (= frames), M annotated frames of a batch, C channels
 A logit is positive on the sounding object.
 """
 import contextlib
+import copy
 import re
 import warnings
 
@@ -127,14 +128,27 @@ class CrossAttention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A top-down feature pyramid on the fused scales and a 1x1 head: list of [M, D, H_l, W_l] -> logits [M, 1, H_1, W_1]."""
+    """A top-down feature pyramid on the fused scales and a 1x1 head: list of [M, D, H_l, W_l] -> logits [M, 1, H_1, W_1].
+
+    TIL: each task owns a head; `active` is the one in use. CIL and DIL have one.
+    """
 
     def __init__(self, levels, width):
         super().__init__()
         self.smooth = nn.ModuleList(
             [nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()) for _ in range(levels)]
         )
-        self.head = nn.Conv2d(width, 1, 1)
+        self.heads, self.active = nn.ModuleList([nn.Conv2d(width, 1, 1)]), 0
+
+    def add_head(self):
+        """A copy of the latest head, for a new task; the past ones no longer learn."""
+        new = copy.deepcopy(self.heads[-1])
+        self.heads.requires_grad_(False)
+        self.heads.append(new)
+
+    def use_head(self, task):
+        """Switch to the head of `task` (from 0); a task not learned yet gets the latest head."""
+        self.active = min(task, len(self.heads) - 1)
 
     def forward(self, fused):
         x = 0
@@ -142,7 +156,7 @@ class Decoder(nn.Module):
             if torch.is_tensor(x):
                 y = y + F.interpolate(x, size=y.shape[-2:], mode="bilinear", align_corners=False)
             x = smooth(y)
-        return self.head(x)
+        return self.heads[self.active](x)
 
 
 # ---- building --------------------------------------------------------------------------------------------------------

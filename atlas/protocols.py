@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from atlas.data import DOMAINS
 from atlas.errors import AtlasError
 
 
@@ -19,12 +20,29 @@ class Task:
 
 
 def class_incremental(clips, config):
-    """CIL: `base` classes, then `step` at a time. No task id at test time. clips: dicts of category and split, in cache order."""
+    """CIL and TIL: `base` classes, then `step` at a time. TIL is told the task at test time, CIL is not. clips: dicts of category and split, in cache order."""
     order = class_order(sorted({clip["category"] for clip in clips}), config)
     if config.base > len(order):
         raise AtlasError(f"base={config.base}, but the data has {len(order)} classes; lower base")
     cuts = [0, *range(config.base, len(order), config.step), len(order)]
     return _checked([_task(clips, tuple(order[a:b])) for a, b in zip(cuts, cuts[1:])], clips)
+
+
+def domain_incremental(clips, config):
+    """DIL: one domain of classes after the other, no task id at test time. `domains`: null = the five of data.DOMAINS, a list = their order, or a mapping."""
+    domains = config.domains
+    if not isinstance(domains, dict):
+        unknown = sorted(set(domains or ()) - set(DOMAINS))
+        if unknown:
+            raise AtlasError(f"domains names `{unknown[0]}`; choose from {', '.join(DOMAINS)}, or give a mapping of domain: [classes]")
+        domains = {name: DOMAINS[name] for name in domains or DOMAINS}
+    categories = {clip["category"] for clip in clips}
+    named = [str(name) for classes in domains.values() for name in classes]
+    homeless, twice = sorted(categories - set(named)), sorted({name for name in named if named.count(name) > 1})
+    if homeless or twice:
+        raise AtlasError(f"domains must hold each class of the data once; in none: {', '.join(homeless) or 'none'}; in two: {', '.join(twice) or 'none'}")
+    tasks = [_task(clips, tuple(str(c) for c in classes if str(c) in categories), name) for name, classes in domains.items()]
+    return _checked([task for task in tasks if task.classes], clips)
 
 
 def class_order(categories, config):
@@ -42,9 +60,10 @@ def class_order(categories, config):
     return order
 
 
-def _task(clips, classes):
+def _task(clips, classes, name=None):
     split = lambda name: tuple(i for i, clip in enumerate(clips) if clip["split"] == name and clip["category"] in classes)
-    return Task(classes[0] if len(classes) == 1 else f"{classes[0]}+{len(classes) - 1}", classes, split("train"), split("val"), split("test"))
+    name = name or (classes[0] if len(classes) == 1 else f"{classes[0]}+{len(classes) - 1}")
+    return Task(name, classes, split("train"), split("val"), split("test"))
 
 
 def _checked(tasks, clips):
@@ -60,7 +79,7 @@ def _checked(tasks, clips):
     return tasks
 
 
-PROTOCOLS = {"cil": class_incremental}
+PROTOCOLS = {"til": class_incremental, "cil": class_incremental, "dil": domain_incremental}  # TIL: the same tasks, a head each
 
 
 def stages(tasks, method):

@@ -168,7 +168,10 @@ def load_checkpoint(folder, model, method=None):
         wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
     else:
         wrong = []
-    found = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    rest = load_file(folder / "model.safetensors")
+    while f"decoder.heads.{len(model.decoder.heads)}.weight" in rest:
+        model.decoder.add_head()
+    found = model.load_state_dict(rest, strict=False)
     wrong += [*found.unexpected_keys, *(name for name in found.missing_keys if not name.startswith("encoder."))]
     if wrong:
         raise AtlasError(f"the checkpoint {folder} is of another model than the run's config.yaml describes (`{wrong[0]}`, for one)")

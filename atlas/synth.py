@@ -17,17 +17,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from atlas.data import SPLITS, T, built_beside, write_s4_clip, write_s4_csv
+from atlas.data import DOMAINS, SPLITS, T, built_beside, write_s4_clip, write_s4_csv
 from atlas.errors import AtlasError
 
 RATE = 16000
-DOMAINS = {  # the line breaks of AVSBench's own class list; the names of the groups are ours
-    "human": ("baby_laughter", "female_singing", "male_speech"),
-    "animal": ("dog_barking", "cat_meowing", "lions_roaring", "horse_clip-clop", "coyote_howling", "mynah_bird_singing"),
-    "instrument": ("playing_acoustic_guitar", "playing_tabla", "playing_violin", "playing_piano", "playing_ukulele", "playing_glockenspiel"),
-    "vehicle": ("helicopter", "race_car", "driving_buses", "ambulance_siren"),
-    "tool": ("typing_on_computer_keyboard", "chainsawing_trees", "cap_gun_shooting", "lawn_mowing"),
-}  # fmt: skip
 CLASSES = tuple(name for names in DOMAINS.values() for name in names)
 
 # ---------------------------------------------------------------- what a class looks like

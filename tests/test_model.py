@@ -200,3 +200,22 @@ def test_merging_changes_no_mask_and_is_undone_to_the_bit(model, batch):
         torch.testing.assert_close(model(batch), logits, rtol=1e-3, atol=1e-3)
         assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(model(batch), logits)
+
+
+def test_heads_of_tasks(config, cache, batch):
+    """A new head starts as a copy of the latest, past heads leave the trainables, a task not learned yet gets the latest, and LRA anchors none."""
+    model = open_model(config, cache)[0].eval()
+    assert model.decoder.heads[0].weight.requires_grad
+    before = model(batch)
+    model.decoder.add_head()
+    model.decoder.use_head(1)
+    assert torch.equal(model(batch), before)
+    model.decoder.heads[1].bias.data += 1
+    torch.testing.assert_close(model(batch), before + 1)
+    model.decoder.use_head(0)
+    assert torch.equal(model(batch), before)
+    model.decoder.use_head(7)
+    torch.testing.assert_close(model(batch), before + 1)
+    assert [name for name in model.groups()["decoder"] if "heads" in name] == ["decoder.heads.1.weight", "decoder.heads.1.bias"]
+    anchored = lambda protocol: sum(p.numel() for p in build_method(replace(config, protocol=protocol, lra_scope="trainable"), model).members["decoder"])
+    assert anchored("cil") - anchored("til") == sum(p.numel() for p in model.decoder.heads[1].parameters())

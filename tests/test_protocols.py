@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 
 from atlas.config import Config
+from atlas.data import DOMAINS
 from atlas.errors import AtlasError
-from atlas.protocols import class_incremental, stages
+from atlas.protocols import class_incremental, domain_incremental, stages
 
 NAMES = [f"class{k:02d}" for k in range(23)]
 CLIPS = [{"category": name, "split": split} for split in ("train", "train", "val", "test") for name in NAMES]
@@ -55,3 +56,28 @@ def test_joint_trains_once_on_everything():
     tasks = class_incremental(CLIPS, Config())
     (stage,) = stages(tasks, "joint")
     assert sorted(stage.train) == sorted(i for t in tasks for i in t.train) and stages(tasks, "lra") == tasks
+
+
+DOMAIN_CLIPS = [{"category": name, "split": split} for split in ("train", "val", "test") for names in DOMAINS.values() for name in names]
+
+
+def test_dil_is_five_domains_in_the_order_of_the_config():
+    assert [t.name for t in domain_incremental(DOMAIN_CLIPS, Config())] == list(DOMAINS)
+    order = ["tool", "human", "vehicle", "animal", "instrument"]
+    tasks = domain_incremental(DOMAIN_CLIPS, Config(domains=order))
+    assert [t.name for t in tasks] == order and [t.classes for t in tasks] == [DOMAINS[name] for name in order]
+    own = {"loud": [n for names in list(DOMAINS.values())[:3] for n in names], "rest": [n for names in list(DOMAINS.values())[3:] for n in names]}
+    assert [t.name for t in domain_incremental(DOMAIN_CLIPS, Config(domains=own))] == ["loud", "rest"]
+
+
+@pytest.mark.parametrize(
+    "domains, what",
+    [
+        (["human"], "in none: ambulance_siren"),
+        (["humans"], "`humans`; choose from human"),
+        ({"a": [n for names in DOMAINS.values() for n in names], "b": ["helicopter"]}, "in two: helicopter"),
+    ],
+)
+def test_a_class_in_no_domain_or_in_two_is_refused(domains, what):
+    with pytest.raises(AtlasError, match=what):
+        domain_incremental(DOMAIN_CLIPS, Config(domains=domains))

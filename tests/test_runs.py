@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from atlas.data import read_s4
 from conftest import SHARED, TINY, real, run
 
 FAST = [*TINY, "batch_size=2", "epochs_first=1", "epochs=1", "lr_first=1e-3", "lr=1e-3", "method=lra"]
+
 
 
 @pytest.fixture(scope="session")
@@ -198,3 +201,23 @@ def test_real_photos_sounds_and_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [len(t["classes"]) for t in results["tasks"]] == [2, 1, 1] and "RANDOM" not in done.stdout
+
+
+def test_til_learns_a_head_a_task_and_leaves_the_past_ones_alone(place):
+    done = run("train.py", "--cfg", "configs/ss_til.yaml", *place[1], *FAST, "name=til")
+    assert done.returncode == 0, done.stderr
+    states = [load_file(place[0] / "til" / f"task_{k:02d}" / "model.safetensors") for k in (1, 2, 3)]
+    assert [sum("heads" in name and "weight" in name for name in state) for state in states] == [1, 2, 3]
+    for k in (1, 2):
+        name = f"decoder.heads.{k - 1}.weight"
+        assert all(torch.equal(states[k - 1][name], later[name]) for later in states[k:])
+        assert not torch.equal(states[k][f"decoder.heads.{k}.weight"], states[k][name])
+    again = run("eval.py", place[0] / "til", "--rescore")
+    assert again.returncode == 0 and "agrees with" in again.stdout, again.stdout + again.stderr
+
+
+def test_dil_runs_over_domains(place):
+    words = ["configs/ss_dil.yaml", *place[1], *FAST, "domains={speech: [male_speech], rest: [baby_laughter, female_singing, dog_barking]}", "name=dil"]
+    done = run("train.py", "--cfg", *words)
+    assert done.returncode == 0, done.stderr
+    assert [t["name"] for t in json.loads((place[0] / "dil" / "results.json").read_text())["tasks"]] == ["speech", "rest"]

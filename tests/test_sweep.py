@@ -31,7 +31,7 @@ def test_a_sweep_runs_skips_and_names_what_failed(tree, tmp_path):
     (tmp_path / "c.yaml").write_text("\n".join(word.replace("=", ": ") for word in TINY) + f"\nepochs_first: 0\nepochs: 0\ndata_root: {tree}\ncache_dir: {tmp_path / 'cache'}\n")
     words = ["sweep.py", "--cfg", tmp_path / "c.yaml", "--out", tmp_path / "s", "method=finetune,frozen", "base=4"]
     first = run(*words)
-    assert first.returncode == 0 and first.stdout.count("done ") == 2 and "| method=frozen base=4 | 1 |" in (tmp_path / "s" / "sweep.md").read_text(), first.stderr
+    assert first.returncode == 0 and first.stdout.count("done ") == 2 and "| method=frozen | 1 |" in (tmp_path / "s" / "sweep.md").read_text(), first.stderr
     assert run(*words).stdout.count("done ") == 0
     failed = run(*words[:-1], "base=9")
     assert failed.returncode == 1 and "base=9, but the data has 4 classes" in failed.stdout

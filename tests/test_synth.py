@@ -8,6 +8,7 @@ import soundfile
 from PIL import Image
 
 from atlas import synth
+from atlas.data import DOMAINS
 from atlas.errors import AtlasError
 
 SMALL = dict(size=48, train=2, val=1, test=1, classes=("helicopter", "dog_barking", "playing_piano"), progress=False)
@@ -65,7 +66,7 @@ def test_files_are_what_avsbench_holds(small):
 
 
 def test_the_classes_are_avsbenchs_and_differ():
-    assert len(set(synth.CLASSES)) == 23 and [len(names) for names in synth.DOMAINS.values()] == [3, 6, 6, 4, 4]
+    assert len(set(synth.CLASSES)) == 23 and [len(names) for names in DOMAINS.values()] == [3, 6, 6, 4, 4]
     assert set(synth.CLASSES) == set(synth.LOOKS) == set(synth.TIMBRES)
     assert len({look[:2] for look in synth.LOOKS.values()}) == 23  # shape with texture is enough; no single cue is
     assert all(len({look[cue] for look in synth.LOOKS.values()}) < 23 for cue in range(4))
