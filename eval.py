@@ -25,19 +25,8 @@ from atlas.data import swap_partners
 from atlas.errors import AtlasError, one_line_errors
 from atlas.metrics import score_tasks
 from atlas.protocols import PROTOCOLS
-from atlas.runs import (
-    TEST_SCORES,
-    autocast_of,
-    derived_metrics,
-    load_checkpoint,
-    open_data,
-    open_model,
-    pick_device,
-    read_joint,
-    read_results,
-    read_run_config,
-    summary,
-)
+from atlas.results import TEST_SCORES, derived_metrics, read_joint, read_results, summary
+from atlas.runs import autocast_of, load_checkpoint, open_data, open_model, pick_device, read_run_config
 
 
 def rescore(run, results):

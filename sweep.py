@@ -19,7 +19,6 @@ from statistics import mean, stdev
 from atlas.config import as_dict, load_config
 from atlas.errors import AtlasError, one_line_errors
 
-
 REPLICATES = ("seed", "data_root")  # what a row of the table is averaged over
 
 

@@ -22,60 +22,40 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from atlas import runs
 from atlas.data import ClipDataset, loader, swap_partners, to_device
 from atlas.errors import AtlasError, one_line_errors
 from atlas.lra import build_method
 from atlas.metrics import score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, stages
-from atlas.runs import (
-    autocast_of,
-    derived_metrics,
-    forget_log_after,
-    load_checkpoint,
-    load_progress,
-    log,
-    new_results,
-    open_data,
-    open_model,
-    open_run,
-    pick_amp,
-    pick_device,
-    read_joint,
-    read_results,
-    refuse_used_folder,
-    row_text,
-    save_checkpoint,
-    save_progress,
-    summary,
-    write_json,
-)
+from atlas.results import derived_metrics, new_results, read_joint, read_results, row_text, summary
 
 
 def main(config, resume=False):
     """config -> data -> model -> for each task: fit, consolidate, evaluate -> results.json."""
     if not resume:
-        refuse_used_folder(config)
-    device, autocast = pick_device(config), autocast_of(config)
-    cache, audio_sha = open_data(config)
+        runs.refuse_used_folder(config)
+    device, autocast = runs.pick_device(config), runs.autocast_of(config)
+    cache, audio_sha = runs.open_data(config)
     tasks = PROTOCOLS[config.protocol](cache.clips, config)
     partners = swap_partners(cache, "test")
-    model, visual_sha = open_model(config, cache)
+    model, visual_sha = runs.open_model(config, cache)
     model.to(device)
     method = build_method(config, model)
 
-    folder, _lock = open_run(config, resume)
+    folder, _lock = runs.open_run(config, resume)
     if resume and (folder / "results.json").is_file():
         results = read_results(folder)
         if results["complete"]:
             print(f"{folder} is finished\n\n{summary(results)}")
             return
     else:
-        results = new_results(config, tasks, count_parameters(model), {"visual": visual_sha, "audio": audio_sha})
+        results = new_results(config, tasks, count_parameters(model), {"visual": visual_sha, "audio": audio_sha}, device, runs.pick_amp(config))
     joint = read_joint(config.joint_run, results["tasks"])
     learned = max(0, len(results["matrix"]["J"]) - 1)
     if learned:
-        load_checkpoint(folder / f"task_{learned:02d}", model, method)
+        runs.load_checkpoint(folder / f"task_{learned:02d}", model, method)
     for name, weights in results["weights"].items():
         if weights["source"] == "random":
             print(f"NOTE: the {name} encoder has RANDOM weights ({name}_weights: false)")
@@ -83,7 +63,7 @@ def main(config, resume=False):
 
     if not results["matrix"]["J"]:
         evaluate(model, cache, tasks, partners, config, autocast, device, results)
-        write_json(folder / "results.json", results)
+        runs.write_json(folder / "results.json", results)
     print(f"untrained      J: {row_text(results, 0)}", flush=True)
     for t, stage in enumerate(stages(tasks, config.method), start=1):
         if t <= learned:
@@ -97,15 +77,15 @@ def main(config, resume=False):
 
         start = time.time()
         report = method.consolidate(single_clip_losses(model, cache, stage, t, config, device))
-        log(folder, task=t, consolidated=report)
+        runs.log(folder, task=t, consolidated=report)
         results["seconds"]["consolidate"].append(time.time() - start)
 
-        save_checkpoint(folder / f"task_{t:02d}", model, method)
+        runs.save_checkpoint(folder / f"task_{t:02d}", model, method)
         evaluate(model, cache, tasks, partners, config, autocast, device, results)
-        write_json(folder / "results.json", results)
+        runs.write_json(folder / "results.json", results)
         print(f"after task {t:<3} J: {row_text(results, t)}", flush=True)
     results |= {"peak_memory_mb": peak_memory_mb(device), "metrics": derived_metrics(results, joint), "complete": True}
-    write_json(folder / "results.json", results)
+    runs.write_json(folder / "results.json", results)
     (folder / "progress.pt").unlink(missing_ok=True)
     print(f"\n{summary(results)}\n\n{folder}/results.json")
 
@@ -120,14 +100,14 @@ def fit(model, method, cache, stage, t, config, device, autocast, folder):
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay, fused=True)
     steps = epochs * math.ceil(len(stage.train) / config.batch_size)
     done, spent = 0, 0.0
-    if state := load_progress(folder, t):
+    if state := runs.load_progress(folder, t):
         done, spent = state["epoch"], state["seconds"]
         model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-    forget_log_after(folder, t, done)
+    runs.forget_log_after(folder, t, done)
     before = done * steps // max(1, epochs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, config.warmup), last_epoch=before - 1)
-    scaler = torch.amp.GradScaler(device, enabled=pick_amp(config) == "fp16" and device == "cuda")
+    scaler = torch.amp.GradScaler(device, enabled=runs.pick_amp(config) == "fp16" and device == "cuda")
     bar = tqdm(total=steps, initial=before, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True)
     for epoch in range(done + 1, epochs + 1):
         start, totals = time.time(), {}
@@ -163,9 +143,9 @@ def fit(model, method, cache, stage, t, config, device, autocast, folder):
                 totals[name] = totals.get(name, 0.0) + value * len(batch["index"]) / len(dataset)
         raw = {name: totals[name] for name in terms} | {"penalty": totals["penalty"] / (method.strength or 1.0)}
         shares = {"bce": config.w_bce * raw["bce"], "dice": config.w_dice * raw["dice"], "penalty": totals["penalty"]}
-        log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=lr, seconds=time.time() - start)
+        runs.log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=lr, seconds=time.time() - start)
         spent += time.time() - start
-        save_progress(folder, model, optimizer, t, epoch, spent)
+        runs.save_progress(folder, model, optimizer, t, epoch, spent)
     bar.close()
     return spent
 

@@ -6,7 +6,7 @@ import soundfile
 from tqdm import tqdm
 
 from atlas.audio import RATE
-from atlas.data import SPLITS, T, read_frame, read_mask, read_s4
+from atlas.clips import SPLITS, T, read_frame, read_mask, read_s4
 from atlas.errors import AtlasError
 
 PUBLISHED = {"train": 3452, "val": 740, "test": 740}  # S4, AVSBench's own counts

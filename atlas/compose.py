@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from atlas.audio import RATE, read_wave
-from atlas.data import SPLITS, T, built_beside, read_frame, write_s4_clip, write_s4_csv
+from atlas.clips import SPLITS, T, built_beside, read_frame, write_s4_clip, write_s4_csv
 from atlas.errors import AtlasError
 
 CLASS_MAP = Path(__file__).parents[1] / "configs" / "class_map.yaml"

@@ -1,179 +1,21 @@
-"""Clips: AVSBench's tree as released, the packed cache, and the dataset.
+"""Clips as tensors: the packed cache, the dataset, batches.
 
-Shapes: B clips, T seconds (= frames, 5), H W pixels, N audio tokens a second.
+Shapes: B clips, M annotated frames of a batch, T seconds (= frames, 5), H W pixels, N audio tokens a second.
 Masks are 1 on the sounding object. `annotated[b, t]` is True where a mask exists.
-
-    DATA_ROOT/Single-source/s4_meta_data.csv                                            name,start,category,split
-    DATA_ROOT/Single-source/s4_data/visual_frames/SPLIT/CATEGORY/VIDEO/VIDEO_{1..5}.png
-    DATA_ROOT/Single-source/s4_data/gt_masks/SPLIT/CATEGORY/VIDEO/VIDEO_{1..5}.png      (train: only _1)
-    DATA_ROOT/Single-source/s4_data/audio_wav/SPLIT/CATEGORY/VIDEO.wav
 """
-import contextlib
-import csv
 import hashlib
 import json
 import os
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import torchvision.transforms.v2.functional as tvf
-from PIL import Image
 from tqdm import tqdm
 
 from atlas.audio import encode_clip, fingerprint
+from atlas.clips import T, built_beside, load_clip
 from atlas.errors import AtlasError
-
-T = 5  # seconds = frames of a clip
-SPLITS = ("train", "val", "test")
-DOMAINS = {  # the line breaks of AVSBench's own class list; the names of the groups are ours
-    "human": ("baby_laughter", "female_singing", "male_speech"),
-    "animal": ("dog_barking", "cat_meowing", "lions_roaring", "horse_clip-clop", "coyote_howling", "mynah_bird_singing"),
-    "instrument": ("playing_acoustic_guitar", "playing_tabla", "playing_violin", "playing_piano", "playing_ukulele", "playing_glockenspiel"),
-    "vehicle": ("helicopter", "race_car", "driving_buses", "ambulance_siren"),
-    "tool": ("typing_on_computer_keyboard", "chainsawing_trees", "cap_gun_shooting", "lawn_mowing"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One record. `frames` and `masks` are T paths; a mask is None where the frame is not annotated (S4 train: all but the first)."""
-
-    id: str
-    source: str  # the video it was cut from; AVSBench: the first 11 characters of the name, a YouTube id
-    split: str
-    category: str
-    frames: tuple
-    masks: tuple
-    audio: str
-
-
-def s4_clip(root, name, category, split):
-    """The paths of one S4 clip below `root` (the folder that holds Single-source/), whether or not they exist."""
-    data = Path(root, "Single-source", "s4_data")
-    folder = Path(split, category, name)
-    return Clip(
-        id=name, source=name[:11], split=split, category=category,
-        frames=tuple(str(data / "visual_frames" / folder / f"{name}_{k}.png") for k in range(1, T + 1)),
-        masks=tuple(str(data / "gt_masks" / folder / f"{name}_{k}.png") if k == 1 or split != "train" else None for k in range(1, T + 1)),
-        audio=str(data / "audio_wav" / split / category / f"{name}.wav"),
-    )  # fmt: skip
-
-
-def write_s4_clip(root, name, category, split, frames, masks, wave, rate=16000):
-    """Write one clip in S4's tree: frames [T, H, W, 3] uint8, masks [T, H, W] bool (train keeps the first only), wave [samples] in ±1."""
-    clip = s4_clip(root, name, category, split)
-    for path in (clip.frames[0], clip.masks[0], clip.audio):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    for path, frame in zip(clip.frames, frames):
-        Image.fromarray(frame).save(path, compress_level=1)
-    for path, mask in zip(clip.masks, masks):
-        if path:
-            Image.fromarray(mask.astype(np.uint8) * 255, mode="L").save(path)
-    soundfile.write(clip.audio, np.clip(wave, -1, 1), rate, subtype="PCM_16")
-    return clip
-
-
-def write_s4_csv(root, clips):
-    """AVSBench's s4_meta_data.csv for `clips`, written last: a tree without it is not finished."""
-    path = Path(root, "Single-source", "s4_meta_data.csv")
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "start", "category", "split"])
-        writer.writerows([clip.id, 0, clip.category, clip.split] for clip in clips)
-
-
-@contextlib.contextmanager
-def built_beside(final):
-    """Yield an empty folder beside `final` and rename it to `final` at the end; on failure nothing is left.
-
-    Of two processes that build the same thing, the one that finishes last drops its own and uses the other's.
-    """
-    final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, final)
-        except OSError:
-            if not final.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def read_s4(root):
-    """All clips named by s4_meta_data.csv below `root`, in the file's order. Files are not opened here."""
-    path = Path(root, "Single-source", "s4_meta_data.csv")
-    if not path.is_file():
-        raise AtlasError(f"no S4 tree in {root}: {path} is missing; set data_root to the folder that holds Single-source/, or synth=true")
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"name", "category", "split"} <= rows[0].keys():
-        raise AtlasError(f"{path} does not hold the columns name,start,category,split")
-    strange = [row for row in rows if row["split"] not in SPLITS]
-    if strange:
-        raise AtlasError(f"{path}: clip {strange[0]['name']} is in split {strange[0]['split']!r}, not train, val or test")
-    return [s4_clip(root, row["name"], row["category"], row["split"]) for row in rows]
-
-
-READERS = {"s4": read_s4}
-
-
-def read_frame(path):
-    """The picture in `path` as RGB uint8 [H, W, 3]."""
-    with _opened(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def read_mask(path):
-    """The mask in `path` as bool [H, W], True on the sounding object. Grey values other than 0 and 255 (or 0 and 1) are an error."""
-    with _opened(path) as image:
-        grey = np.asarray(image.convert("L"))
-    values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
-    if not (set(values) <= {0, 255} or set(values) <= {0, 1}):
-        raise AtlasError(f"the mask {path} holds the values {values[:6].tolist()}; a mask holds 0 and 255 only, without smoothing")
-    return grey > 127 if values[-1] > 1 else grey > 0
-
-
-@contextlib.contextmanager
-def _opened(path):
-    try:
-        with Image.open(path) as image:
-            image.load()
-            yield image
-    except FileNotFoundError:
-        raise AtlasError(f"the file {path} is missing") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a broken file
-        raise AtlasError(f"the picture {path} is not readable ({error})") from None
-
-
-def load_clip(clip, size):
-    """Decode one clip: frames [T, size, size, 3] uint8 (bilinear), masks [T, size, size] bool (nearest; zero where not annotated)."""
-    frames = np.zeros((T, size, size, 3), np.uint8)
-    masks = np.zeros((T, size, size), bool)
-    for t, (frame_path, mask_path) in enumerate(zip(clip.frames, clip.masks)):
-        frame = read_frame(frame_path)
-        frames[t] = _resized(frame, size, Image.Resampling.BILINEAR)
-        if mask_path:
-            mask = read_mask(mask_path)
-            if mask.shape != frame.shape[:2]:
-                raise AtlasError(f"the mask {mask_path} is {mask.shape[1]}x{mask.shape[0]}, its frame {frame.shape[1]}x{frame.shape[0]}; they must be equal")
-            masks[t] = _resized(mask.astype(np.uint8), size, Image.Resampling.NEAREST)
-    return frames, masks
-
-
-def _resized(array, size, how):
-    return array if array.shape[:2] == (size, size) else np.asarray(Image.fromarray(array).resize((size, size), how))
-
-
-# ---- the packed cache ------------------------------------------------------------------------------------------------
 
 
 def pack(clips, root, cache_dir, size, encoder, encoder_name, dataset="s4"):

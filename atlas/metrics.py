@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from atlas.data import ClipDataset, T, loader, to_device
+from atlas.clips import T
+from atlas.data import ClipDataset, loader, to_device
 from atlas.model import merged
 
 THRESHOLDS = 255

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from atlas.audio import read_weights
-from atlas.data import T
+from atlas.clips import T
 from atlas.errors import AtlasError
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atlas.data import DOMAINS
+from atlas.clips import DOMAINS
 from atlas.errors import AtlasError
 
 

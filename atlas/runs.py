@@ -1,31 +1,25 @@
-"""A run: its data, its folder, its checkpoints and its results file. What train.py writes and eval.py reads."""
+"""A run: its data and model, its folder, its checkpoints, its device."""
 import contextlib
-import datetime
 import fcntl
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 from pathlib import Path
 
 import peft
-import timm
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from atlas.audio import build_audio_encoder, fingerprint
+from atlas.clips import READERS, built_beside
 from atlas.config import as_dict, load_config, run_name
-from atlas.data import READERS, PackedClips, built_beside, pack
+from atlas.data import PackedClips, pack
 from atlas.errors import AtlasError
-from atlas.metrics import continual_metrics
 from atlas.model import base_encoder, build_model
 from atlas.synth import synth_s4
-
-TEST_SCORES = ("J", "F", "J_strict", "F_dataset", "J_swap", "mute_area")
 
 
 def open_data(config):
@@ -118,18 +112,6 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_results(folder):
-    try:
-        results = json.loads(Path(folder, "results.json").read_text())
-    except FileNotFoundError:
-        raise AtlasError(f"no results.json in {folder}; give the folder of a run, as train.py printed it") from None
-    except json.JSONDecodeError as error:
-        raise AtlasError(f"{folder}/results.json is damaged ({error})") from None
-    if results.get("schema") != 1:
-        raise AtlasError(f"{folder}/results.json has schema {results.get('schema')}, this version reads 1")
-    return results
-
-
 def read_run_config(folder):
     return load_config([Path(folder, "config.yaml")])
 
@@ -195,86 +177,7 @@ def load_progress(folder, task):
     return state if state and state["task"] == task else None
 
 
-# ---- results.json ----------------------------------------------------------------------------------------------------
-
-
-def new_results(config, tasks, parameters, sha256):
-    """results.json before the first score. Matrices: row 0 = untrained, then one row a stage learned; columns = tasks. `sha256`: of the frozen encoders."""
-    source = lambda weights: "random" if weights is False else str(weights)
-    weights = {
-        "visual": {"source": source(config.visual_weights), "sha256": sha256["visual"]},
-        "audio": {"source": "none needed" if config.audio == "logmel" else source(config.audio_weights), "sha256": sha256["audio"]},
-    }
-    return {
-        "schema": 1,
-        "complete": False,
-        "method": config.method,
-        "protocol": config.protocol,
-        "seed": config.seed,
-        "config": as_dict(config),
-        **commit(),
-        "environment": environment(config),
-        "weights": weights,
-        "tasks": [
-            {"name": t.name, "classes": list(t.classes), "clips": {s: len(getattr(t, s)) for s in ("train", "val", "test")}} for t in tasks
-        ],
-        "matrix": {name: [] for name in TEST_SCORES},
-        "val_matrix": {"J": []},
-        "metrics": None,
-        "parameters": parameters,
-        "seconds": {"train": [], "consolidate": [], "evaluate": []},
-        "peak_memory_mb": None,
-    }
-
-
-def read_joint(folder, tasks):
-    """The last row of every matrix of a finished joint run over the very same tasks, for intransigence; None without a folder."""
-    if not folder:
-        return None
-    joint = read_results(folder)
-    if joint["method"] != "joint" or not joint["complete"] or joint["tasks"] != tasks:
-        raise AtlasError(f"joint_run={folder} is no finished joint run over the same tasks and clips; run method=joint with the same data, seed, base and step")
-    return {name: rows[-1] for name, rows in joint["matrix"].items()}
-
-
-def derived_metrics(results, joint=None):
-    """results["metrics"]: what derives from the matrices. `joint`: of read_joint."""
-    matrix = results["matrix"]
-    clips = [t["clips"]["test"] for t in results["tasks"]]
-    metrics = {}
-    for name in ("J", "F"):
-        last = matrix[name][-1]
-        metrics[name] = continual_metrics(matrix[name], joint and joint[name])
-        known = [(value, n) for value, n in zip(last, clips) if value is not None]
-        metrics[name]["final_clips"] = sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
-    metrics["mute_area"] = sum(matrix["mute_area"][-1]) / len(clips)
-    metrics["listening"] = metrics["J"]["final"] - sum(matrix["J_swap"][-1]) / len(clips)
-    return metrics
-
-
-def commit():
-    """{"commit", "dirty"} of the code, both null outside a git checkout."""
-    here = Path(__file__).parent
-    try:
-        run = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
-        return {"commit": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-
-
-def environment(config):
-    device = torch.device(pick_device(config))
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "peft": peft.__version__,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "amp": pick_amp(config),
-    }
+# ---- the machine -----------------------------------------------------------------------------------------------------
 
 
 def pick_device(config):
@@ -296,37 +199,3 @@ def autocast_of(config):
     """A function that makes the autocast context of a config; one that does nothing where amp is off."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(pick_amp(config))
     return lambda: torch.autocast(pick_device(config), dtype, enabled=dtype is not None)
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
-
-
-def row_text(results, k):
-    """Row k of R for J, in words: one number a task, the tasks not learned yet in brackets."""
-    learned = len(results["tasks"]) if results["method"] == "joint" and k else k
-    row = results["matrix"]["J"][k]
-    return " ".join(f" {v:5.3f} " if j < learned else f"({v:5.3f})" for j, v in enumerate(row))
-
-
-def summary(results):
-    """The matrix R of J and the summary table of one run, as text, from results.json alone."""
-    tasks, matrix = results["tasks"], results["matrix"]["J"]
-    stages = ["untrained"] + (["joint"] if results["method"] == "joint" else [f"task {k + 1}" for k in range(len(tasks))])
-    lines = [f"{results['method']} · {results['protocol'].upper()} · seed {results['seed']}", "", "R, J on test clips: rows after learning, columns tasks"]
-    lines += [" " * 12 + " ".join(f"{f'task {j + 1}':>7}" for j in range(len(tasks)))]
-    lines += [f"{stages[k]:<12}" + " ".join(f"{v:7.3f}" for v in row) for k, row in enumerate(matrix)]
-    if not results["complete"]:
-        return "\n".join(lines + ["", f"not finished: {len(matrix)} of {len(stages)} rows"])
-    show = lambda v: "   –  " if v is None else f"{v:6.3f}"
-    J, F = results["metrics"]["J"], results["metrics"]["F"]
-    names = ("final", "incremental", "learning", "forgetting", "bwt", "fwt", "intransigence")
-    lines += ["", f"{'':<14}{'J':>6}  {'F':>6}"] + [f"{name:<14}{show(J[name])}  {show(F[name])}" for name in names if J[name] is not None]
-    lines += [f"{'listening':<14}{show(results['metrics']['listening'])}   J minus J with another clip's sound"]
-    lines += [f"{'mute area':<14}{show(results['metrics']['mute_area'])}   area masked when it hears nothing"]
-    p, s = results["parameters"], results["seconds"]
-    lines += ["", f"parameters: {p['total']:,} without the audio encoder, {p['trainable']:,} trainable, {p['lora']:,} of them LoRA"]
-    lines += [f"seconds: {sum(s['train']):.0f} training, {sum(s['consolidate']):.0f} consolidating, {sum(s['evaluate']):.0f} evaluating"]
-    random = [name for name, w in results["weights"].items() if w["source"] == "random"]
-    if random:
-        lines += [f"note: the {' and '.join(random)} encoder has random weights, not pretrained ones"]
-    return "\n".join(lines)

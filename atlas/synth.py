@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from atlas.data import DOMAINS, SPLITS, T, built_beside, write_s4_clip, write_s4_csv
+from atlas.clips import DOMAINS, SPLITS, T, built_beside, write_s4_clip, write_s4_csv
 from atlas.errors import AtlasError
 
 RATE = 16000

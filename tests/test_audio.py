@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import SHARED, real
 
 from atlas.audio import VGGish, YAMNet, build_audio_encoder, encode_clip, log_mel, mel_filters, read_wave
 from atlas.errors import AtlasError
-from conftest import SHARED, real
 
 
 def reference_log_mel(wave, offset):

@@ -9,8 +9,8 @@ import pytest
 import soundfile
 from PIL import Image
 
+from atlas.clips import SPLITS, s4_clip
 from atlas.compose import VOC, compose_s4, load_sound, read_class_map
-from atlas.data import SPLITS, s4_clip
 from atlas.errors import AtlasError
 
 OPENAVS = Path(__file__).parents[2] / "shared" / "openavs"

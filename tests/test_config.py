@@ -1,10 +1,10 @@
 import ast
 
 import pytest
+from conftest import ROOT, run
 
 from atlas.config import FIELDS, Config, load_config
 from atlas.errors import AtlasError
-from conftest import ROOT, run
 
 
 def test_files_overlay_left_to_right_and_the_command_line_wins(tmp_path):

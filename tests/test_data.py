@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 from pathlib import Path
@@ -6,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED, real
 from PIL import Image
 
 from atlas.audio import build_audio_encoder
-from atlas.data import ClipDataset, PackedClips, augmented, built_beside, collate, load_clip, loader, pack, read_mask, read_s4, swap_partners
+from atlas.clips import built_beside, load_clip, read_mask, read_s4
+from atlas.data import ClipDataset, augmented, collate, loader, pack, swap_partners
 from atlas.errors import AtlasError
-from conftest import SHARED, real
 
 
 @pytest.fixture

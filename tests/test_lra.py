@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,7 +7,6 @@ from atlas.data import ClipDataset, collate, loader
 from atlas.lra import LowRankAnchor, build_method
 from atlas.model import clip_losses, weighted
 from atlas.runs import open_model
-from dataclasses import replace
 
 
 def two(a=1.0, b=2.0):

@@ -3,15 +3,15 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from conftest import SHARED, real
 from peft import PeftModel
 from safetensors.torch import save_file
 
 from atlas.data import collate
 from atlas.errors import AtlasError
+from atlas.lra import build_method
 from atlas.model import Atlas, add_lora, base_encoder, build_model, build_visual_encoder, clip_losses, count_parameters, merged, weighted
 from atlas.runs import load_checkpoint, open_model, save_checkpoint
-from atlas.lra import build_method
-from conftest import SHARED, real
 
 
 @pytest.fixture(scope="module")

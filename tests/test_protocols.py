@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
+from atlas.clips import DOMAINS
 from atlas.config import Config
-from atlas.data import DOMAINS
 from atlas.errors import AtlasError
 from atlas.protocols import class_incremental, domain_incremental, stages
 

@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-
 from conftest import ROOT, TINY, run
 
 WORDS = [*TINY, "batch_size=2", "epochs_first=3", "epochs=2", "lr_first=1e-3", "lr=1e-3", "method=lra", "lora_dropout=0.1", "augment=true"]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import SHARED, TINY, real, run
 from PIL import Image
 from safetensors.torch import load_file
 
-from atlas.data import read_s4
-from conftest import SHARED, TINY, real, run
+from atlas.clips import read_s4
 
 FAST = [*TINY, "batch_size=2", "epochs_first=1", "epochs=1", "lr_first=1e-3", "lr=1e-3", "method=lra"]
 

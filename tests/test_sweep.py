@@ -1,10 +1,10 @@
 import json
 
 import pytest
+from conftest import TINY, run
 
 import sweep
 from atlas.errors import AtlasError
-from conftest import TINY, run
 
 
 def test_the_grid_is_every_combination():

@@ -8,7 +8,7 @@ import soundfile
 from PIL import Image
 
 from atlas import synth
-from atlas.data import DOMAINS
+from atlas.clips import DOMAINS
 from atlas.errors import AtlasError
 
 SMALL = dict(size=48, train=2, val=1, test=1, classes=("helicopter", "dog_barking", "playing_piano"), progress=False)
