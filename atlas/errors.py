@@ -1,5 +1,6 @@
 """The one exception that means "your input, not our bug": scripts print its message as a single line and exit with 2."""
 import contextlib
+import os
 import sys
 
 
@@ -16,6 +17,9 @@ def one_line_errors():
         sys.exit(_line(str(error), 2))
     except KeyboardInterrupt:
         sys.exit(_line("stopped by Ctrl-C; what was finished is kept", 130))
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         if error.errno != 28:  # ENOSPC
             raise

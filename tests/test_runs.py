@@ -1,6 +1,8 @@
 """The scripts as a user runs them, each in its own process."""
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SHARED, TINY, real, run
+from conftest import ROOT, SHARED, TINY, real, run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -221,3 +223,8 @@ def test_dil_runs_over_domains(place):
     done = run("train.py", "--cfg", *words)
     assert done.returncode == 0, done.stderr
     assert [t["name"] for t in json.loads((place[0] / "dil" / "results.json").read_text())["tasks"]] == ["speech", "rest"]
+
+
+def test_a_closed_pipe_is_no_traceback(lra):
+    done = subprocess.run(f"{sys.executable} eval.py {lra[0]} | head -1", shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("lra") and "Traceback" not in done.stderr, done.stderr
