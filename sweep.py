@@ -67,9 +67,9 @@ def table(points, given):
             setting = " ".join(f"{k}={point[k]}" for k in varied) or "as configured"
             scores = {"val J final": mean(results["val_matrix"]["J"][-1]), "J swap": mean(results["matrix"]["J_swap"][-1])}
             scores |= {f"J {name}": results["metrics"]["J"][name] for name in ("final", "forgetting", "learning")}
-            scores |= {"F final": results["metrics"]["F"]["final"], "minutes": sum(sum(s) for s in results["seconds"].values()) / 60}
+            scores |= {"F final": results["metrics"]["F"]["final"]}
             rows.setdefault(setting, []).append(scores)
-    columns = ("val J final", "J final", "J forgetting", "J learning", "J swap", "F final", "minutes")
+    columns = ("val J final", "J final", "J forgetting", "J learning", "J swap", "F final")
     lines = [f"| setting | runs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for setting, runs in sorted(rows.items(), key=lambda item: -mean(s["val J final"] for s in item[1])):
         lines.append(f"| {setting} | {len(runs)} | {' | '.join(cell([s[name] for s in runs]) for name in columns)} |")

@@ -21,7 +21,7 @@ def test_the_table_ranks_by_validation_and_averages_seeds(tmp_path):
         folder.mkdir()
         val, test = (0.2, 0.9) if point["lr"] == "1" else (0.4, 0.1)
         J = {"final": test + 0.1 * int(point["seed"]), "forgetting": None, "learning": 0.5}
-        results = {"complete": True, "val_matrix": {"J": [[0.0], [val]]}, "matrix": {"J_swap": [[0.1], [0.1]]}, "metrics": {"J": J, "F": {"final": 0.3}}, "seconds": {"train": [60]}}
+        results = {"complete": True, "val_matrix": {"J": [[0.0], [val]]}, "matrix": {"J_swap": [[0.1], [0.1]]}, "metrics": {"J": J, "F": {"final": 0.3}}}
         (folder / "results.json").write_text(json.dumps(results))
     rows = sweep.table(points, given).splitlines()[2:]
     assert rows[0].startswith("| lr=2 | 2 | 0.400 ± 0.000 | 0.150 ± 0.071 | – |") and rows[1].startswith("| lr=1 | 2 | 0.200")
