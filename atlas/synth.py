@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from atlas.audio import RATE
 from atlas.clips import DOMAINS, SPLITS, T, built_beside, write_s4_clip, write_s4_csv
 from atlas.errors import AtlasError
 
-RATE = 16000
 CLASSES = tuple(name for names in DOMAINS.values() for name in names)
 
 # ---------------------------------------------------------------- what a class looks like
