@@ -6,6 +6,11 @@ Shapes: T seconds (= frames, 5), H W pixels. Masks are 1 on the sounding object.
     DATA_ROOT/Single-source/s4_data/visual_frames/SPLIT/CATEGORY/VIDEO/VIDEO_{1..5}.png
     DATA_ROOT/Single-source/s4_data/gt_masks/SPLIT/CATEGORY/VIDEO/VIDEO_{1..5}.png      (train: only _1)
     DATA_ROOT/Single-source/s4_data/audio_wav/SPLIT/CATEGORY/VIDEO.wav
+
+    DATA_ROOT/Multi-sources/ms3_meta_data.csv                                           video_id,split
+    DATA_ROOT/Multi-sources/ms3_data/visual_frames/VIDEO/VIDEO.mp4_{1..5}.png           (no split here)
+    DATA_ROOT/Multi-sources/ms3_data/gt_masks/SPLIT/VIDEO/VIDEO_{1..5}.png              (train: all five)
+    DATA_ROOT/Multi-sources/ms3_data/audio_wav/SPLIT/VIDEO.wav
 """
 import contextlib
 import csv
@@ -22,6 +27,7 @@ from atlas.errors import AtlasError
 
 T = 5  # seconds = frames of a clip
 SPLITS = ("train", "val", "test")
+CSVS = {"s4": "Single-source/s4_meta_data.csv", "ms3": "Multi-sources/ms3_meta_data.csv"}
 DOMAINS = {  # the line breaks of AVSBench's own class list; the names of the groups are ours
     "human": ("baby_laughter", "female_singing", "male_speech"),
     "animal": ("dog_barking", "cat_meowing", "lions_roaring", "horse_clip-clop", "coyote_howling", "mynah_bird_singing"),
@@ -38,7 +44,7 @@ class Clip:
     id: str
     source: str  # the video it was cut from; AVSBench: the first 11 characters of the name, a YouTube id
     split: str
-    category: str
+    category: str | None  # MS3 has none
     frames: tuple
     masks: tuple
     audio: str
@@ -56,9 +62,19 @@ def s4_clip(root, name, category, split):
     )  # fmt: skip
 
 
-def write_s4_clip(root, name, category, split, frames, masks, wave, rate=16000):
-    """Write one clip in S4's tree: frames [T, H, W, 3] uint8, masks [T, H, W] bool (train keeps the first only), wave [samples] in ±1."""
-    clip = s4_clip(root, name, category, split)
+def ms3_clip(root, name, split):
+    """The paths of one MS3 clip below `root` (the folder that holds Multi-sources/), whether or not they exist."""
+    data = Path(root, "Multi-sources", "ms3_data")
+    return Clip(
+        id=name, source=name[:11], split=split, category=None,
+        frames=tuple(str(data / "visual_frames" / name / f"{name}.mp4_{k}.png") for k in range(1, T + 1)),
+        masks=tuple(str(data / "gt_masks" / split / name / f"{name}_{k}.png") for k in range(1, T + 1)),
+        audio=str(data / "audio_wav" / split / f"{name}.wav"),
+    )  # fmt: skip
+
+
+def write_clip(clip, frames, masks, wave, rate=16000):
+    """Write a clip's files: frames [T, H, W, 3] uint8, masks [T, H, W] bool (those it has a path for), wave [samples] in ±1; return the clip."""
     for path in (clip.frames[0], clip.masks[0], clip.audio):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     for path, frame in zip(clip.frames, frames):
@@ -70,13 +86,16 @@ def write_s4_clip(root, name, category, split, frames, masks, wave, rate=16000):
     return clip
 
 
-def write_s4_csv(root, clips):
-    """AVSBench's s4_meta_data.csv for `clips`, written last: a tree without it is not finished."""
-    path = Path(root, "Single-source", "s4_meta_data.csv")
-    with open(path, "w", newline="") as file:
+def write_csv(root, clips, dataset="s4"):
+    """AVSBench's s4_meta_data.csv or ms3_meta_data.csv for `clips`, written last: a tree without it is not finished."""
+    with open(Path(root, CSVS[dataset]), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["name", "start", "category", "split"])
-        writer.writerows([clip.id, 0, clip.category, clip.split] for clip in clips)
+        if dataset == "s4":
+            writer.writerow(["name", "start", "category", "split"])
+            writer.writerows([clip.id, 0, clip.category, clip.split] for clip in clips)
+        else:
+            writer.writerow(["video_id", "split"])
+            writer.writerows([clip.id, clip.split] for clip in clips)
 
 
 @contextlib.contextmanager
@@ -103,20 +122,29 @@ def built_beside(final):
 
 def read_s4(root):
     """All clips named by s4_meta_data.csv below `root`, in the file's order. Files are not opened here."""
-    path = Path(root, "Single-source", "s4_meta_data.csv")
+    return [s4_clip(root, row["name"], row["category"], row["split"]) for row in _read_csv(root, "s4", ("name", "category", "split"))]
+
+
+def read_ms3(root):
+    """All clips named by ms3_meta_data.csv below `root`, in the file's order. Files are not opened here."""
+    return [ms3_clip(root, row["video_id"], row["split"]) for row in _read_csv(root, "ms3", ("video_id", "split"))]
+
+
+def _read_csv(root, dataset, columns):
+    path = Path(root, CSVS[dataset])
     if not path.is_file():
-        raise AtlasError(f"no S4 tree in {root}: {path} is missing; set data_root to the folder that holds Single-source/, or synth=true")
+        raise AtlasError(f"no {dataset.upper()} tree in {root}: {path} is missing; set data_root to the folder that holds {path.parent.name}/, or synth=true")
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {"name", "category", "split"} <= rows[0].keys():
-        raise AtlasError(f"{path} does not hold the columns name,start,category,split")
+    if not rows or not set(columns) <= rows[0].keys():
+        raise AtlasError(f"{path} does not hold the columns {','.join(columns)}")
     strange = [row for row in rows if row["split"] not in SPLITS]
     if strange:
-        raise AtlasError(f"{path}: clip {strange[0]['name']} is in split {strange[0]['split']!r}, not train, val or test")
-    return [s4_clip(root, row["name"], row["category"], row["split"]) for row in rows]
+        raise AtlasError(f"{path}: clip {strange[0][columns[0]]} is in split {strange[0]['split']!r}, not train, val or test")
+    return rows
 
 
-READERS = {"s4": read_s4}
+READERS = {"s4": read_s4, "ms3": read_ms3}
 
 
 def read_frame(path):

@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from atlas.audio import RATE, read_wave
-from atlas.clips import SPLITS, T, built_beside, read_frame, write_s4_clip, write_s4_csv
+from atlas.clips import SPLITS, T, built_beside, read_frame, s4_clip, write_clip, write_csv
 from atlas.errors import AtlasError
 
 CLASS_MAP = Path(__file__).parents[1] / "configs" / "class_map.yaml"
@@ -108,12 +108,12 @@ def compose_s4(out, voc=None, davis=None, esc=None, seed=0, clips=24, val=None, 
             order = 1 if side == "left" else -1
             frames = np.concatenate([heard_frames, silent_frames][::order], axis=2)
             masks = np.concatenate([heard_masks, np.zeros_like(silent_masks)][::order], axis=2)
-            written.append(write_s4_clip(folder, f"c{len(written):06d}", name, split, frames, masks, load_sound(sound), RATE))
+            written.append(write_clip(s4_clip(folder, f"c{len(written):06d}", name, split), frames, masks, load_sound(sound), RATE))
             report["clips"].append({"id": written[-1].id, "split": split, "class": name, "side": side,
                                     "heard": heard.name, "heard_source": heard.source, "silent": silent.name, "silent_source": silent.source,
                                     "silent_class": silent_class, "recording": sound.name, "recording_source": sound_source})  # fmt: skip
         Path(folder, "compose.json").write_text(json.dumps(report, indent=1) + "\n")
-        write_s4_csv(folder, written)
+        write_csv(folder, written)
     return report
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from atlas.audio import RATE
-from atlas.clips import DOMAINS, SPLITS, T, built_beside, write_s4_clip, write_s4_csv
+from atlas.clips import DOMAINS, SPLITS, T, built_beside, s4_clip, write_clip, write_csv
 from atlas.errors import AtlasError
 
 CLASSES = tuple(name for names in DOMAINS.values() for name in names)
@@ -313,6 +313,6 @@ def synth_s4(root, seed=0, size=96, train=32, val=3, test=5, classes=None, progr
         for name, split, i in tqdm(jobs, desc="synthetic S4", unit="clip", disable=not progress):
             where = CLASSES.index(name), SPLITS.index(split), i
             video = "s{:02d}{}{:05d}".format(*where)  # unique in its first 11 characters, which stand for the YouTube id
-            clips.append(write_s4_clip(folder, video, name, split, *make_clip(name, np.random.default_rng([seed, *where]), size, classes)))
-        write_s4_csv(folder, clips)
+            clips.append(write_clip(s4_clip(folder, video, name, split), *make_clip(name, np.random.default_rng([seed, *where]), size, classes)))
+        write_csv(folder, clips)
     return root

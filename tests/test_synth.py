@@ -155,7 +155,7 @@ def test_bad_requests_say_what_is_wrong(small, tmp_path):
 
 
 def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(synth, "write_s4_csv", lambda *_: 1 / 0)
+    monkeypatch.setattr(synth, "write_csv", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         synth.synth_s4(tmp_path / "data", **SMALL)
     assert not any(tmp_path.iterdir())
