@@ -2,6 +2,7 @@
 
     python train.py --cfg configs/ss_cil.yaml configs/tiny.yaml                  CIL on the synthetic set, on a CPU, in minutes
     python train.py --cfg configs/ss_cil.yaml configs/tiny.yaml method=finetune  the same without anchoring
+    python train.py --cfg configs/ms_tfcl.yaml configs/tiny.yaml                 task-free, on a drifting multi-source stream
     python train.py --cfg configs/ss_cil.yaml data_root=/data/AVSBench           paper scale, on a GPU
 
 Config files overlay left to right, then key=value; the command line wins. The run goes to OUT_DIR/NAME: config.yaml,
@@ -25,11 +26,13 @@ from tqdm import tqdm
 from atlas import runs
 from atlas.data import ClipDataset, loader, swap_partners, to_device
 from atlas.errors import AtlasError, one_line_errors
-from atlas.lra import build_method
-from atlas.metrics import score_tasks
+from atlas.lra import build_method, per_clip_gradients
+from atlas.metrics import score_disjoint, score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
-from atlas.protocols import PROTOCOLS, stages
+from atlas.protocols import PROTOCOLS, rounds, stages
 from atlas.results import derived_metrics, new_results, read_joint, read_results, row_text, summary
+
+SENSITIVITY_BATCH = 8  # clips whose gradients are formed side by side; S does not depend on it
 
 
 def main(config, resume=False):
@@ -38,9 +41,9 @@ def main(config, resume=False):
         runs.refuse_used_folder(config)
     device, autocast = runs.pick_device(config), runs.autocast_of(config)
     cache, audio_sha = runs.open_data(config)
-    tasks = PROTOCOLS[config.protocol](cache.clips, config)
-    partners = swap_partners(cache, "test")
-    model, visual_sha = runs.open_model(config, cache)
+    tasks = PROTOCOLS[config.protocol](cache, config)
+    partners = swap_partners(cache, tasks)
+    model, visual_sha = runs.open_model(config, cache, tasks)
     model.to(device)
     method = build_method(config, model)
 
@@ -65,112 +68,136 @@ def main(config, resume=False):
         evaluate(model, cache, tasks, partners, config, autocast, device, results)
         runs.write_json(folder / "results.json", results)
     print(f"untrained      J: {row_text(results, 0)}", flush=True)
-    for t, stage in enumerate(stages(tasks, config.method), start=1):
-        if t <= learned:
-            print(f"after task {t:<3} J: {row_text(results, t)}  (before this resume)")
-            continue
-        if config.protocol == "til" and t > 1:
-            model.decoder.add_head()
-        model.decoder.use_head(t - 1)
-        seconds = fit(model, method, cache, stage, t, config, device, autocast, folder)
-        results["seconds"]["train"].append(seconds)
+    todo = stages(tasks, config.method)
+    for t, stage in enumerate(todo, start=1):
+        if t > learned:
+            results["seconds"]["train"].append(fit(model, method, cache, todo, t, config, device, autocast, folder))
 
-        start = time.time()
-        report = method.consolidate(single_clip_losses(model, cache, stage, t, config, device))
-        runs.log(folder, task=t, consolidated=report)
-        results["seconds"]["consolidate"].append(time.time() - start)
+            start = time.time()
+            report = method.consolidate(clip_gradients(model, method, cache, stage, t, config, device))
+            runs.log(folder, task=t, consolidated=report)
+            results["seconds"]["consolidate"].append(time.time() - start)
 
-        runs.save_checkpoint(folder / f"task_{t:02d}", model, method)
-        evaluate(model, cache, tasks, partners, config, autocast, device, results)
-        runs.write_json(folder / "results.json", results)
-        print(f"after task {t:<3} J: {row_text(results, t)}", flush=True)
-    results |= {"peak_memory_mb": peak_memory_mb(device), "metrics": derived_metrics(results, joint), "complete": True}
+            runs.save_checkpoint(folder / f"task_{t:02d}", model, method)
+            evaluate(model, cache, tasks, partners, config, autocast, device, results)
+            runs.write_json(folder / "results.json", results)
+        cache.close(stage.train)
+        print(f"after task {t:<3} J: {row_text(results, t)}{'  (before this resume)' if t <= learned else ''}", flush=True)
+    disjoint = score_disjoint(model, cache, config, autocast, device) if config.dataset == "ms3" else None
+    results |= {"consolidations": runs.consolidations(folder), "peak_memory_mb": peak_memory_mb(device)}
+    results |= {"metrics": derived_metrics(results, joint) | {"source_disjoint": disjoint}, "complete": True}
     runs.write_json(folder / "results.json", results)
     (folder / "progress.pt").unlink(missing_ok=True)
     print(f"\n{summary(results)}\n\n{folder}/results.json")
 
 
-def fit(model, method, cache, stage, t, config, device, autocast, folder):
-    """Learn one stage and return its seconds: a fresh optimiser and schedule; the last epoch is the one that counts.
+def fit(model, method, cache, todo, t, config, device, autocast, folder):
+    """Learn stage t of `todo` and return its seconds. The last epoch is the one that counts.
 
-    Everything random in an epoch is drawn from (seed, t, epoch), so a resumed stage needs only weights and optimiser.
+    A task gets a fresh optimiser and schedule. The shares of a stream (TF-CL) do not: optimiser, schedule and method go on through all of them.
+    All that is random in a round (an epoch, or a stretch of the stream) is drawn from (seed, t, round), so a resumed stage needs weights, optimiser and method only.
     """
-    epochs, peak = (config.epochs_first, config.lr_first) if t == 1 else (config.epochs, config.lr)
+    stream, stage = config.protocol == "tfcl" and config.method != "joint", todo[t - 1]
+    peak = config.lr_first if t == 1 or stream else config.lr
+    begin_stage(model, t, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay, fused=True)
-    steps = epochs * math.ceil(len(stage.train) / config.batch_size)
-    done, spent = 0, 0.0
-    if state := runs.load_progress(folder, t):
-        done, spent = state["epoch"], state["seconds"]
-        model.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-    runs.forget_log_after(folder, t, done)
-    before = done * steps // max(1, epochs)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, config.warmup), last_epoch=before - 1)
     scaler = torch.amp.GradScaler(device, enabled=runs.pick_amp(config) == "fp16" and device == "cuda")
-    bar = tqdm(total=steps, initial=before, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True)
-    for epoch in range(done + 1, epochs + 1):
+    done, spent = runs.load_progress(folder, t, stream, model, optimizer, scaler, method)
+    runs.forget_log_after(folder, t, done)
+    plan = rounds(todo, t, config)
+    step = plan.before + sum(map(plan.steps_of, plan.rounds[:done]))
+    bar = tqdm(total=plan.before + sum(map(plan.steps_of, plan.rounds)), initial=step, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True, disable=None)
+    for epoch, order in enumerate(plan.rounds[done:], start=done + 1):
         start, totals = time.time(), {}
         rng = np.random.default_rng([config.seed, t, epoch])
-        order = rng.permutation(len(stage.train)).tolist()
         torch.manual_seed(int(rng.integers(2**63)))  # for LoRA's dropout
         model.train()
-        dataset = ClipDataset(cache, stage.train, (config.seed, t, epoch) if config.augment else None)
-        for batch in loader(dataset, config.batch_size, order, config.workers, device):
-            batch = to_device(batch, device)
-            with autocast():
-                logits = model(batch)
-            terms = clip_losses(logits.float(), batch)
-            task, penalty = weighted(terms, config).mean(), method.penalty()
-            loss = task + penalty
-            losses = {name: value.mean().item() for name, value in terms.items()} | {"task": task.item(), "penalty": penalty.item()}
-            if not math.isfinite(loss.item()):
-                clips = ", ".join(cache.clips[i]["id"] for i in batch["index"])
-                raise AtlasError(f"the loss is not finite in task {t}, epoch {epoch}: {losses}; clips of the batch: {clips}; lower lr or set amp=off")
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            if config.grad_clip:
-                torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            lr = schedule.get_last_lr()[0]
-            schedule.step()
-            method.observe()
-            bar.update()
-            bar.set_postfix(loss=f"{losses['task']:.3f}", refresh=False)
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0.0) + value * len(batch["index"]) / len(dataset)
+        dataset = ClipDataset(cache, order, (config.seed, t, epoch) if config.augment else None)
+        for batch in loader(dataset, config.batch_size, workers=config.workers, device=device):
+            batch = labelled(to_device(batch, device), model)
+            for _ in range(plan.repeats):
+                with autocast():
+                    outputs = model(batch)
+                terms = clip_losses(outputs, batch)
+                task, penalty = sum(weighted(terms, config).values()).mean(), method.penalty()
+                loss = task + penalty
+                losses = {name: value.mean().item() for name, value in terms.items()} | {"task": task.item(), "penalty": penalty.item()}
+                if not math.isfinite(loss.item()):
+                    clips = ", ".join(cache.clips[i]["id"] for i in batch["index"])
+                    raise AtlasError(f"the loss is not finite in task {t}, epoch {epoch}: {losses}; clips of the batch: {clips}; lower lr or set amp=off")
+                for group in optimizer.param_groups:
+                    group["lr"] = lr = peak * rate(step, plan.steps, config.warmup, constant=stream)
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                if report := method.observe(losses["task"], len(batch["index"])):
+                    runs.log(folder, task=t, epoch=epoch, window=report)
+                if config.grad_clip:
+                    torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+                scaler.step(optimizer)
+                scaler.update()
+                step += 1
+                bar.update()
+                bar.set_postfix(loss=f"{losses['task']:.3f}", refresh=False)
+                for name, value in losses.items():
+                    totals[name] = totals.get(name, 0.0) + value * len(batch["index"]) / len(dataset) / plan.repeats
+            if stream:
+                cache.close(batch["index"])
         raw = {name: totals[name] for name in terms} | {"penalty": totals["penalty"] / (method.strength or 1.0)}
-        shares = {"bce": config.w_bce * raw["bce"], "dice": config.w_dice * raw["dice"], "penalty": totals["penalty"]}
+        shares = weighted({name: totals[name] for name in terms}, config) | {"penalty": totals["penalty"]}
         runs.log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=lr, seconds=time.time() - start)
         spent += time.time() - start
-        runs.save_progress(folder, model, optimizer, t, epoch, spent)
+        runs.save_progress(folder, t, epoch, spent, model, optimizer, scaler, method)
     bar.close()
     return spent
 
 
-def rate(step, steps, warmup):
-    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to zero; a factor of the peak rate."""
+def begin_stage(model, t, config):
+    """Heads for stage t: TIL's tasks have each their own; elsewhere the classes of all stages so far compete."""
+    til = config.protocol == "til" and config.method != "joint"
+    if til and len(model.decoder.heads) < t:
+        model.decoder.add_head()
+    model.decoder.use_head(t - 1)
+    if model.classifier:
+        model.classifier.compete(t - 1 if til else 0, len(model.classifier.heads) if config.method == "joint" else t)
+
+
+def rate(step, steps, warmup, constant=False):
+    """The learning rate as a factor of its peak: linear warm-up over the first `warmup` share of the steps, then half a cosine down to zero, or constant."""
     warm = warmup * steps
-    return (step + 1) / (warm + 1) if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 1.0 if constant else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def single_clip_losses(model, cache, stage, t, config, device):
-    """The task loss of one train clip at a time (all of the stage's, or lra_clips drawn from it), each with its graph; eval mode, fp32."""
+def labelled(batch, model):
+    """The batch with the position of each clip's class among the competing ones, where there is a classifier."""
+    return batch | {"label": model.classifier.labels(batch["category"]).to(batch["context"].device)} if model.classifier else batch
+
+
+def clip_gradients(model, method, cache, stage, t, config, device):
+    """The gradients of the task loss of single train clips (all of the stage's, or lra_clips drawn from it), for method.consolidate; eval mode, fp32."""
     model.eval()
     chosen = list(stage.train)
     if 0 < config.lra_clips < len(chosen):
         chosen = np.random.default_rng([config.seed, t]).choice(chosen, config.lra_clips, replace=False).tolist()
-    for batch in tqdm(loader(ClipDataset(cache, chosen), 1), "sensitivity", unit="clip", leave=False):
-        batch = to_device(batch, device)
-        yield weighted(clip_losses(model(batch), batch), config).squeeze(0)
+    counts = cache.arrays["annotated"].sum(1)[chosen]
+
+    def batches():
+        for m in sorted(set(counts.tolist())):  # clips with equally many frames side by side
+            alike = [i for i, count in zip(chosen, counts) if count == m]
+            for batch in tqdm(loader(ClipDataset(cache, alike), SENSITIVITY_BATCH), "sensitivity", unit="batch", leave=False, disable=None):
+                yield labelled(to_device(batch, device), model)
+
+    loss = lambda outputs, clip: sum(weighted(clip_losses(outputs, clip), config).values()).squeeze(0)
+    return per_clip_gradients(model, method.anchored, batches(), loss)
 
 
 def evaluate(model, cache, tasks, partners, config, autocast, device, results):
     """Append one row to every matrix. Nothing is decided by it."""
     start = time.time()
-    row = score_tasks(model, cache, tasks, partners, config, autocast, device)
+    row = score_tasks(model, cache, tasks, partners, config, autocast, device, learned=len(results["matrix"]["J"]))
     for matrix, split in (("matrix", "test"), ("val_matrix", "val")):
         for name in results[matrix]:
             results[matrix][name].append(row[split][name])

@@ -32,20 +32,22 @@ class Config:
     workers: int = key(0, "loader processes; 0: load in the main process", low=0)
 
     # -- data
-    dataset: str = key("s4", "AVSBench's single-source set", choices=("s4",))
-    data_root: str = key("data/AVSBench", "the folder that holds Single-source/")
+    dataset: str = key("s4", "AVSBench's single-source or multi-source set", choices=("s4", "ms3"))
+    data_root: str = key("data/AVSBench", "the folder that holds Single-source/ or Multi-sources/")
     synth: bool = key(False, "make the synthetic set in data_root on first use")
     image_size: int = key(224, "height and width in pixels, of input, masks and scores", low=32)
     augment: bool = key(False, "random flip, scale-and-crop and colour, one draw per clip and epoch")
     cache_dir: str = key("cache", "where packed caches go")
 
     # -- protocol
-    protocol: str = key("cil", "task-, class- or domain-incremental", choices=("til", "cil", "dil"))
+    protocol: str = key("cil", "task-, class- or domain-incremental; a task-free stream", choices=("til", "cil", "dil", "tfcl"))
     base: int = key(11, "TIL, CIL: classes of the first task", low=1)
     step: int = key(2, "TIL, CIL: classes of each later task", low=1)
     class_order: list | None = key(None, "TIL, CIL: category names in learning order; null: drawn from seed", types=(list, type(None)))
-
     domains: dict | list | None = key(None, "DIL: null: human, animal, instrument, vehicle, tool; a list: their order; or a mapping", types=(dict, list, type(None)))
+    stream_epochs: int = key(1, "TF-CL: times the current batch is used before it is gone; joint: passes over everything", low=1)
+    stream_blur: float = key(0.5, "TF-CL: width of the zone in which neighbouring segments mix, in segments; 0: sharp drifts", low=0, high=2)
+    stream_checkpoints: int = key(6, "TF-CL: segments of the stream, and checkpoints", low=2)
 
     # -- model
     visual: str = key("pvt_v2_b5", "timm model with features_only, frozen")
@@ -57,6 +59,7 @@ class Config:
     width: int = key(256, "D, width of fusion and decoder", low=8)
     heads: int = key(8, "attention heads; divides width", low=1)
     conditioning: str = key("gate", "audio gate on visual features before attention; none: off", choices=("gate", "none"))
+    classify: bool = key(False, "a classification branch: classes seen so far (TIL: the task's own) compete")
     lora_rank: int = key(16, "r; 0: no LoRA", low=0)
     lora_alpha: float = key(16.0, "alpha; the update is (alpha / r) B A", low=0)
     lora_dropout: float = key(0.0, "dropout on LoRA's input; 0: off", low=0, high=0.99)
@@ -69,19 +72,24 @@ class Config:
     lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none", low=0)
     lra_power: float = key(1.0, "exponent on the sensitivity: 1 Fisher, 0.5 its root, 0 uniform (plain L2)", low=0)
     lra_scope: str = key("trainable", "what is anchored: the LoRA factors (as the paper names it), or fusion and decoder too", choices=("lora", "trainable"))
-    lra_clips: int = key(0, "clips used for the sensitivity of a task; 0: all", low=0)
+    lra_trigger: str = key("boundary", "when to consolidate: at task boundaries, or where the loss shows a plateau (task-free)", choices=("boundary", "plateau"))
+    lra_window: int = key(20, "plateau: steps in a window", low=2)
+    lra_flat: float = key(0.05, "plateau: a window whose mean lies less than this share below the one before is flat", low=0, high=1)
+    lra_peak: float = key(0.1, "plateau: a window this share above the last plateau arms the trigger again", low=0)
+    lra_clips: int = key(0, "boundary: clips used for the sensitivity of a task; 0: all", low=0)
 
     # -- optim
     epochs_first: int = key(15, "epochs of the first task", low=0)
     epochs: int = key(15, "epochs of each later task", low=0)
     batch_size: int = key(4, "clips", low=1)
-    lr_first: float = key(1e-4, "AdamW's peak rate, first task", low=0)
+    lr_first: float = key(1e-4, "AdamW's peak rate, first task; TF-CL: of the whole stream", low=0)
     lr: float = key(1e-4, "AdamW's peak rate, later tasks", low=0)
     weight_decay: float = key(0.01, "AdamW's weight decay; 0: off", low=0)
-    warmup: float = key(0.05, "share of a task's steps spent warming up, cosine decay after it; 0: off", low=0, high=1)
+    warmup: float = key(0.05, "share of a task's steps spent warming up, cosine decay after it (TF-CL: of the stream's, constant after it); 0: off", low=0, high=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: off", low=0)
     w_bce: float = key(1.0, "weight of binary cross-entropy", low=0)
     w_dice: float = key(1.0, "weight of the Dice loss; 0: off", low=0)
+    w_class: float = key(1.0, "classify: weight of cross-entropy over classes", low=0)
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -114,6 +122,12 @@ def load_config(files=(), overrides=()):
     config = Config(**values)
     if config.width % config.heads or config.width % 8:
         raise AtlasError(f"width={config.width} must be a multiple of heads={config.heads} and of 8 (the decoder's normalisation groups)")
+    if config.dataset == "ms3" and config.protocol != "tfcl":
+        raise AtlasError(f"protocol={config.protocol} needs categories, which dataset=ms3 does not have; use protocol=tfcl, or dataset=s4")
+    if config.protocol == "tfcl" and config.classify:
+        raise AtlasError("classify=true needs tasks of classes; protocol=tfcl has none")
+    if config.protocol == "tfcl" and config.method == "lra" and config.lra_trigger == "boundary":
+        raise AtlasError("protocol=tfcl has no boundaries that lra_trigger=boundary could wait for; use lra_trigger=plateau")
     if config.method == "lra" and not config.lora_rank and config.lra_scope == "lora":
         raise AtlasError("method=lra anchors LoRA, but lora_rank=0; give a rank, or lra_scope=trainable, or method=finetune")
     return config

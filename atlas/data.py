@@ -39,7 +39,7 @@ def pack(clips, root, cache_dir, size, encoder, encoder_name, dataset="s4"):
         np.save(build / "mute_tokens.npy", mute_tokens)
         frames, masks = array("frames", np.uint8, count, T, size, size, 3), array("masks", np.uint8, count, T, -(-size * size // 8))
         context, tokens = array("context", np.float16, count, *mute_context.shape), array("tokens", np.float16, count, *mute_tokens.shape)
-        for i, clip in enumerate(tqdm(clips, "packing clips", unit="clip")):
+        for i, clip in enumerate(tqdm(clips, "packing clips", unit="clip", disable=None)):
             try:
                 frames[i], truth = load_clip(clip, size)
                 context[i], tokens[i] = encode_clip(encoder, clip.audio, T)
@@ -77,6 +77,11 @@ class PackedClips:
         self.folder, self.size, self.clips = folder, index["size"], index["clips"]  # clips: dicts of id, source, split, category
         names = ("frames", "masks", "annotated", "context", "tokens", "mute_context", "mute_tokens")
         self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        self.closed = set()
+
+    def close(self, indices):
+        """Exemplar-free: from now on, asking for one of these clips is an error."""
+        self.closed.update(indices)
 
     @property
     def context_dim(self):
@@ -86,17 +91,24 @@ class PackedClips:
     def token_dim(self):
         return self.arrays["tokens"].shape[-1]
 
+    def audio_features(self):
+        """The mean over its seconds of every clip's audio context, [n, D_a] float32: what orders the stream of TF-CL."""
+        return self.arrays["context"].astype(np.float32).mean(1)
+
     def select(self, split, categories):
         """Indices of the clips of `split` whose category is in `categories`."""
         categories = set(categories)
         return [i for i, clip in enumerate(self.clips) if clip["split"] == split and clip["category"] in categories]
 
     def __getitem__(self, i):
-        """Clip i: frames [m, 3, H, W] uint8, masks [m, H, W] bool, second [m] of its m annotated frames, and its sound."""
+        """Clip i: frames [m, 3, H, W] uint8, masks [m, H, W] bool, second [m] of its m annotated frames, its sound and its category (MS3: None)."""
+        if i in self.closed:
+            raise AtlasError(f"train clip {self.clips[i]['id']} was asked for after its task; no past clip may be used again; please report this")
         second = np.flatnonzero(self.arrays["annotated"][i])
         masks = np.unpackbits(self.arrays["masks"][i, second], axis=-1, count=self.size**2).reshape(-1, self.size, self.size)
         return {
             "index": i,
+            "category": self.clips[i]["category"],
             "frames": torch.from_numpy(self.arrays["frames"][i, second]).permute(0, 3, 1, 2),
             "masks": torch.from_numpy(masks).bool(),
             "second": torch.from_numpy(second),
@@ -140,11 +152,12 @@ def augmented(item, rng):
 
 
 def collate(items):
-    """Clips side by side. Frames are concatenated: `clip` [M] and `second` [M] say whose each of the M annotated frames is."""
+    """Clips side by side. Frames are concatenated: `clip` [M] and `second` [M] say whose each of the M annotated frames is; `index`, `category`: lists."""
     joined = {name: torch.cat([item[name] for item in items]) for name in ("frames", "masks", "second")}
     stacked = {name: torch.stack([item[name] for item in items]) for name in ("context", "tokens")}
+    listed = {name: [item[name] for item in items] for name in ("index", "category")}
     counts = torch.tensor([len(item["second"]) for item in items])
-    return joined | stacked | {"clip": torch.repeat_interleave(torch.arange(len(items)), counts), "index": [item["index"] for item in items]}
+    return joined | stacked | listed | {"clip": torch.repeat_interleave(torch.arange(len(items)), counts)}
 
 
 def loader(dataset, batch_size, order=None, workers=0, device="cpu"):
@@ -158,11 +171,10 @@ def to_device(batch, device):
     return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def swap_partners(cache, split, seed=0):
-    """For every clip of `split`, a clip of another category, drawn once: {index: partner}. Partners come from the whole split."""
+def swap_partners(cache, tasks, seed=0):
+    """For every test clip, a test clip of another category (MS3: of another segment), drawn once from the whole split: {index: partner}."""
     rng = np.random.default_rng(seed)
-    indices = [i for i, clip in enumerate(cache.clips) if clip["split"] == split]
-    category = {i: cache.clips[i]["category"] for i in indices}
-    if len(set(category.values())) < 2:
-        raise AtlasError(f"the {split} split holds clips of one category only, so no sounds can be exchanged; add clips of another")
-    return {i: int(rng.choice([j for j in indices if category[j] != category[i]])) for i in indices}
+    group = {i: cache.clips[i]["category"] or task.name for task in tasks for i in task.test}
+    if len(set(group.values())) < 2:
+        raise AtlasError("the test split holds clips of one category only, so no sounds can be exchanged; add clips of another")
+    return {i: int(rng.choice([j for j in sorted(group) if group[j] != group[i]])) for i in sorted(group)}

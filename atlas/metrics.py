@@ -93,51 +93,75 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
     """Scores of the clips `indices`: MaskMeter's four, and with `partners` (data.swap_partners) J_swap and mute_area, from one encoder pass.
 
     J_swap: J with the sound of the partner, against the clip's own mask. mute_area: mean predicted area when the encoder hears a zero waveform.
+    class_accuracy: share of clips whose class has the largest logit among the competing ones; None without a classifier, or where a class does not compete.
     """
     model.eval()
-    own, swapped, area, frames = MaskMeter(), MaskMeter(with_F=False), 0.0, 0
+    own, swapped, area, frames, hits = MaskMeter(), MaskMeter(with_F=False), 0.0, 0, []
     mute = {name: value.to(device) for name, value in cache.sound(None).items()}
     for batch in loader(ClipDataset(cache, indices), batch_size, workers=workers, device=device):
         batch = to_device(batch, device)
         B = len(batch["context"])
-
+        place = batch["clip"], batch["second"]
         masks, annotated = torch.zeros(B, T, cache.size, cache.size, dtype=torch.bool, device=device), torch.zeros(B, T, dtype=torch.bool, device=device)
-        masks[batch["clip"], batch["second"]], annotated[batch["clip"], batch["second"]] = batch["masks"], True
+        masks[place], annotated[place] = batch["masks"], True
         with autocast():
             features = model.encode(batch["frames"])
 
-        def segment(context, tokens):  # -> logits [B, T, H, W]
-            full = torch.zeros(B, T, cache.size, cache.size, device=device)
+        def segment(context, tokens):  # -> outputs, with masks as [B, T, H, W]
             with autocast():
-                full[batch["clip"], batch["second"]] = model.segment(features, cache.size, batch["clip"], batch["second"], context, tokens).float()
-            return full
+                outputs = model.segment(features, cache.size, *place, context, tokens)
+            full = torch.zeros(B, T, cache.size, cache.size, device=device)
+            full[place] = outputs["masks"].float()
+            return outputs | {"masks": full}
 
-        own.update(segment(batch["context"], batch["tokens"]), masks, annotated)
+        outputs = segment(batch["context"], batch["tokens"])
+        own.update(outputs["masks"], masks, annotated)
+        if "classes" in outputs:
+            labels = model.classifier.labels(batch["category"]).to(device)
+            hits += torch.where(labels < 0, torch.nan, (outputs["classes"].argmax(1) == labels).float()).tolist()
         if partners is not None:
             other = [cache.sound(partners[i]) for i in batch["index"]]
-            swapped.update(segment(*(torch.stack([sound[name] for sound in other]).to(device) for name in ("context", "tokens"))), masks, annotated)
-            silent = segment(mute["context"].expand(B, -1, -1), mute["tokens"].expand(B, -1, -1, -1))
+            swapped.update(segment(*(torch.stack([sound[name] for sound in other]).to(device) for name in ("context", "tokens")))["masks"], masks, annotated)
+            silent = segment(mute["context"].expand(B, -1, -1), mute["tokens"].expand(B, -1, -1, -1))["masks"]
             area += (silent > 0)[annotated].flatten(1).float().mean(1).sum().item()
             frames += int(annotated.sum())
-    result = own.compute()
+    result = own.compute() | {"class_accuracy": None if not hits or np.isnan(hits).any() else float(np.mean(hits))}
     if partners is not None:
         result |= {"J_swap": swapped.compute()["J"], "mute_area": area / frames if frames else None}
     return result
 
 
-def score_tasks(model, cache, tasks, partners, config, autocast, device):
+def options_of(config, autocast, device):
+    """How `score` runs: scored clips have T annotated frames, so fewer clips than in S4's training fill a batch."""
+    return dict(batch_size=max(1, config.batch_size // T), device=device, workers=config.workers, autocast=autocast)
+
+
+def score_tasks(model, cache, tasks, partners, config, autocast, device, learned):
     """One row of every matrix, for all tasks, past, present and future: {"test": {score: [one a task]}, "val": {"J": [...]}}.
 
-    With heads of their own (TIL) the tasks are told apart; a task not learned yet is scored with the latest head. Scored clips have T annotated frames, so fewer clips than in training fill a batch.
+    With heads of their own (TIL) the tasks are told apart; a task not learned yet is scored with the latest head. `learned`: stages so far; the classes of
+    a task beyond them do not compete.
     """
-    options = dict(batch_size=max(1, config.batch_size // T), device=device, workers=config.workers, autocast=autocast)
+    options, til, joint = options_of(config, autocast, device), config.protocol == "til", config.method == "joint"
     with merged(model):
         rows, val = [], []
-        for j, task in enumerate(tqdm(tasks, "scoring", unit="task", leave=False)):
+        for j, task in enumerate(tqdm(tasks, "scoring", unit="task", leave=False, disable=None)):
             model.decoder.use_head(j)
+            if model.classifier:
+                seen = len(tasks) * bool(learned) if joint else learned
+                model.classifier.compete(*((j, j + 1 if j < seen else j) if til else (0, seen)))
             rows.append(score(model, cache, task.test, partners, **options))
             val.append(score(model, cache, task.val, **options)["J"])
     return {"test": {name: [row[name] for row in rows] for name in rows[0]}, "val": {"J": val}}
+
+
+def score_disjoint(model, cache, config, autocast, device):
+    """{"J", "F", "clips"} over the test clips whose source video has no train clip: MS3's test split shares videos with its train split. None where all do."""
+    trained = {clip["source"] for clip in cache.clips if clip["split"] == "train"}
+    chosen = [i for i, clip in enumerate(cache.clips) if clip["split"] == "test" and clip["source"] not in trained]
+    with merged(model):
+        found = score(model, cache, chosen, **options_of(config, autocast, device))
+    return {"J": found["J"], "F": found["F"], "clips": len(chosen)}
 
 
 # ---- continual learning ----------------------------------------------------------------------------------------------

@@ -21,16 +21,18 @@ from atlas.errors import AtlasError
 
 
 class Atlas(nn.Module):
-    """frames, sound -> mask logits. Groups of trainables: `lora` (in the encoder), `fusion`, `decoder`."""
+    """frames, sound -> mask logits, and class logits with a classifier. Groups of trainables: `lora` (in the encoder), `fusion`, `decoder`, `classifier`."""
 
-    def __init__(self, encoder, context_dim, token_dim, width=64, heads=4, conditioning="gate", norm="timm"):
+    def __init__(self, encoder, context_dim, token_dim, width=64, heads=4, conditioning="gate", norm="timm", classes=None):
+        """classes: the category names of every task, in learning order, for the classification branch; None: no such branch."""
         super().__init__()
         self.encoder = encoder
         base = base_encoder(encoder)
         self.scales = [i for i, stride in enumerate(base.feature_info.reduction()) if stride >= 4]
         self.channels = [base.feature_info.channels()[i] for i in self.scales]
-        self.fusion = Fusion(self.channels, context_dim, token_dim, width, heads, conditioning)
         self.decoder = Decoder(len(self.channels), width)
+        self.fusion = Fusion(self.channels, context_dim, token_dim, width, heads, conditioning)
+        self.classifier = Classifier(width + context_dim, classes) if classes else None
         mean, std = (base.pretrained_cfg["mean"], base.pretrained_cfg["std"]) if norm == "timm" else ((0.5,) * 3, (0.5,) * 3)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -51,23 +53,35 @@ class Atlas(nn.Module):
         return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.channels)]  # Swin's are channels-last
 
     def segment(self, features, size, clip, second, context, tokens):
-        """features of encode -> logits [M, size, size]; `clip`, `second` [M]: whose frame, which second; context [B, T, D_a]; tokens [B, T, N, D_u]."""
-        fused = self.fusion(features, clip, second, context, tokens)
+        """features of encode -> {"masks": logits [M, size, size], "classes": logits [B, K] of the competing classes, with a classifier}.
+
+        `clip`, `second` [M]: whose frame, which second; context [B, T, D_a]; tokens [B, T, N, D_u].
+        """
+        fused, a = self.fusion(features, clip, second, context, tokens)
         logits = self.decoder(fused)  # [M, 1, H_1, W_1]
-        return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)[:, 0]
+        outputs = {"masks": F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)[:, 0]}
+        if self.classifier and self.classifier.last > self.classifier.first:
+            outputs["classes"] = clip_means(self.classifier(torch.cat([fused[-1].mean((2, 3)), a], 1)), clip, len(context))
+        return outputs
 
     def forward(self, batch):
-        """A batch of data.collate -> logits [M, H, W]."""
+        """A batch of data.collate -> {"masks": logits [M, H, W], and "classes" [B, K]}."""
         features = self.encode(batch["frames"])
         return self.segment(features, batch["frames"].shape[-1], batch["clip"], batch["second"], batch["context"], batch["tokens"])
 
     def groups(self):
-        """The trainable parameters by group, {"lora" | "fusion" | "decoder": {name: parameter}}; what LRA may anchor."""
-        groups = {"lora": {}, "fusion": {}, "decoder": {}}
+        """The trainable parameters by group, {"lora" | "fusion" | "decoder" | "classifier": {name: parameter}}; what LRA may anchor."""
+        groups = {"lora": {}, "fusion": {}, "decoder": {}, "classifier": {}}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 groups["lora" if name.startswith("encoder.") else name.split(".")[0]][name] = parameter
         return groups
+
+
+def clip_means(values, clip, B):
+    """Per-frame values [M, ...] -> the mean over each clip's frames [B, ...]."""
+    total = lambda x: torch.zeros(B, *x.shape[1:], device=x.device, dtype=x.dtype).index_add(0, clip, x)
+    return total(values) / total(torch.ones_like(values))
 
 
 class Fusion(nn.Module):
@@ -76,15 +90,15 @@ class Fusion(nn.Module):
     def __init__(self, channels, context_dim, token_dim, width, heads, conditioning):
         super().__init__()
         self.context_norm, self.token_norm = nn.LayerNorm(context_dim), nn.LayerNorm(token_dim)
+        self.project = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
+        self.attend = nn.ModuleList([CrossAttention(token_dim, width, heads) for _ in channels])
         self.gates = nn.ModuleList([nn.Linear(context_dim, c) for c in channels]) if conditioning == "gate" else None
         for gate in self.gates or []:  # zero: the first step sees the plain encoder
             nn.init.zeros_(gate.weight)
             nn.init.zeros_(gate.bias)
-        self.project = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
-        self.attend = nn.ModuleList([CrossAttention(token_dim, width, heads) for _ in channels])
 
     def forward(self, features, clip, second, context, tokens):
-        """-> list of L fused maps [M, D, H_l, W_l]."""
+        """-> (list of L fused maps [M, D, H_l, W_l], the normalised context of each frame [M, D_a])."""
         a = self.context_norm(context)[clip, second]  # [M, D_a], the frame's own second
         u = self.token_norm(tokens)[clip]  # [M, T, N, D_u]
         fused = []
@@ -92,7 +106,7 @@ class Fusion(nn.Module):
             if self.gates:
                 x = x * (1 + torch.tanh(self.gates[level](a)))[:, :, None, None]
             fused.append(self.attend[level](self.project[level](x), u, second))
-        return fused
+        return fused, a
 
 
 class CrossAttention(nn.Module):
@@ -159,19 +173,47 @@ class Decoder(nn.Module):
         return self.heads[self.active](x)
 
 
+class Classifier(nn.Module):
+    """Class logits from the pooled coarsest fused feature and the audio context: a linear head for the classes of each task.
+
+    Only the heads `first` to `last` compete: the tasks seen so far (CIL, DIL), or the one task (TIL).
+    """
+
+    def __init__(self, dim, classes):
+        super().__init__()
+        self.classes = [tuple(names) for names in classes]
+        self.heads = nn.ModuleList([nn.Linear(dim, len(names)) for names in classes])
+        self.compete(0, len(classes))
+
+    def compete(self, first, last):
+        self.first, self.last = first, last
+
+    def labels(self, categories):
+        """The position of each category among the competing classes, [B]; -1 for one that does not compete."""
+        names = [name for task in self.classes[self.first : self.last] for name in task]
+        return torch.tensor([names.index(category) if category in names else -1 for category in categories])
+
+    def forward(self, x):
+        """x [M, D + D_a] -> [M, K]."""
+        return torch.cat([head(x) for head in self.heads[self.first : self.last]], 1)
+
+
 # ---- building --------------------------------------------------------------------------------------------------------
 
 
-def build_model(config, context_dim, token_dim):
-    """The model of a config, its initial weights drawn from the seed alone."""
+def build_model(config, context_dim, token_dim, classes=None):
+    """The model of a config, its initial weights drawn from the seed alone. `classes`: each task's category names, for the classification branch.
+
+    What an ablation changes is drawn last: without gates, without LoRA or at another rank, the rest starts from the same weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = build_visual_encoder(config.visual, config.visual_weights, config.visual_pad)
         torch.manual_seed(config.seed)  # what follows does not depend on where the encoder's weights came from
-        rank = 0 if config.method == "frozen" else config.lora_rank
-        if rank:
-            encoder = add_lora(encoder, rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
-        return Atlas(encoder, context_dim, token_dim, config.width, config.heads, config.conditioning, config.visual_norm)
+        model = Atlas(encoder, context_dim, token_dim, config.width, config.heads, config.conditioning, config.visual_norm, classes)
+        if config.lora_rank and config.method != "frozen":
+            model.encoder = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+        return model
 
 
 def build_visual_encoder(name, weights, pad="default"):
@@ -264,24 +306,26 @@ def count_parameters(model):
 # ---- the task loss ---------------------------------------------------------------------------------------------------
 
 
-def clip_losses(logits, batch):
-    """The loss terms of every clip, {"bce", "dice"}: tensors [B], unweighted, each a mean over the clip's annotated frames.
+def clip_losses(outputs, batch):
+    """The loss terms of every clip, {"bce", "dice"} and "class" with a classifier: tensors [B], unweighted; masks: a mean over the clip's annotated frames.
 
     bce: binary cross-entropy averaged over a frame's pixels. dice: 1 - (2 sum p g + 1) / (sum p + sum g + 1), p = sigmoid(logit),
-    defined on a silent frame through the 1. Nothing is pooled across clips.
+    defined on a silent frame through the 1. class: cross-entropy over the competing classes. Nothing is pooled across clips.
     """
+    logits = outputs["masks"].float().flatten(1)
     truth = batch["masks"].to(logits.dtype).flatten(1)  # [M, HW]
-    logits = logits.flatten(1)
     p = logits.sigmoid()
     terms = {
         "bce": F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1),
         "dice": 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1),
     }  # each [M]
-    B = len(batch["context"])
-    count = torch.bincount(batch["clip"], minlength=B)
-    return {name: torch.zeros(B, device=x.device, dtype=x.dtype).index_add(0, batch["clip"], x) / count for name, x in terms.items()}
+    terms = {name: clip_means(x, batch["clip"], len(batch["context"])) for name, x in terms.items()}
+    if "classes" in outputs:
+        terms["class"] = F.cross_entropy(outputs["classes"].float(), batch["label"], reduction="none")
+    return terms
 
 
 def weighted(terms, config):
-    """{"bce", "dice"} [B] -> the task loss of each clip, [B]."""
-    return config.w_bce * terms["bce"] + config.w_dice * terms["dice"]
+    """The terms of clip_losses, each times its weight in the config."""
+    weights = {"bce": config.w_bce, "dice": config.w_dice, "class": config.w_class}
+    return {name: weights[name] * value for name, value in terms.items()}

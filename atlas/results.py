@@ -13,7 +13,7 @@ from atlas.config import as_dict
 from atlas.errors import AtlasError
 from atlas.metrics import continual_metrics
 
-TEST_SCORES = ("J", "F", "J_strict", "F_dataset", "J_swap", "mute_area")
+TEST_SCORES = ("J", "F", "J_strict", "F_dataset", "J_swap", "mute_area", "class_accuracy")  # the last: null without the branch and for classes not seen yet
 
 
 def new_results(config, tasks, parameters, sha256, device, amp):
@@ -36,6 +36,9 @@ def new_results(config, tasks, parameters, sha256, device, amp):
         "tasks": [
             {"name": t.name, "classes": list(t.classes), "clips": {s: len(getattr(t, s)) for s in ("train", "val", "test")}} for t in tasks
         ],
+        "sensitivity": None if config.method != "lra" else "batch" if config.lra_trigger == "plateau" else "clip",
+        "drifts": drifts(tasks, config),
+        "consolidations": [],
         "matrix": {name: [] for name in TEST_SCORES},
         "val_matrix": {"J": []},
         "metrics": None,
@@ -43,6 +46,11 @@ def new_results(config, tasks, parameters, sha256, device, amp):
         "seconds": {"train": [], "consolidate": [], "evaluate": []},
         "peak_memory_mb": None,
     }
+
+
+def drifts(tasks, config):
+    """TF-CL: the optimiser steps at which the segments after the first truly begin (the middle of the zone where neighbours mix). Empty for other protocols."""
+    return [round(task.begins / config.batch_size * config.stream_epochs) for task in tasks[1:] if task.begins is not None]
 
 
 def read_joint(folder, tasks):
@@ -66,6 +74,8 @@ def derived_metrics(results, joint=None):
         known = [(value, n) for value, n in zip(last, clips) if value is not None]
         metrics[name]["final_clips"] = sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
     metrics["mute_area"] = sum(matrix["mute_area"][-1]) / len(clips)
+    known = [accuracy for accuracy in matrix["class_accuracy"][-1] if accuracy is not None]
+    metrics["class_accuracy"] = sum(known) / len(known) if known else None
     metrics["listening"] = metrics["J"]["final"] - sum(matrix["J_swap"][-1]) / len(clips)
     return metrics
 

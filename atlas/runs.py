@@ -14,29 +14,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from atlas.audio import build_audio_encoder, fingerprint
-from atlas.clips import READERS, built_beside
+from atlas.clips import CSVS, READERS, built_beside
 from atlas.config import as_dict, load_config, run_name
 from atlas.data import PackedClips, pack
 from atlas.errors import AtlasError
-from atlas.model import base_encoder, build_model
+from atlas.model import Atlas, base_encoder, build_model
 from atlas.synth import synth_s4
+
+SYNTHETIC = {"s4": synth_s4}
 
 
 def open_data(config):
     """(PackedClips, SHA-256 of the audio encoder) of a config; makes the synthetic set and the packed cache where they are missing."""
-    root = Path(config.data_root)
-    if config.synth and not (root.is_dir() and any(root.iterdir())):
-        print(f"making the synthetic set in {config.data_root}")
-        synth_s4(config.data_root)
+    if config.synth and not Path(config.data_root, CSVS[config.dataset]).is_file():
+        print(f"making the synthetic {config.dataset.upper()} in {config.data_root}")
+        SYNTHETIC[config.dataset](config.data_root)
     clips = READERS[config.dataset](config.data_root)
     encoder = build_audio_encoder(config.audio, config.audio_weights)
     folder = pack(clips, config.data_root, config.cache_dir, config.image_size, encoder, config.audio, config.dataset)
     return PackedClips(folder), fingerprint(encoder)
 
 
-def open_model(config, cache):
+def open_model(config, cache, tasks=()):
     """(the untrained model of a config, SHA-256 of its frozen visual encoder)."""
-    model = build_model(config, cache.context_dim, cache.token_dim)
+    classes = [task.classes for task in tasks] if config.classify else None
+    model = build_model(config, cache.context_dim, cache.token_dim, classes)
     return model, frozen_fingerprint(model)
 
 
@@ -101,6 +103,12 @@ def forget_log_after(folder, task, epoch):
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
+def consolidations(folder):
+    """The consolidations of a task-free run, from its log: [{"step", "reason"}]."""
+    windows = [line["window"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "window" in line]
+    return [{"step": window["step"], "reason": window["reason"]} for window in windows if window["fired"]]
+
+
 def write_text(path, text):
     """Write beside and rename: a reader never sees half a file."""
     beside = path.with_name(f".{path.name}.tmp")
@@ -161,20 +169,34 @@ def load_checkpoint(folder, model, method=None):
         method.load_state_dict(load_file(folder / "method.safetensors"))
 
 
-def save_progress(folder, model, optimizer, task, epoch, seconds):
-    """progress.pt: the trainables and the optimiser after `epoch` of `task`; one file, replaced as a whole."""
-    trainables = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def save_progress(folder, task, epoch, seconds, *parts):
+    """progress.pt: where a run is, and the state of `parts` (model, optimiser, ...) there; one file, replaced as a whole."""
     beside = folder / ".progress.tmp"
     with writing(folder):
-        torch.save({"model": trainables, "optimizer": optimizer.state_dict(), "task": task, "epoch": epoch, "seconds": seconds}, beside)
+        torch.save({"task": task, "epoch": epoch, "seconds": seconds, "parts": [trainable_state(part) for part in parts]}, beside)
     os.replace(beside, folder / "progress.pt")
 
 
-def load_progress(folder, task):
-    """What save_progress wrote for this very task, or None."""
+def load_progress(folder, task, stream, model, optimizer, scaler, method):
+    """(rounds done, seconds spent) of this very task, its state loaded into the four; or (0, 0). On a stream the optimiser also comes from the share before."""
     path = folder / "progress.pt"
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
-    return state if state and state["task"] == task else None
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {"task": None}
+    here = state["task"] == task
+    if here or (stream and state["task"] == task - 1):
+        weights, *others = state["parts"]
+        for part, values in zip((optimizer, scaler), others):
+            part.load_state_dict(values)
+        if here:
+            model.load_state_dict(weights, strict=False)
+            method.load_state_dict(others[2])
+    return (state["epoch"], state["seconds"]) if here else (0, 0.0)
+
+
+def trainable_state(part):
+    """The state of a part of a run; of a model, the trainables only."""
+    if isinstance(part, Atlas):
+        return {name: p.detach() for name, p in part.named_parameters() if p.requires_grad}
+    return part.state_dict()
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------

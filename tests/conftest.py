@@ -45,3 +45,11 @@ def cache(config):
     from atlas.runs import open_data
 
     return open_data(config)[0]
+
+
+@pytest.fixture(scope="session")
+def tasks(cache, config):
+    """The CIL tasks of `config`: 2, 1 and 1 classes."""
+    from atlas.protocols import class_incremental
+
+    return class_incremental(cache, config)

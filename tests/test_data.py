@@ -124,9 +124,9 @@ def test_frames_and_masks_are_augmented_alike():
         assert agree > 0.97 and torch.equal(out["masks"][0], out["masks"][1])
 
 
-def test_swap_partners_are_of_another_category_and_fixed(cache):
-    partners = swap_partners(cache, "test")
-    assert partners == swap_partners(cache, "test")
+def test_swap_partners_are_of_another_category_and_fixed(cache, tasks):
+    partners = swap_partners(cache, tasks)
+    assert partners == swap_partners(cache, tasks)
     assert all(cache.clips[i]["category"] != cache.clips[j]["category"] and cache.clips[j]["split"] == "test" for i, j in partners.items())
 
 

@@ -130,14 +130,14 @@ def test_joint_and_single_task_and_undefined():
     assert undefined["final"] == pytest.approx(0.6) and undefined["forgetting"] is None
 
 
-def test_score_swaps_and_mutes_the_sound_only(cache, config):
+def test_score_swaps_and_mutes_the_sound_only(cache, config, tasks):
     """J_swap is J where every clip is given its partner's sound; the own J does not change by asking for it."""
     model, _ = open_model(config, cache)
     torch.manual_seed(0)
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
     test = cache.select("test", [c["category"] for c in cache.clips])
-    partners = swap_partners(cache, "test")
+    partners = swap_partners(cache, tasks)
     both, alone = score(model, cache, test, partners), score(model, cache, test, batch_size=3)
     assert both["J"] == pytest.approx(alone["J"], abs=1e-6)
 

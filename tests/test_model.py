@@ -50,7 +50,7 @@ def test_frozen_means_frozen(config, cache, batch, visual):
     model = build_model(replace(config, visual=visual), cache.context_dim, cache.token_dim).train()
     frozen = {k: v.clone() for k, v in base_encoder(model.encoder).state_dict().items() if "lora_" not in k}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    weighted(clip_losses(model(batch), batch), config).mean().backward()
+    sum(weighted(clip_losses(model(batch), batch), config).values()).mean().backward()
     optimizer.step()
     for k, v in base_encoder(model.encoder).state_dict().items():
         assert "lora_" in k or torch.equal(v, frozen[k])
@@ -61,9 +61,9 @@ def test_frozen_means_frozen(config, cache, batch, visual):
 
 def test_lora_dropout_follows_train_and_eval(config, cache, batch):
     model = shaken(build_model(replace(config, lora_dropout=0.5), cache.context_dim, cache.token_dim)).train()
-    assert not torch.equal(model(batch), model(batch))
+    assert not torch.equal(model(batch)["masks"], model(batch)["masks"])
     model.eval()
-    assert torch.equal(model(batch), model(batch))
+    assert torch.equal(model(batch)["masks"], model(batch)["masks"])
 
 
 def test_the_update_is_alpha_over_r_times_BA():
@@ -92,16 +92,16 @@ def test_the_features_do_not_depend_on_the_sound_and_the_masks_do(model, batch):
     shaken(model)
     other = batch | {"context": batch["context"].flip(0), "tokens": batch["tokens"].flip(0)}
     assert all(torch.equal(a, b) for a, b in zip(model.encode(batch["frames"]), model.encode(other["frames"])))
-    assert (model(batch) - model(other)).abs().max() > 1e-3
+    assert (model(batch)["masks"] - model(other)["masks"]).abs().max() > 1e-3
 
 
 def test_a_clips_loss_does_not_depend_on_its_batch(model, batch, cache, config):
     shaken(model)
-    together = weighted(clip_losses(model(batch), batch), config)
+    together = sum(weighted(clip_losses(model(batch), batch), config).values())
     alone = []
     for i in batch["index"]:
         single = collate([cache[i]])
-        alone.append(weighted(clip_losses(model(single), single), config))
+        alone.append(sum(weighted(clip_losses(model(single), single), config).values()))
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_only_annotated_frames_matter_in_training(model, cache, config):
     item = collate([cache[train]])
     frames = torch.from_numpy(cache.arrays["frames"][train].copy()).permute(0, 3, 1, 2)
     five = item | {"frames": frames, "clip": torch.zeros(5, dtype=torch.long), "second": torch.arange(5)}
-    torch.testing.assert_close(model(five)[item["second"]], model(item), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(five)["masks"][item["second"]], model(item)["masks"], rtol=1e-4, atol=1e-4)
 
 
 def test_loss_terms_by_hand(config):
@@ -122,12 +122,12 @@ def test_loss_terms_by_hand(config):
         "clip": torch.tensor([0, 0, 1]),
         "context": torch.zeros(2, 5, 1),
     }
-    terms = clip_losses(logits, batch)
+    terms = clip_losses({"masks": logits}, batch)
     log2 = torch.tensor(2.0).log().item()
     torch.testing.assert_close(terms["bce"], torch.tensor([log2 / 2, 0.0]))
     torch.testing.assert_close(terms["dice"], torch.tensor([(1 - 2 / 3) / 2, 0.0]), atol=1e-6, rtol=0)  # silent frame: (0 + 1) / (0 + 0 + 1)
     both = replace(config, w_bce=2.0, w_dice=3.0)
-    torch.testing.assert_close(weighted(terms, both), 2 * terms["bce"] + 3 * terms["dice"])
+    torch.testing.assert_close(sum(weighted(terms, both).values()), 2 * terms["bce"] + 3 * terms["dice"])
 
 
 def test_the_seed_makes_the_weights(config, cache):
@@ -175,9 +175,9 @@ def test_a_checkpoint_brings_everything_back_and_opens_in_peft(config, cache, ba
     shaken(model)
     save_checkpoint(tmp_path / "task_01", model, build_method(config, model))
     fresh = open_model(config, cache)[0].eval()
-    assert not torch.equal(fresh(batch), model(batch))
+    assert not torch.equal(fresh(batch)["masks"], model(batch)["masks"])
     load_checkpoint(tmp_path / "task_01", fresh)
-    assert torch.equal(fresh(batch), model(batch))
+    assert torch.equal(fresh(batch)["masks"], model(batch)["masks"])
     plain = build_model(replace(config, method="frozen"), cache.context_dim, cache.token_dim).eval()
     plain.encoder = PeftModel.from_pretrained(plain.encoder, tmp_path / "task_01").eval()
     assert all(torch.equal(a, b) for a, b in zip(plain.encode(batch["frames"]), model.encode(batch["frames"])))
@@ -195,27 +195,27 @@ def test_the_real_mobilenet_loads_and_sees(cache):
 
 def test_merging_changes_no_mask_and_is_undone_to_the_bit(model, batch):
     shaken(model)
-    before, logits = {k: v.clone() for k, v in model.state_dict().items()}, model(batch)
+    before, logits = {k: v.clone() for k, v in model.state_dict().items()}, model(batch)["masks"]
     with merged(model):
-        torch.testing.assert_close(model(batch), logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(model(batch)["masks"], logits, rtol=1e-3, atol=1e-3)
         assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(model(batch), logits)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(model(batch)["masks"], logits)
 
 
 def test_heads_of_tasks(config, cache, batch):
     """A new head starts as a copy of the latest, past heads leave the trainables, a task not learned yet gets the latest, and LRA anchors none."""
     model = open_model(config, cache)[0].eval()
     assert model.decoder.heads[0].weight.requires_grad
-    before = model(batch)
+    before = model(batch)["masks"]
     model.decoder.add_head()
     model.decoder.use_head(1)
-    assert torch.equal(model(batch), before)
+    assert torch.equal(model(batch)["masks"], before)
     model.decoder.heads[1].bias.data += 1
-    torch.testing.assert_close(model(batch), before + 1)
+    torch.testing.assert_close(model(batch)["masks"], before + 1)
     model.decoder.use_head(0)
-    assert torch.equal(model(batch), before)
+    assert torch.equal(model(batch)["masks"], before)
     model.decoder.use_head(7)
-    torch.testing.assert_close(model(batch), before + 1)
+    torch.testing.assert_close(model(batch)["masks"], before + 1)
     assert [name for name in model.groups()["decoder"] if "heads" in name] == ["decoder.heads.1.weight", "decoder.heads.1.bias"]
     anchored = lambda protocol: sum(p.numel() for p in build_method(replace(config, protocol=protocol, lra_scope="trainable"), model).members["decoder"])
     assert anchored("cil") - anchored("til") == sum(p.numel() for p in model.decoder.heads[1].parameters())
