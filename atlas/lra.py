@@ -153,7 +153,7 @@ def per_clip_gradients(model, parameters, batches, loss):
     for batch in batches:
         n = len(batch["context"])
         clips = {name: batch[name].unflatten(0, (n, -1)) if name in ("frames", "masks", "second") else batch[name] for name in kept if name in batch}
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no rule for vmap
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # no graph of the parameters left out; the fused kernels have no rule for vmap
             gradients = vmap(grad(of_one), in_dims=(None, 0), randomness="different")(values, clips)
         yield [gradients[name] for name in values]
 

@@ -28,6 +28,13 @@ def run(*words, **options):
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=environment, **options)
 
 
+def one_line(done, *words):
+    """The process ended in one clear error line that holds all of `words`."""
+    assert done.returncode not in (0, None) and "Traceback" not in done.stderr, done.stderr
+    error = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and all(str(word) in error[0] for word in words), done.stderr
+
+
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
     """The root of a synthetic S4 of four classes: 4 train, 2 val, 2 test clips each, 32 px."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, SHARED, TINY, real, run
+from conftest import ROOT, SHARED, TINY, one_line, real, run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -109,34 +109,10 @@ def test_joint_has_two_rows_and_serves_as_intransigence(lra, place):
     assert frozen["parameters"]["lora"] == 0
 
 
-def one_line(done, *words):
-    assert done.returncode not in (0, None) and "Traceback" not in done.stderr, done.stderr
-    error = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and all(str(word) in error[0] for word in words), done.stderr
-
-
 def test_a_run_folder_is_never_overwritten(lra, place):
     before = sorted((p, p.stat().st_mtime_ns) for p in lra[0].rglob("*"))
     one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "name=lra"), "not empty", "name=")
     assert sorted((p, p.stat().st_mtime_ns) for p in lra[0].rglob("*")) == before
-
-
-@pytest.mark.parametrize("damage", ["missing frame", "truncated frame", "mask value", "no sound"])
-def test_a_damaged_tree_is_one_line_for_train_and_a_report_for_check(tree, tmp_path, damage):
-    root = Path(shutil.copytree(tree, tmp_path / "tree"))
-    clip = read_s4(root)[0]
-    path = Path({"mask value": clip.masks[0], "no sound": clip.audio}.get(damage, clip.frames[1]))
-    if damage == "truncated frame":
-        path.write_bytes(path.read_bytes()[:300])
-    elif damage == "mask value":
-        Image.fromarray(np.full((32, 32), 130, np.uint8)).save(path)
-    else:
-        path.unlink()
-    words = [f"data_root={root}", f"out_dir={tmp_path / 'r'}", f"cache_dir={tmp_path / 'c'}", *FAST]
-    one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", *words), path.name)
-    assert not (tmp_path / "r").exists()
-    report = run("prepare_data.py", "check", "--root", root)
-    assert report.returncode == 1 and path.name in report.stdout and "1 errors" in report.stdout
 
 
 def test_check_passes_a_good_tree_and_warns_of_what_is_handled(tree, tmp_path):
@@ -184,11 +160,10 @@ def test_synth_is_a_command(tmp_path):
     one_line(run("prepare_data.py", "synth", "--out", tmp_path / "s"), "not empty")
 
 
-def test_no_run_no_config_no_data():
-    one_line(run("eval.py", "nowhere"), "nowhere")
+def test_no_config_and_no_gpu():
     one_line(run("train.py", "--cfg", "nowhere.yaml"), "nowhere.yaml")
-    one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", "data_root=nowhere"), "nowhere", "data_root")
-    one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", "device=cuda"), "no GPU") if not __import__("torch").cuda.is_available() else None
+    if not torch.cuda.is_available():
+        one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", "device=cuda"), "no GPU")
 
 
 @real
