@@ -10,7 +10,8 @@ import soundfile
 from PIL import Image
 
 from atlas.clips import SPLITS, s4_clip
-from atlas.compose import VOC, compose_s4, load_sound, read_class_map
+from atlas.compose import compose_s4
+from atlas.scan import VOC, load_sound, read_class_map
 from atlas.errors import AtlasError
 
 OPENAVS = Path(__file__).parents[2] / "shared" / "openavs"
@@ -180,7 +181,7 @@ def test_one_picture_source_is_enough_and_classes_can_be_chosen(flat, tmp_path):
     assert set(report["kept"]) == {"cat", "dog"} and report["dropped"]["cow"] == "not in --classes"
     for k in range(3):
         flat_picture(tmp_path / "cats", f"0{k}_cat", {"cat": (30, 20, 66, 64)})
-    with pytest.raises(AtlasError, match="pictures of cat, and of others to be silent"):
+    with pytest.raises(AtlasError, match="pictures of cat, and of others to stand beside it"):
         compose_s4(tmp_path / "x", **settings | {"voc": tmp_path / "cats", "davis": None})
     for k in range(3):
         flat_picture(tmp_path / "cats", f"1{k}_sofa", {"sofa": (30, 20, 66, 64)})
