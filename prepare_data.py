@@ -2,7 +2,8 @@
 
     python prepare_data.py synth --out data/synthetic                 the synthetic S4 set (23 classes, real PNG and WAV files)
     python prepare_data.py compose --voc VOC2012 --esc ESC-50 --out data/open --seed 0
-                                                                      an open S4 set: photos or videos with masks x sounds
+                                                                      an open S4 set: photos or videos with masks x sounds;
+                                                                      with --dataset ms3 several of them, each heard at its own times
     python prepare_data.py check --root data/AVSBench                 missing or unreadable files, masks, sounds, split leaks
     python prepare_data.py pack --cfg configs/ss_cil.yaml             the packed cache of a config (train.py makes it too)
 
@@ -27,13 +28,15 @@ def parse():
         synth.add_argument(f"--{split}", type=int, default=clips, help=f"{split} clips a class")
     synth.add_argument("--classes", help="comma-separated S4 categories (default: all 23)")
 
-    compose = commands.add_parser("compose", help="make an open S4 tree", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    compose = commands.add_parser("compose", help="make an open S4 or MS3 tree", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    compose.add_argument("--dataset", choices=("s4", "ms3"), default="s4", help="s4: one sound, one class; ms3: up to two, that come and go")
     compose.add_argument("--voc", help="VOC folder: JPEGImages/, SegmentationClass/")
     compose.add_argument("--davis", help="DAVIS folder: JPEGImages/480p/, Annotations/480p/, classes.csv where there is one")
     compose.add_argument("--esc", required=True, help="ESC-50 folder: audio/, meta/esc50.csv")
-    compose.add_argument("--out", required=True, help="the new folder; holds Single-source/ afterwards")
+    compose.add_argument("--out", required=True, help="the new folder; holds Single-source/ or Multi-sources/ afterwards")
     compose.add_argument("--seed", type=int, default=0, help="splits, pairs and crops")
-    compose.add_argument("--clips", type=int, default=24, help="train clips a class; a quarter and a half of it for val and test")
+    clips = "train clips; s4: of a class, 24, and a quarter and a half of it for val and test; ms3: in all, 400, a sixth and a quarter"
+    compose.add_argument("--clips", type=int, default=argparse.SUPPRESS, help=clips)
     compose.add_argument("--size", type=int, default=128, help="height and width in pixels")
     compose.add_argument("--classes", help="comma-separated classes (default: all that have three sources of pictures and of sounds)")
     compose.add_argument("--map", help="class map (default: configs/class_map.yaml)")
@@ -55,11 +58,12 @@ def main(given):
         synth_s4(given.out, given.seed, given.size, given.train, given.val, given.test, names(given.classes))
         print(f"{given.out}: done")
     elif given.command == "compose":
-        from atlas.compose import compose_s4
+        from atlas.compose import compose_ms3, compose_s4
 
-        report = compose_s4(
-            given.out, given.voc, given.davis, given.esc, given.seed, given.clips, size=given.size, classes=names(given.classes), class_map=given.map
-        )
+        compose = {"s4": compose_s4, "ms3": compose_ms3}[given.dataset]
+        clips = {"clips": given.clips} if "clips" in given else {}  # else the data set's own default
+        sources = {"voc": given.voc, "davis": given.davis, "esc": given.esc}
+        report = compose(given.out, **sources, **clips, seed=given.seed, size=given.size, classes=names(given.classes), class_map=given.map)
         for name, splits in report["kept"].items():
             counts = ", ".join(f"{split} {s['clips']} clips of {s['picture_sources']} pictures, {s['recordings']} sounds" for split, s in splits.items())
             print(f"kept     {name}: {counts}")

@@ -1,9 +1,11 @@
-"""Open AVS sets: pictures and videos with masks x environmental sounds, joined by shared class, written as an AVSBench S4 tree.
+"""Open AVS sets: pictures and videos with masks x environmental sounds, joined by shared class, written as an AVSBench tree, S4 or MS3.
 
 AVSBench is by e-mail request only; PASCAL VOC, DAVIS and ESC-50 are a download away (scan.py reads them). A clip is pictures side by side.
 
 - S4: two pictures and one recording. One picture shows the heard class; the other is silent and does not contain that class.
   Truth = every pixel of the heard class in the frame.
+- MS3: two or three pictures of different classes, none with a pixel of another's class. One or two of them are heard, each with a recording
+  and seconds of its own. Truth at second t = every pixel of every class heard in second t; nothing where nothing sounds.
 
 What keeps it honest:
 - Pictures, videos and recordings never cross splits.
@@ -21,12 +23,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from atlas.audio import RATE
-from atlas.clips import SPLITS, T, built_beside, s4_clip, write_clip, write_csv
+from atlas.clips import SPLITS, T, built_beside, ms3_clip, s4_clip, write_clip, write_csv
 from atlas.errors import AtlasError
 from atlas.scan import VISIBLE, load_sound, read_image, read_mask
-from atlas.stock import picture_deck, showing, shown_classes, sound_deck, take_stock
+from atlas.stock import deck, picture_deck, showing, shown_classes, sound_deck, stand_together, take_stock
 
 DISTRACTORS = 0.2  # silent pictures of classes that are never heard
+ALONE = 0.6  # MS3: clips in which only one picture is ever heard
+SOUNDS = (0.9, 0.5)  # MS3: the chance of the first and of the second heard picture to sound in a second
+AUDIBLE = 0.1  # MS3: a second in which a recording falls below this share of its own loudness (-20 dB) is silent
+FADE = 0.02  # seconds
 
 
 def compose_s4(out, voc=None, davis=None, esc=None, seed=0, clips=24, val=None, test=None, size=128, classes=None, class_map=None, progress=True):
@@ -40,6 +46,24 @@ def compose_s4(out, voc=None, davis=None, esc=None, seed=0, clips=24, val=None, 
     fits = lambda pictures, name, kept: any(name not in p.contains for p in pictures)
     stock = take_stock(out, voc, davis, esc, seed, counts, size, classes, class_map, progress, fits)
     return write_set(out, "s4", stock.report, draw_s4(stock, size), len(stock.kept) * sum(counts.values()), progress)
+
+
+def compose_ms3(out, voc=None, davis=None, esc=None, seed=0, clips=400, val=None, test=None, size=128, classes=None, class_map=None, progress=True):
+    """Build the MS3 set at `out` and return its report, which is also written to out/compose.json.
+
+    clips, val, test: clips in each split (val: a sixth, test: a quarter of `clips`); the other arguments are compose_s4's. So is the report, but
+    kept counts the clips in which a class is ever heard, and its clips are [{id, split, heard [classes, the dominant one first],
+    pictures [from left to right: {class, picture, source, columns [first, behind the last], schedule [T x 0 or 1], recording, recording_source}]}].
+
+    One picture dominates. TF-CL's stream drifts by clusters of the clips' audio features, and with the four classes that open data leaves, clips
+    of two equal voices would all fall between the clusters. So each class dominates equally many clips; in ALONE of them nothing else is heard,
+    in the others a second picture sounds about half as often. That keeps what MS3 is about (sounds that start, stop and overlap, and about one
+    second in nine in which nothing sounds) and leaves the stream something to drift by.
+    """
+    counts = {"train": clips, "val": -(-clips // 6) if val is None else val, "test": -(-clips // 4) if test is None else test}
+    fits = lambda pictures, name, kept: any(stand_together(pictures, {name, other}) for other in kept if other != name)
+    stock = take_stock(out, voc, davis, esc, seed, counts, size, classes, class_map, progress, fits, least=2)
+    return write_set(out, "ms3", stock.report, draw_ms3(stock, size), sum(counts.values()), progress)
 
 
 def draw_s4(stock, size):
@@ -69,6 +93,72 @@ def plan_s4(stock):
             for _ in range(stock.counts[split]):
                 silent = draw_class(list(decks), stock)
                 yield split, name, heard, next(sounds), silent, decks[silent]
+
+
+def draw_ms3(stock, size):
+    """As draw_s4, for clips of two or three columns and of sounds that come and go."""
+    for split, heard, cast in plan_ms3(stock):
+        edges = np.linspace(0, size, len(cast) + 1).round().astype(int).tolist()
+        frames, masks, wave, pictures = [], [], np.zeros(T * RATE), []
+        for (name, suited, recording, chance), left, right in zip(cast, edges, edges[1:]):
+            picture, seen, mask = first_view(suited, name, size, right - left, stock.rng)
+            sound, source, schedule = None, None, np.zeros(T, bool)
+            if recording:
+                sound, source, _ = recording
+                sounding = load_sound(sound)
+                schedule = draw_schedule(sounding, chance, stock.rng)
+                wave += sounding * gate(schedule)
+            frames.append(seen)
+            masks.append(mask & schedule[:, None, None])
+            pictures.append({"class": name, "picture": picture.name, "source": picture.source, "columns": [left, right],
+                             "schedule": schedule.astype(int).tolist(), "recording": sound and sound.name, "recording_source": source})  # fmt: skip
+        for name in heard:
+            stock.report["kept"][name][split]["clips"] += 1
+        wave /= max(1, np.abs(wave).max())  # each recording stays within 1, their sum may not
+        yield split, np.concatenate(frames, axis=2), np.concatenate(masks, axis=2), wave, {"heard": heard, "pictures": pictures}
+
+
+def plan_ms3(stock):
+    """Yield (split, heard classes, cast: [(class, deck of its pictures, recording or None, chance to sound in a second)] from left to right)."""
+    rng = stock.rng
+    for split in SPLITS:
+        here = stock.pictures[split]
+        sounds = {name: sound_deck(stock, split, name) for name in stock.kept}
+        decks = {}  # (class, classes of the clip) -> deck: a picture must suit the others of its clip
+        for _, first in zip(range(stock.counts[split]), deck([(name, name) for name in stock.kept], rng)):
+            heard, wanted, names = 1 + (rng.random() >= ALONE), rng.integers(2, 4), [first]
+            while len(names) < wanted:
+                beside = [c for c in shown_classes(here) if c not in names and stand_together(here, {*names, c})]
+                if len(names) < heard:
+                    beside = [c for c in beside if c in stock.kept]
+                if not beside:
+                    break  # two pictures always go together (take_stock saw to it), a third may not
+                names.append(draw_class(beside, stock))
+            cast = []
+            for place in rng.permutation(len(names)).tolist():
+                name, clip = names[place], frozenset(names)
+                if (name, clip) not in decks:
+                    decks[name, clip] = picture_deck(showing(here, name, clip - {name}), rng)
+                sound = (next(sounds[name]), SOUNDS[place]) if place < heard else (None, 0)
+                cast.append((name, decks[name, clip], *sound))
+            yield split, names[:heard], cast
+
+
+def draw_schedule(wave, chance, rng):
+    """[T] bool, True where the recording `wave` [T * RATE] is let through: each second by `chance`, once at least, and never where it is silent itself."""
+    loudness = np.sqrt(np.mean(wave.reshape(T, RATE) ** 2, axis=1))
+    audible = loudness >= AUDIBLE * np.sqrt(np.mean(wave**2))
+    while not (schedule := audible & (rng.random(T) < chance)).any():
+        pass
+    return schedule
+
+
+def gate(schedule):
+    """The loudness [T * RATE] of a schedule [T] bool: 1 where it sounds, 0 elsewhere, and straight fades of FADE seconds inside both ends of a stretch."""
+    steps = np.diff(schedule.astype(int), prepend=0, append=0)
+    time = (np.arange(T * RATE) + 0.5) / RATE
+    stretches = zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0))
+    return sum((np.clip(np.minimum(time - start, stop - time) / FADE, 0, 1) for start, stop in stretches), np.zeros(T * RATE))
 
 
 def draw_class(names, stock):
@@ -118,12 +208,12 @@ def view(picture, name, size, width, rng):
 
 
 def write_set(out, dataset, report, drawn, total, progress):
-    """Write the clips that draw_s4 yields, then compose.json and the CSV; return the report."""
+    """Write the clips that draw_s4 or draw_ms3 yields, then compose.json and the CSV; return the report."""
     with built_beside(out) as folder:
         written = []
         for split, frames, masks, wave, entry in tqdm(drawn, "compose", total, unit="clip", disable=not progress):
             name = f"c{len(written):06d}"
-            clip = s4_clip(folder, name, entry["class"], split)
+            clip = s4_clip(folder, name, entry["class"], split) if dataset == "s4" else ms3_clip(folder, name, split)
             written.append(write_clip(clip, frames, masks, wave, RATE))
             report["clips"].append({"id": name, "split": split, **entry})
         Path(folder, "compose.json").write_text(json.dumps(report, indent=1) + "\n")

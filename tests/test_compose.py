@@ -1,4 +1,4 @@
-"""Open AVS sets: sources never cross splits, truth is every pixel of the heard class, the silent picture has none of it."""
+"""Open AVS sets: sources never cross splits, truth is every pixel of what is heard, silent pictures have none of it."""
 import csv
 import json
 from collections import Counter, defaultdict
@@ -9,75 +9,14 @@ import pytest
 import soundfile
 from PIL import Image
 
-from atlas.clips import SPLITS, s4_clip
-from atlas.compose import compose_s4
-from atlas.scan import VOC, load_sound, read_class_map
+import atlas.compose
+from atlas.clips import SPLITS, T, read_ms3, s4_clip
+from atlas.compose import compose_ms3, compose_s4, draw_schedule, gate
 from atlas.errors import AtlasError
+from conftest import run
+from test_scan import BACKGROUND, COLOUR, VOID, flat_davis, flat_picture, flat_voc, noise_esc
 
 OPENAVS = Path(__file__).parents[2] / "shared" / "openavs"
-COLOUR = {"dog": (220, 30, 30), "cat": (30, 220, 30), "cow": (30, 30, 220), "bird": (220, 220, 30), "sofa": (220, 30, 220)}
-BACKGROUND, VOID = (10, 10, 10), (250, 250, 250)
-CATEGORY = {"dog": "dog", "cat": "cat", "cow": "cow", "bird": "crow"}
-
-
-def flat_picture(folder, stem, boxes, size=(96, 80), mask_folder="SegmentationClass", value=None):
-    """A picture of flat rectangles {class or "void": (x0, y0, x1, y1)}, each in its class's colour, and its palette mask."""
-    frame = np.full((size[1], size[0], 3), BACKGROUND, np.uint8)
-    mask = np.zeros((size[1], size[0]), np.uint8)
-    for name, (x0, y0, x1, y1) in boxes.items():
-        frame[y0:y1, x0:x1] = VOID if name == "void" else COLOUR[name]
-        mask[y0:y1, x0:x1] = 255 if name == "void" else value or VOC.index(name)
-    images = folder / "JPEGImages" / ("480p" if value else "") / Path(stem).parent
-    masks = folder / mask_folder / Path(stem).parent
-    images.mkdir(parents=True, exist_ok=True)
-    masks.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(frame).save(images / f"{Path(stem).name}.jpg", quality=95, subsampling=0)
-    image = Image.fromarray(mask, mode="P")
-    image.putpalette([v for k in range(256) for v in (k, 255 - k, 7 * k % 256)])  # so that converting it to RGB or L would be seen
-    image.save(masks / f"{Path(stem).name}.png")
-
-
-def flat_voc(folder):
-    one = (30, 20, 66, 64)
-    for k in range(5):
-        flat_picture(folder, f"2007_{k:06d}", {"dog": one, "void": (66, 20, 76, 64)})
-        flat_picture(folder, f"0{k}_cat0", {"cat": one, "void": (20, 20, 30, 40)})
-        flat_picture(folder, f"0{k}_cat1", {"cat": one})  # a second crop of the same photo
-    for k in range(3):
-        flat_picture(folder, f"1{k}_both", {"dog": (18, 10, 46, 70), "cow": (50, 10, 78, 70)})
-        flat_picture(folder, f"2{k}_sofa", {"sofa": one})  # seen, never heard
-    flat_picture(folder, "30_bird", {"bird": one})  # one source: too few
-    flat_picture(folder, "31_bird", {"bird": (0, 0, 12, 80)})  # at the border: does not show it
-    return folder
-
-
-def flat_davis(folder):
-    for k in range(4):
-        for t in range(7):
-            flat_picture(folder, f"cat-walk{k}_a/{t:05d}", {"cat": (16 + 6 * t, 20, 46 + 6 * t, 70)}, (128, 80), "Annotations/480p", 1 + 254 * (k % 2))
-    flat_picture(folder, "nobody-knows/00000", {"cow": (30, 20, 66, 64)}, (128, 80), "Annotations/480p", 1)
-    rows = [f"cat-walk{k}_a,cat,cat-walk{k // 2}" for k in range(4)]
-    (folder / "classes.csv").write_text("\n".join(["sequence,class,video", *rows]) + "\n")
-    return folder
-
-
-def noise_esc(folder):
-    rng = np.random.default_rng(0)
-    rows = [["filename", "fold", "target", "category", "esc10", "src_file", "take"]]
-    (folder / "audio").mkdir(parents=True)
-    (folder / "meta").mkdir()
-    for name, category in [*CATEGORY.items(), ("", "helicopter")]:
-        for k in range(4):
-            for take in "AB":  # two takes of one recording
-                file = f"1-{category}{k}-{take}-0.wav"
-                channels, rate, seconds = [(2, 44100, 1.5), (1, 16000, 6)][k % 2]
-                soundfile.write(folder / "audio" / file, rng.normal(0, 0.01 * (k + 1), (int(rate * seconds), channels)), rate)
-                rows.append([file, 1, 0, category, False, f"{category}{k}", take])
-    with open(folder / "meta" / "esc50.csv", "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory):
     root = tmp_path_factory.mktemp("flat")
@@ -189,18 +128,6 @@ def test_one_picture_source_is_enough_and_classes_can_be_chosen(flat, tmp_path):
     assert set(report["kept"]) == {"cat"} and {clip["silent_class"] for clip in report["clips"]} == {"sofa"}
 
 
-def test_sounds_are_cut_looped_resampled_and_levelled(tmp_path):
-    time = np.arange(44100) / 44100
-    bark = np.concatenate([np.zeros(44100), np.sin(2 * np.pi * 1000 * time), np.zeros(3 * 44100)])
-    soundfile.write(tmp_path / "bark.wav", np.stack([bark, bark], 1) * 0.3, 44100)
-    wave = load_sound(tmp_path / "bark.wav")
-    assert wave.shape == (80000,) and np.abs(np.fft.rfft(wave[16000:32000])).argmax() == 1000
-    assert np.allclose([np.sqrt(np.mean(w**2)) for w in wave.reshape(5, -1)], 0.05, rtol=0.05)  # it sounds in every second
-    soundfile.write(tmp_path / "none.wav", np.zeros(100), 16000)
-    with pytest.raises(AtlasError, match="none.wav is silent"):
-        load_sound(tmp_path / "none.wav")
-
-
 @pytest.mark.parametrize("change, message", [
     ({"voc": None, "davis": None}, "compose needs pictures and sounds"),
     ({"voc": "missing"}, "missing.*is not there: check --voc"),
@@ -233,11 +160,141 @@ def test_an_unreadable_picture_is_named_and_nothing_is_left(flat, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["voc"]
 
 
-def test_the_class_map_is_checked(tmp_path):
-    for text, message in [("dog: {voc: [dogs]}", "VOC does not have"), ("dog: {vocc: [dog]}", "nothing else"), ("- dog", "expected"), ("a: [", "cannot")]:
-        (tmp_path / "map.yaml").write_text(text)
-        with pytest.raises(AtlasError, match=message):
-            read_class_map(tmp_path / "map.yaml")
+@pytest.fixture(scope="module")
+def flat_ms3(flat):
+    root, settings, _ = flat
+    voc = flat_voc(root / "voc_ms3")
+    for k in range(3):
+        flat_picture(voc, f"4{k}_cow", {"cow": (30, 20, 66, 64)})  # so that a cow can stand beside a dog, but in no picture of both
+    settings = settings | dict(voc=voc, clips=40, val=9, test=9)
+    return root / "ms3", settings, compose_ms3(root / "ms3", seed=3, **settings)
+
+
+def sounding(entry):
+    """[pictures, T] bool: which picture of a clip is heard in which second."""
+    return np.array([p["schedule"] for p in entry["pictures"]], bool)
+
+
+def test_the_tree_is_avsbench_ms3s(flat_ms3):
+    root, _, report = flat_ms3
+    clips = read_ms3(root)
+    assert json.loads((root / "compose.json").read_text()) == report
+    assert [c.id for c in clips] == [e["id"] for e in report["clips"]] and len({c.source for c in clips}) == len(clips)
+    assert Counter(c.split for c in clips) == {"train": 40, "val": 9, "test": 9}
+    for clip in clips:
+        assert all(read(path).shape == (64, 64, 3) for path in clip.frames)
+        assert all(read(path).shape == (64, 64) and set(np.unique(read(path))) <= {0, 255} for path in clip.masks)  # all five, in train too
+        assert soundfile.info(clip.audio).samplerate == 16000 and soundfile.info(clip.audio).frames == 80000
+
+
+def test_ms3_truth_is_every_pixel_of_what_is_heard_in_that_second(flat_ms3):
+    root, _, report = flat_ms3
+    colours = np.array([*COLOUR.values(), BACKGROUND, VOID])
+    for clip, entry in zip(read_ms3(root), report["clips"]):
+        on, classes = sounding(entry), [p["class"] for p in entry["pictures"]]
+        for t, (frame, mask) in enumerate(zip(clip.frames, clip.masks)):
+            frame, mask = read(frame).astype(int), read(mask) > 0
+            nearest = np.linalg.norm(frame[:, :, None] - colours, axis=-1)
+            sure = nearest.min(-1) < 25  # not a blend of two colours at an edge
+            heard = np.isin(nearest.argmin(-1), [list(COLOUR).index(c) for c, now in zip(classes, on[:, t]) if now])
+            assert sure.mean() > 0.8 and np.array_equal(mask[sure], heard[sure])
+            for picture, now in zip(entry["pictures"], on[:, t]):
+                column = mask[:, slice(*picture["columns"])]
+                assert (column.sum() >= 0.02 * mask.size) if now else not column.any()
+
+
+def test_ms3_sounds_follow_their_schedules(flat_ms3):
+    root, _, report = flat_ms3
+    for clip, entry in zip(read_ms3(root), report["clips"]):
+        on = sounding(entry).sum(0)  # [T] pictures heard in each second
+        loudness = np.sqrt(np.mean(soundfile.read(clip.audio)[0].reshape(T, -1) ** 2, axis=1))
+        assert on.any() and (loudness[on == 0] == 0).all() and (loudness[on > 0] > 0.04).all()
+        assert np.allclose(loudness[on == 2], 0.05 * 2**0.5, rtol=0.1)  # the sum of two recordings
+
+
+def test_ms3_clips_are_two_or_three_classes_of_which_one_dominates(flat_ms3):
+    _, _, report = flat_ms3
+    for entry in report["clips"]:
+        classes = [p["class"] for p in entry["pictures"]]
+        assert len(set(classes)) == len(classes) in (2, 3)
+        assert [p["columns"] for p in entry["pictures"]] == {2: [[0, 32], [32, 64]], 3: [[0, 21], [21, 43], [43, 64]]}[len(classes)]
+        assert {p["class"] for p in entry["pictures"] if any(p["schedule"])} == set(entry["heard"]) == {p["class"] for p in entry["pictures"] if p["recording"]}
+        assert len(entry["heard"]) in (1, 2) and set(entry["heard"]) <= {"cat", "cow", "dog"}
+    for split in SPLITS:
+        here = [e for e in report["clips"] if e["split"] == split]
+        first, ever = Counter(e["heard"][0] for e in here), Counter(name for e in here for name in e["heard"])
+        assert max(first.values()) - min(first.values()) <= 1
+        assert {c: splits[split]["clips"] for c, splits in report["kept"].items()} == ever
+    on = np.array([sounding(e).any(0) for e in report["clips"]])
+    assert 0.03 < 1 - on.mean() < 0.2  # silent seconds
+    assert Counter(len(e["pictures"]) for e in report["clips"]).keys() == Counter(len(e["heard"]) + 1 for e in report["clips"]).keys() == {2, 3}
+
+
+def test_no_ms3_picture_contains_the_class_of_another(flat_ms3):
+    _, _, report = flat_ms3
+    with_both = [e for e in report["clips"] if any("both" in p["picture"] for p in e["pictures"])]
+    dog_and_cow = [e for e in report["clips"] if {"dog", "cow"} <= {p["class"] for p in e["pictures"]}]
+    assert with_both and dog_and_cow and not [e for e in with_both if e in dog_and_cow]
+
+
+def test_ms3_sources_never_cross_splits(flat_ms3):
+    _, _, report = flat_ms3
+    for kind in ("source", "recording_source"):
+        where = defaultdict(set)
+        for entry in report["clips"]:
+            for picture in entry["pictures"]:
+                where[picture[kind]].add(entry["split"])
+        where.pop(None, None)  # a silent picture's recording
+        assert where and all(len(splits) == 1 for splits in where.values())
+
+
+def test_ms3_seed_decides_everything(flat_ms3, tmp_path):
+    _, settings, _ = flat_ms3
+    small = settings | dict(clips=5, val=2, test=2)
+    for name, seed in (("one", 4), ("two", 4), ("three", 5)):
+        compose_ms3(tmp_path / name, seed=seed, **small)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") != bytes_of(tmp_path / "three")
+
+
+def test_a_sum_of_sounds_is_scaled_not_clipped(flat, tmp_path, monkeypatch):
+    monkeypatch.setattr(atlas.compose, "load_sound", lambda path: np.full(80000, 0.9, np.float32))
+    report = compose_ms3(tmp_path / "set", **flat[1] | dict(clips=20, val=1, test=1))
+    for clip, entry in zip(read_ms3(tmp_path / "set"), report["clips"]):
+        on = sounding(entry).sum(0)
+        middle = soundfile.read(clip.audio)[0].reshape(T, -1)[:, 8000]
+        assert np.allclose(middle, on * 0.5 if on.max() == 2 else on * 0.9, atol=1e-3)
+
+
+def test_a_recordings_own_silence_is_silence():
+    wave = np.concatenate([np.ones(16000), np.full(16000, 0.01), np.ones(16000), np.zeros(32000)])
+    drawn = np.array([draw_schedule(wave, 0.5, np.random.default_rng(seed)) for seed in range(50)])
+    assert drawn.any(1).all() and drawn[:, [0, 2]].any(0).all() and not drawn[:, [1, 3, 4]].any()
+
+
+def test_gates_fade_inside_their_seconds():
+    loudness = gate(np.array([0, 1, 1, 0, 1], bool))
+    assert loudness.shape == (80000,) and not loudness[:16000].any() and not loudness[48000:64000].any()
+    assert (loudness[16320:47680] == 1).all() and (loudness[64320:79680] == 1).all()  # 20 ms; none between two seconds of a stretch
+    assert np.abs(np.diff(loudness, prepend=0, append=0)).max() < 0.004 and not gate(np.zeros(5, bool)).any()
+
+
+def test_ms3_needs_two_classes_that_can_stand_together(flat, tmp_path):
+    _, settings, _ = flat
+    with pytest.raises(AtlasError, match="only cat is left of the 2 classes needed .*dog: not in --classes"):
+        compose_ms3(tmp_path / "x", **settings | {"classes": ["cat"]})
+    with pytest.raises(AtlasError, match="pictures of (cow|dog), and of others to stand beside it, cannot be divided"):
+        compose_ms3(tmp_path / "x", **settings | {"classes": ["cow", "dog"]})
+    with pytest.raises(AtlasError, match="at least one clip"):
+        compose_ms3(tmp_path / "x", **settings | {"clips": 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_builds_either_set(flat, tmp_path):
+    _, settings, _ = flat
+    sources = [word for key in ("voc", "davis", "esc") for word in (f"--{key}", settings[key])]
+    done = run("prepare_data.py", "compose", "--dataset", "ms3", *sources, "--out", tmp_path / "open", "--clips", 6, "--size", 32)
+    assert done.returncode == 0, done.stderr
+    assert "kept     cat: train" in done.stdout and len(read_ms3(tmp_path / "open")) == 6 + 1 + 2
 
 
 @pytest.mark.skipif(not OPENAVS.is_dir(), reason="the shared photos and sounds are not here")
@@ -248,3 +305,5 @@ def test_real_photos_and_sounds(tmp_path):
     assert_no_leak(report)
     for clip in report["clips"]:
         assert not (clip["silent"].startswith("scooter") and clip["class"] in ("person", "motorbike"))
+    report = compose_ms3(tmp_path / "ms3", OPENAVS / "VOC2012", OPENAVS / "DAVIS", OPENAVS / "ESC-50", clips=12, size=64, progress=False)
+    assert set(report["kept"]) == {"person", "car", "dog", "motorbike"} and len(report["clips"]) == 12 + 2 + 3
