@@ -14,10 +14,13 @@ import torch.nn as nn
 import torchaudio
 from safetensors.torch import load_file
 
+from atlas.clips import T
 from atlas.errors import AtlasError
 
 RATE, WINDOW, HOP, FFT, BANDS, PATCH = 16000, 400, 160, 512, 64, 96  # Hz, samples, samples, bins, mel bands, frames
 _resampler = functools.lru_cache(torchaudio.transforms.Resample)  # its kernel costs more than its use
+AUDIBLE = 0.1  # a second in which a recording falls below this share of its own loudness (-20 dB) is silent
+FADE = 0.02  # seconds
 VGGISH_ADDRESS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 
 
@@ -31,6 +34,23 @@ def read_wave(path):
         raise AtlasError(f"the sound {path} is empty")
     wave = torch.from_numpy(wave.mean(1))
     return wave if rate == RATE else _resampler(rate, RATE)(wave)
+
+
+def draw_schedule(wave, chance, rng):
+    """[T] bool, True where the recording `wave` [T * RATE] is let through: each second by `chance`, once at least, and never where it is silent itself."""
+    loudness = np.sqrt(np.mean(wave.reshape(T, RATE) ** 2, axis=1))
+    audible = loudness >= AUDIBLE * np.sqrt(np.mean(wave**2))
+    while not (schedule := audible & (rng.random(T) < chance)).any():
+        pass
+    return schedule
+
+
+def gate(schedule):
+    """The loudness [T * RATE] of a schedule [T] bool: 1 where it sounds, 0 elsewhere, and straight fades of FADE seconds inside both ends of a stretch."""
+    steps = np.diff(schedule.astype(int), prepend=0, append=0)
+    time = (np.arange(T * RATE) + 0.5) / RATE
+    stretches = zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0))
+    return sum((np.clip(np.minimum(time - start, stop - time) / FADE, 0, 1) for start, stop in stretches), np.zeros(T * RATE))
 
 
 def mel_filters():

@@ -99,8 +99,8 @@ def write_csv(root, clips, dataset="s4"):
 
 
 @contextlib.contextmanager
-def built_beside(final):
-    """Yield an empty folder beside `final` and rename it to `final` at the end; on failure nothing is left.
+def built_beside(final, inside="."):
+    """Yield an empty folder beside `final` and rename it (what lies `inside` it) to `final` at the end; on failure nothing is left.
 
     Of two processes that build the same thing, the one that finishes last drops its own and uses the other's.
     """
@@ -112,7 +112,7 @@ def built_beside(final):
     try:
         yield temporary
         try:
-            os.rename(temporary, final)
+            os.rename(temporary / inside, final)
         except OSError:
             if not final.is_dir():
                 raise

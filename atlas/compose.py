@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from atlas.audio import RATE
+from atlas.audio import RATE, draw_schedule, gate
 from atlas.clips import SPLITS, T, built_beside, ms3_clip, s4_clip, write_clip, write_csv
 from atlas.errors import AtlasError
 from atlas.scan import VISIBLE, load_sound, read_image, read_mask
@@ -31,8 +31,6 @@ from atlas.stock import deck, picture_deck, showing, shown_classes, sound_deck, 
 DISTRACTORS = 0.2  # silent pictures of classes that are never heard
 ALONE = 0.6  # MS3: clips in which only one picture is ever heard
 SOUNDS = (0.9, 0.5)  # MS3: the chance of the first and of the second heard picture to sound in a second
-AUDIBLE = 0.1  # MS3: a second in which a recording falls below this share of its own loudness (-20 dB) is silent
-FADE = 0.02  # seconds
 
 
 def compose_s4(out, voc=None, davis=None, esc=None, seed=0, clips=24, val=None, test=None, size=128, classes=None, class_map=None, progress=True):
@@ -142,23 +140,6 @@ def plan_ms3(stock):
                 sound = (next(sounds[name]), SOUNDS[place]) if place < heard else (None, 0)
                 cast.append((name, decks[name, clip], *sound))
             yield split, names[:heard], cast
-
-
-def draw_schedule(wave, chance, rng):
-    """[T] bool, True where the recording `wave` [T * RATE] is let through: each second by `chance`, once at least, and never where it is silent itself."""
-    loudness = np.sqrt(np.mean(wave.reshape(T, RATE) ** 2, axis=1))
-    audible = loudness >= AUDIBLE * np.sqrt(np.mean(wave**2))
-    while not (schedule := audible & (rng.random(T) < chance)).any():
-        pass
-    return schedule
-
-
-def gate(schedule):
-    """The loudness [T * RATE] of a schedule [T] bool: 1 where it sounds, 0 elsewhere, and straight fades of FADE seconds inside both ends of a stretch."""
-    steps = np.diff(schedule.astype(int), prepend=0, append=0)
-    time = (np.arange(T * RATE) + 0.5) / RATE
-    stretches = zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0))
-    return sum((np.clip(np.minimum(time - start, stop - time) / FADE, 0, 1) for start, stop in stretches), np.zeros(T * RATE))
 
 
 def draw_class(names, stock):

@@ -20,8 +20,9 @@ from atlas.data import PackedClips, pack
 from atlas.errors import AtlasError
 from atlas.model import Atlas, base_encoder, build_model
 from atlas.synth import synth_s4
+from atlas.synth_ms3 import synth_ms3
 
-SYNTHETIC = {"s4": synth_s4}
+SYNTHETIC = {"s4": synth_s4, "ms3": synth_ms3}
 
 
 def open_data(config):

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from atlas.audio import RATE
-from atlas.clips import DOMAINS, SPLITS, T, built_beside, s4_clip, write_clip, write_csv
+from atlas.clips import CSVS, DOMAINS, SPLITS, T, built_beside, s4_clip, write_clip, write_csv
 from atlas.errors import AtlasError
 
 CLASSES = tuple(name for names in DOMAINS.values() for name in names)
@@ -286,31 +286,44 @@ def make_clip(name, rng, size=96, classes=CLASSES):
     silent = rng.choice(others, min(rng.integers(1, 3), len(others)), replace=False)
     things, wave, backdrop = draw_scene([name, *silent.tolist()], rng), sound(name, rng), draw_background(rng, size)
     heard = [thing.name for thing in things].index(name)
-    frames, masks = np.empty((T, size, size, 3), np.uint8), np.empty((T, size, size), bool)
+    frames, visible = paint(things, backdrop, rng)
+    return frames, visible[:, heard], wave
+
+
+def paint(things, backdrop, rng):
+    """Frames [T, H, W, 3] uint8 with a little camera grain, and the visible pixels of each thing [T, len(things), H, W] bool."""
+    size = len(backdrop)
+    frames, masks = np.empty((T, size, size, 3), np.uint8), np.empty((T, len(things), size, size), bool)
     for t in range(T):
-        image, visible = render_frame(things, t, backdrop)
-        image += 0.015 * rng.standard_normal((size, size, 1), dtype=np.float32)  # camera grain
-        frames[t], masks[t] = np.clip(image * 255 + 0.5, 0, 255), visible[heard]
-    return frames, masks, wave
+        image, masks[t] = render_frame(things, t, backdrop)
+        image += 0.015 * rng.standard_normal((size, size, 1), dtype=np.float32)
+        frames[t] = np.clip(image * 255 + 0.5, 0, 255)
+    return frames, masks
+
+
+def chosen_classes(dataset, root, classes, seed, size, counts):
+    """The classes of a synthetic set in CLASSES' order, once all arguments are found good and the set is not there yet."""
+    unknown = sorted(set(classes or ()) - set(CLASSES))
+    if unknown:
+        raise AtlasError(f"synthetic {dataset.upper()}: no class {unknown[0]!r}; the classes are {', '.join(CLASSES)}")
+    if classes is not None and len(set(classes)) < 2:
+        raise AtlasError(f"synthetic {dataset.upper()}: give at least two classes; the silent objects of a clip are of another class than the heard one")
+    if size < 32 or seed < 0 or min(counts) < 0:
+        raise AtlasError(f"synthetic {dataset.upper()}: size must be at least 32, seed and clip counts at least 0; got size {size}, seed {seed}, clips {counts}")
+    tree = Path(root, CSVS[dataset]).parent
+    if tree.exists() or Path(root).is_file():
+        raise AtlasError(f"{tree} is there already; a synthetic set is never written over anything: use it as it is, remove it or name another --out")
+    return [name for name in CLASSES if classes is None or name in classes]
 
 
 def synth_s4(root, seed=0, size=96, train=32, val=3, test=5, classes=None, progress=True):
-    """Write a synthetic S4 below `root`: `train`, `val` and `test` clips for each of `classes` (default: all 23), the whole tree or nothing."""
-    root, counts = Path(root), dict(zip(SPLITS, (train, val, test)))
-    unknown = sorted(set(classes or ()) - set(CLASSES))
-    if unknown:
-        raise AtlasError(f"synthetic S4: no class {unknown[0]!r}; the classes are {', '.join(CLASSES)}")
-    classes = [name for name in CLASSES if classes is None or name in classes]
-    if len(classes) < 2:
-        raise AtlasError("synthetic S4: give at least two classes; the silent objects of a clip are of another class than the heard one")
-    if size < 32 or seed < 0 or min(counts.values()) < 0:
-        raise AtlasError(f"synthetic S4: size must be at least 32, seed and clip counts at least 0; got size {size}, seed {seed}, clips {counts}")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise AtlasError(f"{root} exists and is not empty; a synthetic S4 is never written over anything: use it as it is, remove it or name another")
-    jobs = [(name, split, i) for name in classes for split in SPLITS for i in range(counts[split])]
-    clips = []
-    with built_beside(root) as folder:
-        for name, split, i in tqdm(jobs, desc="synthetic S4", unit="clip", disable=not progress):
+    """Write a synthetic S4 below `root`, as Single-source/: `train`, `val` and `test` clips for each of `classes` (default: all 23), the whole tree or nothing."""
+    root, counts = Path(root), (train, val, test)
+    classes = chosen_classes("s4", root, classes, seed, size, counts)
+    jobs = [(name, split, i) for name in classes for split, count in zip(SPLITS, counts) for i in range(count)]
+    clips, tree = [], Path(root, CSVS["s4"]).parent
+    with built_beside(tree, inside=tree.name) as folder:
+        for name, split, i in tqdm(jobs, desc="synthetic S4", unit="clip", disable=None if progress else True):
             where = CLASSES.index(name), SPLITS.index(split), i
             video = "s{:02d}{}{:05d}".format(*where)  # unique in its first 11 characters, which stand for the YouTube id
             clips.append(write_clip(s4_clip(folder, video, name, split), *make_clip(name, np.random.default_rng([seed, *where]), size, classes)))

@@ -11,7 +11,8 @@ from PIL import Image
 
 import atlas.compose
 from atlas.clips import SPLITS, T, read_ms3, s4_clip
-from atlas.compose import compose_ms3, compose_s4, draw_schedule, gate
+from atlas.audio import draw_schedule, gate
+from atlas.compose import compose_ms3, compose_s4
 from atlas.errors import AtlasError
 from conftest import run
 from test_scan import BACKGROUND, COLOUR, VOID, flat_davis, flat_picture, flat_voc, noise_esc
