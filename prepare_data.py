@@ -1,6 +1,6 @@
 """Everything that turns files into clips.
 
-    python prepare_data.py synth --out data/synthetic                 the synthetic S4 set (23 classes, real PNG and WAV files)
+    python prepare_data.py synth --out data/synthetic                 the synthetic S4 set (23 classes, real PNG and WAV files); MS3 with --dataset ms3
     python prepare_data.py compose --voc VOC2012 --esc ESC-50 --out data/open --seed 0
                                                                       an open S4 set: photos or videos with masks x sounds;
                                                                       with --dataset ms3 several of them, each heard at its own times
@@ -20,12 +20,13 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    synth = commands.add_parser("synth", help="make a synthetic S4 tree", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    synth.add_argument("--out", required=True, help="the new folder; holds Single-source/ afterwards")
+    synth = commands.add_parser("synth", help="make a synthetic S4 or MS3 tree", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    synth.add_argument("--dataset", choices=("s4", "ms3"), default="s4", help="s4: one thing is heard; ms3: up to two, that come and go")
+    synth.add_argument("--out", required=True, help="the folder that holds Single-source/ or Multi-sources/ afterwards")
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--size", type=int, default=96, help="height and width in pixels")
-    for split, clips in (("train", 32), ("val", 3), ("test", 5)):
-        synth.add_argument(f"--{split}", type=int, default=clips, help=f"{split} clips a class")
+    for split, a_class, in_all in (("train", 32, 1200), ("val", 3, 60), ("test", 5, 120)):
+        synth.add_argument(f"--{split}", type=int, default=argparse.SUPPRESS, help=f"{split} clips; s4: of a class, {a_class}; ms3: in all, {in_all}")
     synth.add_argument("--classes", help="comma-separated S4 categories (default: all 23)")
 
     compose = commands.add_parser("compose", help="make an open S4 or MS3 tree", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -42,7 +43,7 @@ def parse():
     compose.add_argument("--map", help="class map (default: configs/class_map.yaml)")
 
     check = commands.add_parser("check", help="read a whole tree and report; exit 1 on errors")
-    check.add_argument("--root", required=True, help="the folder that holds Single-source/")
+    check.add_argument("--root", required=True, help="the folder that holds Single-source/ or Multi-sources/")
 
     pack = commands.add_parser("pack", help="build the packed cache of a config")
     pack.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="YAML files, overlaid left to right")
@@ -53,9 +54,10 @@ def parse():
 def main(given):
     names = lambda text: [name.strip() for name in text.split(",") if name.strip()] if text else None
     if given.command == "synth":
-        from atlas.synth import synth_s4
+        from atlas.runs import SYNTHETIC
 
-        synth_s4(given.out, given.seed, given.size, given.train, given.val, given.test, names(given.classes))
+        counts = {split: getattr(given, split) for split in ("train", "val", "test") if split in given}  # else the data set's own default
+        SYNTHETIC[given.dataset](given.out, given.seed, given.size, **counts, classes=names(given.classes))
         print(f"{given.out}: done")
     elif given.command == "compose":
         from atlas.compose import compose_ms3, compose_s4
@@ -71,9 +73,9 @@ def main(given):
             print(f"dropped  {name}: {reason}")
         print(f"{given.out}: {len(report['clips'])} clips; what each is made of stands in {given.out}/compose.json")
     elif given.command == "check":
-        from atlas.check import check_s4
+        from atlas.check import check
 
-        counts, errors, warnings = check_s4(given.root)
+        counts, errors, warnings = check(given.root)
         print("\n".join([*counts, *(f"warning: {w}" for w in warnings), *(f"error: {e}" for e in errors)]))
         print(f"{len(errors)} errors, {len(warnings)} warnings")
         return 1 if errors else 0

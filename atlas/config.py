@@ -72,10 +72,9 @@ class Config:
     lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none", low=0)
     lra_power: float = key(1.0, "exponent on the sensitivity: 1 Fisher, 0.5 its root, 0 uniform (plain L2)", low=0)
     lra_scope: str = key("trainable", "what is anchored: the LoRA factors (as the paper names it), or fusion and decoder too", choices=("lora", "trainable"))
-    lra_trigger: str = key("boundary", "when to consolidate: at task boundaries, or where the loss shows a plateau (task-free)", choices=("boundary", "plateau"))
-    lra_window: int = key(20, "plateau: steps in a window", low=2)
-    lra_flat: float = key(0.05, "plateau: a window whose mean lies less than this share below the one before is flat", low=0, high=1)
-    lra_peak: float = key(0.1, "plateau: a window this share above the last plateau arms the trigger again", low=0)
+    lra_trigger: str = key("boundary", "when to consolidate: at task boundaries, or where a plateau of the loss ends (task-free)", choices=("boundary", "plateau"))
+    lra_window: int = key(12, "plateau: steps in a window", low=2)
+    lra_peak: float = key(0.4, "plateau: how far a window's mean rises above the lowest of the last three, in running standard deviations, to end it", low=0)
     lra_clips: int = key(0, "boundary: clips used for the sensitivity of a task; 0: all", low=0)
 
     # -- optim

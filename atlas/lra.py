@@ -11,14 +11,16 @@ and while learning the next task:  L = L_task + (lambda / 2) sum_i Omega_i (thet
 Source: arXiv 2603.08967 names the method; its equations' exact form is not public, and this one is ATLAS's choice. It is online EWC
 (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018) on {A, B} with the true label's gradient, normalised. lambda = 0 is plain sequential LoRA.
 
-Task-free (`lra_trigger: plateau`) nobody says where a task ends. The anchor watches the task loss and consolidates on a plateau (class Plateau), with the sensitivity
-gathered online over the steps of the window that shows the plateau:
+Task-free (`lra_trigger: plateau`) nobody says where a task ends. The anchor watches windows of the task loss and consolidates where a plateau ends (class Plateau): theta
+as it was at the end of the window before the rise, with the sensitivity gathered online over the steps of that window:
 
     S_i = mean over the window's steps of B (d l_batch / d theta_i)^2        l_batch: the mean task loss of the batch's B clips, unscaled, unclipped
 
-which is the per-clip one where the mean gradient vanishes, and `batch` in the results. No clip is kept (Aljundi et al. 2019, arXiv 1812.03596, keep a buffer).
+which is the per-clip one where the mean gradient vanishes, and `batch` in the results. What is kept of the window is one theta and one S, no clip (Aljundi et al. 2019,
+arXiv 1812.03596, keep a buffer of clips, and consolidate when a plateau begins).
 """
 import math
+import statistics
 
 import torch
 import torch.nn as nn
@@ -43,6 +45,8 @@ class LowRankAnchor(nn.Module):
         self.register_buffer("sensitivity", torch.zeros(size, device=device))
         if plateau:
             self.register_buffer("window", torch.zeros(size, device=device))  # sum of B g^2 over the current window
+            self.register_buffer("last_sensitivity", torch.zeros(size, device=device))  # of the window before, and theta at its end
+            self.register_buffer("last_theta", torch.zeros(size, device=device))
         self.armed = False  # no task consolidated yet: the penalty is zero and costs nothing
 
     def get_extra_state(self):
@@ -60,21 +64,23 @@ class LowRankAnchor(nn.Module):
         return self.strength / 2 * (self.sensitivity * (self._theta() - self.anchor).square()).sum()
 
     def observe(self, loss, clips):
-        """Task-free: take note of a step before its update; consolidate where a plateau is seen. Returns None, or at a window's end Plateau's report.
+        """Task-free: take note of a step before its update; consolidate where a plateau has ended. Returns None, or at a window's end Plateau's report.
 
         loss: the batch's task loss, a float; clips: B. The gradients are read from the parameters, after unscaling and before clipping; the penalty's
         own gradient is known and taken off.
         """
         if not self.plateau or not self.strength:
             return None
-        gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.anchored]).float()
+        gradient, theta = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.anchored]).float(), self._theta().detach()
         if self.armed:
-            gradient -= self.strength * self.sensitivity * (self._theta().detach() - self.anchor)
+            gradient.addcmul_(self.sensitivity, theta - self.anchor, value=-self.strength)
         self.window.addcmul_(gradient, gradient, value=clips)
         report = self.plateau.watch(loss)
-        if report and report["fired"]:
-            report |= self._absorb(self.window / self.plateau.length)
         if report:
+            if report["fired"]:
+                report |= self._absorb(self.last_sensitivity, self.last_theta)
+            self.last_sensitivity.copy_(self.window).div_(self.plateau.length)
+            self.last_theta.copy_(theta)
             self.window.zero_()
         return report
 
@@ -89,9 +95,9 @@ class LowRankAnchor(nn.Module):
         for chunk in gradients:
             clips += len(chunk[0])
             total += torch.cat([g.square().sum(0).flatten() for g in chunk])
-        return {"clips": clips} | self._absorb(total / max(clips, 1))
+        return {"clips": clips} | self._absorb(total / max(clips, 1), self._theta().detach())
 
-    def _absorb(self, S):
+    def _absorb(self, S, theta):
         """Omega <- gamma Omega + S^power / mean(S^power), group by group; anchor <- theta. S: flat, zero throughout a parameter that received no gradient."""
         report, new = {}, []
         parts = iter(S.split([p.numel() for p in self.anchored]))
@@ -103,7 +109,7 @@ class LowRankAnchor(nn.Module):
             new += [part.pow(self.power) / powered if part.any() else torch.zeros_like(part) for part in mine]
         if new:
             self.sensitivity.mul_(self.gamma).add_(torch.cat(new))
-            self.anchor.copy_(self._theta().detach())
+            self.anchor.copy_(theta)
             self.armed = True
         return {"mean_sensitivity": report}
 
@@ -112,27 +118,46 @@ class LowRankAnchor(nn.Module):
 
 
 class Plateau:
-    """Says when to consolidate, from the task losses alone."""
+    """Says where a plateau of the task loss has ended, from the losses alone, by thresholds that scale with them.
 
-    def __init__(self, length, flat, peak):
-        self.length, self.flat, self.peak = length, flat, peak
-        self.restore([0, 1, math.nan, math.nan])
+    Losses are taken in windows of `length` steps, with mean m and standard deviation s. `level` is the lowest mean of the last `memory` windows, `noise` the running
+    mean of s. The loss has left its plateau, so that the data have likely drifted, when
+
+        m > level + peak * noise
+
+    and the windows are then counted anew from this one.
+    """
+
+    memory = 3
+
+    def __init__(self, length, peak):
+        self.length, self.peak = length, peak
+        self.step, self.noise, self.means, self.losses = 0, math.nan, [], []
 
     def state(self):
         """All that must survive a resume, as floats."""
-        return [self.step, self.ready, self.level, self.before, *self.losses]
+        return [self.step, self.noise, len(self.means), *self.means, *self.losses]
 
     def restore(self, state):
-        self.step, self.ready, self.level, self.before, *self.losses = state
+        self.step, self.noise, n = int(state[0]), state[1], int(state[2])
+        self.means, self.losses = list(state[3 : 3 + n]), list(state[3 + n :])
 
     def watch(self, loss):
+        """Take note of one step's loss. None, or at the end of a window {"step", "mean", "std", "fired", "reason"}."""
         self.step += 1
         self.losses.append(loss)
         if len(self.losses) < self.length:
             return None
-        losses, self.losses = torch.tensor(self.losses, dtype=torch.float64), []
-        report = {"step": int(self.step), "mean": losses.mean().item(), "std": losses.std().item(), "fired": False, "reason": ""}
-        return report
+        m, s = statistics.fmean(self.losses), statistics.stdev(self.losses)
+        fired, reason = False, ""
+        if self.means:
+            level = min(self.means)
+            fired = m > level + self.peak * self.noise
+            reason = f"{m:.3f} {'>' if fired else '<='} {level:.3f} + {self.peak:g} x {self.noise:.3f}"
+        self.means = [m] if fired else [*self.means, m][-self.memory :]
+        self.noise = s if math.isnan(self.noise) else (self.noise + s) / 2
+        self.losses = []
+        return {"step": self.step, "mean": m, "std": s, "fired": fired, "reason": reason}
 
 
 def per_clip_gradients(model, parameters, batches, loss):
@@ -166,5 +191,5 @@ def build_method(config, model):
         groups["classifier"] = {}
     chosen = groups if config.lra_scope == "trainable" else {"lora": groups["lora"]}
     strength = config.lra_lambda if config.method == "lra" else 0.0
-    plateau = Plateau(config.lra_window, config.lra_flat, config.lra_peak) if config.lra_trigger == "plateau" else None
+    plateau = Plateau(config.lra_window, config.lra_peak) if config.lra_trigger == "plateau" else None
     return LowRankAnchor(chosen, strength, config.lra_gamma, config.lra_power, plateau)

@@ -154,6 +154,18 @@ def load_checkpoint(folder, model, method=None):
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
         raise AtlasError(f"no checkpoint in {folder}; the run stopped before it was written, or the folder was moved")
+    try:
+        wrong = _load_parts(folder, model)
+    except RuntimeError as error:  # shapes that differ
+        wrong = [str(error).splitlines()[1].strip()]
+    if wrong:
+        raise AtlasError(f"the checkpoint {folder} is of another model than the run's config.yaml describes ({wrong[0]}, for one)")
+    if method is not None:
+        method.load_state_dict(load_file(folder / "method.safetensors"))
+
+
+def _load_parts(folder, model):
+    """Load what save_checkpoint wrote of the model; the names that do not fit."""
     if isinstance(model.encoder, peft.PeftModel):
         found = peft.set_peft_model_state_dict(model.encoder, load_file(folder / "adapter_model.safetensors"))
         wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
@@ -163,11 +175,7 @@ def load_checkpoint(folder, model, method=None):
     while f"decoder.heads.{len(model.decoder.heads)}.weight" in rest:
         model.decoder.add_head()
     found = model.load_state_dict(rest, strict=False)
-    wrong += [*found.unexpected_keys, *(name for name in found.missing_keys if not name.startswith("encoder."))]
-    if wrong:
-        raise AtlasError(f"the checkpoint {folder} is of another model than the run's config.yaml describes (`{wrong[0]}`, for one)")
-    if method is not None:
-        method.load_state_dict(load_file(folder / "method.safetensors"))
+    return [*wrong, *found.unexpected_keys, *(name for name in found.missing_keys if not name.startswith("encoder."))]
 
 
 def save_progress(folder, task, epoch, seconds, *parts):

@@ -14,6 +14,7 @@ import torch
 
 from atlas.config import load_config
 from atlas.synth import CLASSES, synth_s4
+from atlas.synth_ms3 import synth_ms3
 
 SHARED = ROOT.parent / "shared"  # real photos, sounds and weights, where there are any
 real = pytest.mark.skipif(not SHARED.exists(), reason="no real data beside the project")
@@ -39,6 +40,12 @@ def one_line(done, *words):
 def tree(tmp_path_factory):
     """The root of a synthetic S4 of four classes: 4 train, 2 val, 2 test clips each, 32 px."""
     return synth_s4(tmp_path_factory.mktemp("data") / "s4", size=32, train=4, val=2, test=2, classes=list(CLASSES[:4]), progress=False)
+
+
+@pytest.fixture(scope="session")
+def ms3_tree(tmp_path_factory):
+    """The root of a synthetic MS3 of six classes: 24 train, 4 val, 8 test clips, 32 px."""
+    return synth_ms3(tmp_path_factory.mktemp("data") / "ms3", size=32, train=24, val=4, test=8, classes=list(CLASSES[:6]), progress=False)
 
 
 @pytest.fixture(scope="session")

