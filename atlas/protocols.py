@@ -140,7 +140,9 @@ def audio_segments(features, clips, k):
         if of_source is not None and (new == of_source).all():
             break
         of_source = new
-        centres = np.stack([np.average(means[items][new[items] == c], axis=0, weights=weight[items][new[items] == c]) for c in range(k)])
+        for c in set(new[items].tolist()):
+            mine = items[new[items] == c]
+            centres[c] = np.average(means[mine], axis=0, weights=weight[mine])
     return of_source[source]
 
 

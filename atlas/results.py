@@ -138,6 +138,13 @@ def summary(results):
     lines += ["", f"{'':<14}{'J':>6}  {'F':>6}"] + [f"{name:<14}{show(J[name])}  {show(F[name])}" for name in names if J[name] is not None]
     lines += [f"{'listening':<14}{show(results['metrics']['listening'])}   J minus J with another clip's sound"]
     lines += [f"{'mute area':<14}{show(results['metrics']['mute_area'])}   area masked when it hears nothing"]
+    if results["config"]["classify"]:
+        lines += [f"{'class accuracy':<14}{show(results['metrics']['class_accuracy'])}"]
+    if disjoint := results["metrics"]["source_disjoint"]:
+        lines += [f"{'disjoint':<14}{show(disjoint['J'])}  {show(disjoint['F'])}   the {disjoint['clips']} test clips whose source video has no train clip"]
+    if results["sensitivity"] == "batch":
+        lines += ["", f"consolidated after steps {', '.join(str(c['step']) for c in results['consolidations']) or 'none'}"]
+        lines += [f"the data drift at steps   {', '.join(map(str, results['drifts']))}"]
     p, s = results["parameters"], results["seconds"]
     lines += ["", f"parameters: {p['total']:,} without the audio encoder, {p['trainable']:,} trainable, {p['lora']:,} of them LoRA"]
     lines += [f"seconds: {sum(s['train']):.0f} training, {sum(s['consolidate']):.0f} consolidating, {sum(s['evaluate']):.0f} evaluating"]

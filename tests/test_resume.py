@@ -2,40 +2,47 @@
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, one_line, run
 
-WORDS = [*TINY, "batch_size=2", "epochs_first=3", "epochs=2", "lr_first=1e-3", "lr=1e-3", "method=lra", "lora_dropout=0.1", "augment=true"]
+WORDS = [*TINY, "batch_size=2", "epochs_first=3", "epochs=2", "lr_first=1e-3", "lr=1e-3", "method=lra", "lora_dropout=0.1", "augment=true", "lra_clips=3"]
+STREAM = ["protocol=tfcl", "stream_checkpoints=2", "lra_trigger=plateau", "lra_window=2", "lra_peak=0.1", "stream_epochs=4", "warmup=0.5"]
 
 
 @pytest.fixture(scope="module")
-def words(tree, tmp_path_factory):
+def words(request, tree, tmp_path_factory):
     where = tmp_path_factory.mktemp("resume")
-    return where, ["train.py", "--cfg", "configs/ss_cil.yaml", f"data_root={tree}", f"out_dir={where}", f"cache_dir={where / 'cache'}", *WORDS]
+    own = STREAM if request.param == "tfcl" else []
+    return where, ["train.py", "--cfg", "configs/ss_cil.yaml", f"data_root={tree}", f"out_dir={where}", f"cache_dir={where / 'cache'}", *WORDS, *own]
 
 
 @pytest.fixture(scope="module")
 def whole(words):
     done = run(*words[1], "name=whole")
     assert done.returncode == 0, done.stderr
+    results = json.loads((words[0] / "whole" / "results.json").read_text())
+    assert results["protocol"] == "cil" or results["consolidations"]
     return words[0] / "whole"
 
 
-def killed_when(command, condition):
-    """Start a process and SIGKILL it as soon as `condition()` holds; False if it ended before."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def stopped_when(command, condition, how=signal.SIGKILL):
+    """Start a process and send it `how` as soon as `condition()` holds; (exit code, stderr), or None if it ended before."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     while process.poll() is None:
         if condition():
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
+            process.send_signal(how)
+            error = process.communicate()[1]
+            return process.returncode, error
         time.sleep(0.002)
-    return False
+    return None
 
 
 def lines(path):
@@ -51,34 +58,77 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_resumes_to_the_same_bits(words, whole, moment):
-    folder, name = words[0] / moment.replace(" ", "_"), f"name={moment.replace(' ', '_')}"
-    assert killed_when([*words[1], name], lambda: MOMENTS[moment](folder)), "it was not killed in time"
-    assert not json.loads((folder / "results.json").read_text())["complete"]
-    done = run(*words[1], name, "--resume")
-    assert done.returncode == 0, done.stderr
+def same(whole, folder):
+    """The two runs have the same matrices, metrics and log, to the bit."""
     first, second = (json.loads((f / "results.json").read_text()) for f in (whole, folder))
-    assert first["matrix"] == second["matrix"] and first["val_matrix"] == second["val_matrix"] and first["metrics"] == second["metrics"]
+    assert second["complete"]
+    for key in ("matrix", "val_matrix", "metrics", "consolidations"):
+        assert first[key] == second[key], key
     steps = lambda f: [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines(f / "log.jsonl")]
     assert steps(whole) == steps(folder)
 
 
+@pytest.mark.parametrize("words, moment", [*(("cil", moment) for moment in MOMENTS), ("tfcl", "in a later epoch"), ("tfcl", "in an evaluation")], indirect=["words"])
+def test_a_killed_run_resumes_to_the_same_bits(words, whole, moment):
+    folder, name = words[0] / moment.replace(" ", "_"), f"name={moment.replace(' ', '_')}"
+    assert stopped_when([*words[1], name], lambda: MOMENTS[moment](folder)), "it was not killed in time"
+    assert not json.loads((folder / "results.json").read_text())["complete"]
+    done = run(*words[1], name, "--resume")
+    assert done.returncode == 0, done.stderr
+    same(whole, folder)
+
+
+@pytest.mark.parametrize("words", ["tfcl"], indirect=True)
+def test_ctrl_c_is_one_line_and_keeps_what_is_finished(words, whole):
+    folder = words[0] / "ctrl_c"
+    code, error = stopped_when([*words[1], "name=ctrl_c"], lambda: len(lines(folder / "log.jsonl")) >= 2, signal.SIGINT)
+    assert code == 130 and "Traceback" not in error and "--resume" in error, error
+    assert run(*words[1], "name=ctrl_c", "--resume").returncode == 0
+    same(whole, folder)
+
+
+@pytest.mark.parametrize("words", ["cil"], indirect=True)
+def test_a_full_disk_is_one_line_and_keeps_the_last_good_state(words, whole):
+    """No file may grow beyond 100 kB: the first checkpoint of any kind cannot be written."""
+    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    one_line(run(*words[1], "name=full", preexec_fn=limited), "--resume")
+    assert json.loads((words[0] / "full" / "results.json").read_text())["matrix"]["J"] and not list((words[0] / "full").glob("task_*"))
+    assert run(*words[1], "name=full", "--resume").returncode == 0
+    same(whole, words[0] / "full")
+
+
+@pytest.mark.parametrize("words", ["cil"], indirect=True)
+def test_a_checkpoint_interrupted_in_writing_is_ignored(words, whole):
+    folder, name = words[0] / "half", "name=half"
+    assert stopped_when([*words[1], name], lambda: (folder / "task_01").is_dir())
+    for half in (folder / ".task_02.1.tmp", folder / "task_02"):  # the second: written whole, but its scores were not
+        half.mkdir()
+        (half / "model.safetensors").write_bytes(b"half of it")
+    (folder / ".progress.tmp").write_bytes(b"half of it")
+    done = run(*words[1], name, "--resume")
+    assert done.returncode == 0, done.stderr
+    same(whole, folder)
+
+
+@pytest.mark.parametrize("words", ["cil"], indirect=True)
 def test_resuming_a_finished_run_prints_its_table(words, whole):
     done = run(*words[1], "name=whole", "--resume")
     assert done.returncode == 0 and "is finished" in done.stdout and "forgetting" in done.stdout
 
 
+@pytest.mark.parametrize("words", ["cil"], indirect=True)
 def test_resuming_under_another_config_is_refused(words, whole):
     done = run(*words[1], "name=whole", "lr=2e-3", "--resume")
     assert done.returncode == 2 and "lr (0.001 there, 0.002 here)" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_resume_where_there_is_nothing_starts(words):
-    done = run(*words[1], "name=new", "epochs_first=0", "epochs=0", "--resume")
+def test_resume_where_there_is_nothing_starts(tree, tmp_path):
+    where = [f"data_root={tree}", f"out_dir={tmp_path}", f"cache_dir={tmp_path}"]
+    done = run("train.py", "--cfg", "configs/ss_cil.yaml", *where, *WORDS, "name=new", "epochs_first=0", "epochs=0", "--resume")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("words", ["cil"], indirect=True)
 def test_a_folder_in_use_is_locked(words, whole):
     with open(whole / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
