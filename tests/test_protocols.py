@@ -124,17 +124,17 @@ def test_segments_are_balanced(noise):
 
 
 def test_the_stream_holds_each_train_clip_once_in_equal_shares_and_drifts():
-    cache = sounding()
+    cache = sounding(sources=100)
     tasks = drifting_stream(cache, replace(STREAM, stream_blur=0.5))
     stream = [i for task in tasks for i in task.train]
-    assert sorted(stream) == [i for i, clip in enumerate(cache.clips) if clip["split"] == "train"] and [len(task.train) for task in tasks] == [40] * 3
-    assert [task.begins for task in tasks] == [0, 40, 80]
+    assert sorted(stream) == [i for i, clip in enumerate(cache.clips) if clip["split"] == "train"] and [len(task.train) for task in tasks] == [200] * 3
+    assert [task.begins for task in tasks] == [0, 200, 400]
     groups = np.array([cache.clips[i]["group"] for i in stream])
     order = [cache.clips[task.test[0]]["group"] for task in tasks]  # column i: the test clips of the i-th segment visited
     assert sorted(order) == [0, 1, 2] and all(cache.clips[i]["group"] == g for task, g in zip(tasks, order) for i in task.test)
     for s, g in enumerate(order):
-        assert (groups[40 * s + 15 : 40 * s + 25] == g).all()  # far from a drift nothing is mixed (the blur is a quarter of a segment to both sides) ...
-    assert all(len(set(groups[b - 8 : b + 8])) == 2 for b in (40, 80))  # ... and at it, both neighbours are
+        assert (groups[200 * s + 75 : 200 * s + 125] == g).all()  # far from a drift nothing is mixed (the blur is a quarter of a segment to both sides) ...
+    assert all(len(set(groups[b - 20 : b + 20])) == 2 for b in (200, 400))  # ... and at it, both neighbours are
 
 
 def test_without_blur_drifts_are_sharp_and_the_seed_draws_the_order():
