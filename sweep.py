@@ -66,21 +66,21 @@ def table(points, given):
         if results := finished(folder_of(point, given)):
             setting = " ".join(f"{k}={point[k]}" for k in varied) or "as configured"
             scores = {"val J final": mean(results["val_matrix"]["J"][-1]), "J swap": mean(results["matrix"]["J_swap"][-1])}
-            scores |= {f"J {name}": results["metrics"]["J"][name] for name in ("final", "forgetting", "learning")}
-            scores |= {"F final": results["metrics"]["F"]["final"]}
+            scores |= {f"J {name}": results["metrics"]["J"][name] for name in ("final", "incremental", "learning", "forgetting", "fwt")}
+            scores |= {"F final": results["metrics"]["F"]["final"], "minutes": sum(map(sum, results["seconds"].values())) / 60}
             rows.setdefault(setting, []).append(scores)
-    columns = ("val J final", "J final", "J forgetting", "J learning", "J swap", "F final")
+    columns = ("val J final", "J final", "J incremental", "J learning", "J forgetting", "J fwt", "J swap", "F final", "minutes")
     lines = [f"| setting | runs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for setting, runs in sorted(rows.items(), key=lambda item: -mean(s["val J final"] for s in item[1])):
-        lines.append(f"| {setting} | {len(runs)} | {' | '.join(cell([s[name] for s in runs]) for name in columns)} |")
+        lines.append(f"| {setting} | {len(runs)} | {' | '.join(cell([s[name] for s in runs], 1 if name == 'minutes' else 3) for name in columns)} |")
     return "\n".join(lines)
 
 
-def cell(values):
+def cell(values, digits):
     """Mean ± standard deviation, without the latter for a single run; a dash where a score is undefined."""
     if None in values:
         return "–"
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def main():

@@ -20,11 +20,12 @@ def test_the_table_ranks_by_validation_and_averages_seeds(tmp_path):
         folder = sweep.folder_of(point, given)
         folder.mkdir()
         val, test = (0.2, 0.9) if point["lr"] == "1" else (0.4, 0.1)
-        J = {"final": test + 0.1 * int(point["seed"]), "forgetting": None, "learning": 0.5}
+        J = {"final": test + 0.1 * int(point["seed"]), "incremental": 0.6, "learning": 0.5, "forgetting": None, "fwt": 0.1}
         results = {"complete": True, "val_matrix": {"J": [[0.0], [val]]}, "matrix": {"J_swap": [[0.1], [0.1]]}, "metrics": {"J": J, "F": {"final": 0.3}}}
+        results["seconds"] = {"train": [60, 60], "consolidate": [], "evaluate": [30]}
         (folder / "results.json").write_text(json.dumps(results))
     rows = sweep.table(points, given).splitlines()[2:]
-    assert rows[0].startswith("| lr=2 | 2 | 0.400 ± 0.000 | 0.150 ± 0.071 | – |") and rows[1].startswith("| lr=1 | 2 | 0.200")
+    assert rows[0].startswith("| lr=2 | 2 | 0.400 ± 0.000 | 0.150 ± 0.071 | 0.600 ± 0.000 | 0.500 ± 0.000 | – |") and rows[1].startswith("| lr=1 | 2 | 0.200")
 
 
 def test_a_sweep_runs_skips_and_names_what_failed(tree, tmp_path):
