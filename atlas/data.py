@@ -118,8 +118,8 @@ class PackedClips:
     def sound(self, i):
         """The frozen encoder's view of clip i's sound, or of a zero waveform (i = None): context [T, D_a], tokens [T, N, D_u], float32."""
         names = ("mute_context", "mute_tokens") if i is None else ("context", "tokens")
-        context, tokens = (np.asarray(self.arrays[name] if i is None else self.arrays[name][i], np.float32) for name in names)
-        return {"context": torch.from_numpy(context), "tokens": torch.from_numpy(tokens)}
+        context, tokens = (np.array(self.arrays[name] if i is None else self.arrays[name][i]) for name in names)
+        return {"context": torch.from_numpy(context).float(), "tokens": torch.from_numpy(tokens).float()}  # torch widens halves ten times as fast as numpy
 
 
 class ClipDataset(torch.utils.data.Dataset):
