@@ -2,14 +2,20 @@
 
     python eval.py runs/cil_lra_seed0              its matrix R and summary table, from its files alone
     python eval.py runs/cil_lra_seed0 --rescore    score its checkpoints again on the data, and compare with results.json
+    python eval.py runs/cil_lra_seed0 --figures    draw R, its tasks, masks and (task-free) consolidations into its figures/
+    python eval.py runs/cil_*                      several runs: a table of the methods, in Markdown; --figures --out DIR draws them
 """
 import argparse
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="the folder of a run")
+    parser.add_argument("run", nargs="+", help="the folder of a run; of several, to compare them")
     parser.add_argument("--rescore", action="store_true", help="score every checkpoint again; exit 1 where a score differs by more than 1e-6")
+    parser.add_argument("--figures", action="store_true", help="draw what there is to see of the run, or of the several, as .png and .pdf")
+    parser.add_argument("--out", help="folder for the figures (one run: its figures/ where not given), and for several runs' comparison.md")
+    parser.add_argument("--score", choices=("J", "F"), default="J", help="--figures: of the heat-map and the bars of one run")
+    parser.add_argument("--clips", metavar="ID,ID", help="--figures: test clips whose masks to draw; a few drawn with a fixed seed where not given")
     return parser.parse_args()
 
 
@@ -21,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from atlas.compare import comparison
 from atlas.data import swap_partners
 from atlas.errors import AtlasError, one_line_errors
 from atlas.metrics import score_tasks
@@ -60,12 +67,53 @@ def rescore(run, results):
     return largest
 
 
+def draw(run, results, given):
+    """Save the figures of one run. The strip of masks needs checkpoints and data; without them, and unless --clips asks for it, it is left out with a line."""
+    from atlas import figures  # matplotlib takes a second to load
+
+    out, ids = given.out or Path(run, "figures"), given.clips.split(",") if given.clips else []
+    for name, figure in figures.run_figures(results, run, given.score).items():
+        print(*figures.save(figure, out, name))
+    try:
+        print(*figures.save(figures.strip(run, results, ids), out, "masks"))
+    except AtlasError as error:
+        if ids:
+            raise
+        print(f"no masks drawn: {error}")
+
+
+def compare(given):
+    """Print the table of several runs; with --out, keep it there, with --figures their figures too."""
+    if given.rescore or given.clips:
+        raise AtlasError("--rescore and --clips are for one run; give a single folder")
+    if given.figures and not given.out:
+        raise AtlasError("the figures of several runs need a folder: give --out DIR")
+    runs = [read_results(run) for run in given.run]
+    table = comparison(runs)
+    print(table)
+    if given.figures:
+        from atlas import figures
+
+        for name, figure in figures.comparison_figures(runs).items():
+            print(*figures.save(figure, given.out, name))
+    if given.out:
+        Path(given.out).mkdir(parents=True, exist_ok=True)
+        Path(given.out, "comparison.md").write_text(table + "\n")
+    return 0
+
+
 def main(given):
-    results = read_results(given.run)
+    if len(given.run) > 1:
+        return compare(given)
+    run = given.run[0]
+    results = read_results(run)
     print(summary(results))
+    if given.figures:
+        print()
+        draw(run, results, given)
     if given.rescore:
         print()
-        largest = rescore(given.run, results)
+        largest = rescore(run, results)
         print(f"results.json {'agrees with' if largest <= 1e-6 else 'DIFFERS from'} the checkpoints")
         return 0 if largest <= 1e-6 else 1
     return 0

@@ -1,0 +1,394 @@
+"""Figures of runs, from their files: each function draws one Figure, `save` writes it as .png (< 100 KB) and .pdf.
+
+Everything is 3.3 in (a column) or 6.9 in (a page) wide and drawn in one style. Colours: Okabe & Ito's, and cividis, which colour-blind readers tell apart.
+"""
+import difflib
+import io
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
+
+from atlas.compare import joint_of, problems, replicate, value_of
+from atlas.data import collate, swap_partners, to_device
+from atlas.errors import AtlasError
+from atlas.metrics import MaskMeter
+from atlas.model import merged
+from atlas.protocols import PROTOCOLS
+from atlas.runs import autocast_of, load_checkpoint, open_data, open_model, pick_device, read_run_config
+
+COLUMN, PAGE = 3.3, 6.9  # inches
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#D0D0D0"
+PALETTE, MARKERS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK), "os^Dv<>P"  # 7 colours and 8 markers: a pair comes back after 56
+FIRST = {"lra": 0, "finetune": 1, "frozen": 2, "frozen_lora": 3}  # the same look in every figure, whoever else is there; joint is black
+LARGEST_PNG = 100_000  # bytes
+
+
+def style():
+    """The one style of all figures. Headless."""
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(matplotlib.rcParamsDefault | {"backend": "Agg"})
+    matplotlib.rcParams.update({
+        "font.family": "DejaVu Sans", "font.size": 7, "axes.titlesize": 7.5, "figure.titlesize": 8, "axes.labelsize": 7, "legend.fontsize": 6.5,
+        "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5,
+        "ytick.major.size": 2.5, "lines.linewidth": 1.2, "lines.markersize": 4, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "grid.color": "#E4E4E4", "grid.linewidth": 0.5, "axes.axisbelow": True, "image.cmap": "cividis", "pdf.fonttype": 42, "savefig.facecolor": "white",
+    })  # fmt: skip
+
+
+def panels(rows, columns, width, height, **options):
+    """(Figure, axes [rows, columns]) in the style; inches."""
+    style()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save(figure, folder, name):
+    """Write NAME.png and NAME.pdf and return their paths. A png that is too large loses colours, then resolution; the pdf keeps everything."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise AtlasError(f"{folder} is a file, not a folder for figures; choose another --out") from None
+    for dpi, colours in ((300, 0), (200, 0), (200, 128), (150, 128), (120, 64), (90, 64), (70, 32)):
+        content = png(figure, dpi, colours)
+        if len(content) < LARGEST_PNG:
+            break
+    (folder / f"{name}.png").write_bytes(content)
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # no date: the same run gives the same file
+    return [folder / f"{name}.png", folder / f"{name}.pdf"]
+
+
+def png(figure, dpi, colours=0):
+    """The bytes of a figure as png; `colours` > 0: of a palette of so many."""
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    if not colours:
+        return drawn.getvalue()
+    Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
+    return packed.getvalue()
+
+
+def shortened(name, length):
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def title_of(results):
+    """Protocol, method, seed; and that it is one run."""
+    stages = len(results["matrix"]["J"]) - 1
+    unfinished = "" if results["complete"] else f" · unfinished ({stages} stages)"
+    return f"{results['protocol'].upper()} · {results['method']} · seed {results['seed']} (1 seed){unfinished}"
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------------
+
+
+def run_figures(results, folder, score="J"):
+    """{name: Figure} of one run, without its data: the heat-map of R; the bars of a run over tasks; the trace of a task-free one that watched its loss."""
+    figures = {f"heatmap_{score}": heatmap(results, score)}
+    if results["method"] != "joint" and len(results["matrix"][score]) > 1:
+        figures[f"tasks_{score}"] = task_bars(results, score)
+    if results["protocol"] == "tfcl" and windows(folder):
+        figures["trace"] = trace(results, folder)
+    return figures
+
+
+def heatmap(results, score="J"):
+    """R: rows after a task, columns tasks; cells of tasks not learned yet are grey."""
+    R = np.array(results["matrix"][score], float)
+    wide = R.shape[1] > 8
+    width = PAGE if wide else COLUMN
+    figure, axes = panels(1, 1, width, 1.15 + 0.24 * len(R) + (0.2 if wide else 0))
+    image = draw_heatmap(axes[0, 0], R, results["method"] == "joint", (width - 1.1) / R.shape[1])
+    names = [task["name"] for task in results["tasks"]]
+    axes[0, 0].set_xticks(range(len(names)), [f"{j + 1} {shortened(name, 17)}" for j, name in enumerate(names)], rotation=40, ha="right", rotation_mode="anchor")
+    figure.colorbar(image, ax=axes[0, 0], pad=0.02, aspect=30).outline.set_linewidth(0.4)
+    figure.suptitle(f"{title_of(results)}\n{score} on test clips; grey: not learned yet")
+    return figure
+
+
+def draw_heatmap(ax, R, joint, cell):
+    """Draw the matrix R [rows, tasks] into an axes: a coloured cell with its value where the task is learned, a grey one where it is not. `cell`: its width in inches."""
+    rows, tasks = R.shape
+    future = np.arange(tasks)[None] >= (np.arange(rows)[:, None] * (tasks if joint else 1))
+    image = ax.imshow(np.ma.array(R, mask=future | np.isnan(R)), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    size = float(np.clip(72 * cell * 0.85 / 2.3, 3.2, 7))
+    for i in range(rows):
+        for j in range(tasks):
+            if future[i, j]:
+                ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=GREY, edgecolor="white", linewidth=0.4))
+            said = "–" if np.isnan(R[i, j]) else f"{R[i, j]:.2f}"
+            ax.text(j, i, said, ha="center", va="center", fontsize=size, color="#606060" if future[i, j] else "white" if R[i, j] < 0.55 else "black")
+    ax.set_xticks(range(tasks), [str(j + 1) for j in range(tasks)])
+    ax.set_yticks(range(rows), ["none", "all"] if joint else ["none", *(str(k) for k in range(1, rows))])
+    ax.set_xlabel("task")
+    ax.set_ylabel("after task")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return image
+
+
+def task_bars(results, score="J"):
+    """Per task: the score right after learning it against the one after the last task."""
+    R = np.array(results["matrix"][score], float)
+    learned = len(R) - 1
+    names = [f"{j + 1} {shortened(task['name'], 22)}" for j, task in enumerate(results["tasks"][:learned])]
+    y = np.arange(learned)
+    figure, axes = panels(1, 1, COLUMN, 0.95 + 0.27 * learned)
+    ax = axes[0, 0]
+    ax.barh(y - 0.2, np.nan_to_num([R[j + 1, j] for j in y]), 0.38, color=SKY, label="right after learning it")
+    ax.barh(y + 0.2, np.nan_to_num(R[-1, :learned]), 0.38, color=BLUE, label="after the last task")
+    ax.set_yticks(y, names)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1)
+    ax.set_xlabel(f"{score} on test clips")
+    ax.grid(axis="x")
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.suptitle(title_of(results))
+    return figure
+
+
+# ---- the consolidation trace -----------------------------------------------------------------------------------------
+
+
+def windows(folder):
+    """The loss windows of log.jsonl, [{"step", "mean", "std", "fired", "reason"}]; empty where the run watched none."""
+    path = Path(folder, "log.jsonl")
+    return [line["window"] for line in map(json.loads, path.read_text().splitlines()) if "window" in line] if path.is_file() else []
+
+
+def trace(results, folder):
+    """Task-free: the windows' loss, the consolidations that fired, the stream's true drifts underneath; over optimiser steps."""
+    if results["protocol"] != "tfcl":
+        raise AtlasError(f"{folder} is no task-free run (its protocol is {results['protocol']}), so it has no consolidation trace")
+    found = windows(folder)
+    if not found:
+        raise AtlasError(f"{folder}/log.jsonl holds no loss windows: method={results['method']} did not watch for plateaus; only lra with lra_trigger=plateau does")
+    steps, level, spread = (np.array([w[name] for w in found], float) for name in ("step", "mean", "std"))
+    fired = [w["step"] for w in found if w["fired"]]
+    figure, axes = panels(2, 1, PAGE, 2.3, sharex=True, height_ratios=[5, 1])
+    top, bottom = axes[:, 0]
+    top.fill_between(steps, level - spread, level + spread, color=SKY, alpha=0.35, linewidth=0, label="± standard deviation in the window")
+    top.plot(steps, level, "o-", color=BLUE, markersize=2.5, label="mean task loss of a window")
+    for k, step in enumerate(fired):
+        top.axvline(step, color=RED, linestyle="--", label=None if k else "consolidated")
+    top.set_ylabel("loss")
+    top.grid(axis="y")
+    edges = [0, *results["drifts"], max(steps[-1], *results["drifts"], 1)]
+    for k, (start, end) in enumerate(zip(edges, edges[1:])):
+        bottom.axvspan(start, end, facecolor=GREY if k % 2 else "#F0F0F0", linewidth=0)
+        if end - start > 0.03 * edges[-1]:
+            bottom.text((start + end) / 2, 0.5, str(k + 1), ha="center", va="center")
+    for k, step in enumerate(results["drifts"]):
+        bottom.axvline(step, color=BLACK, linewidth=1.5, label=None if k else "true drift of the stream")
+    bottom.set_xlim(0, edges[-1])
+    bottom.set_ylim(0, 1)
+    bottom.set_yticks([])
+    bottom.set_ylabel("segment")
+    bottom.set_xlabel("optimiser step")
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.suptitle(f"{title_of(results)}: {len(fired)} consolidations, {len(results['drifts'])} true drifts")
+    return figure
+
+
+# ---- the strip of masks ----------------------------------------------------------------------------------------------
+
+
+def strip(run, results, ids=(), count=4):
+    """Test clips (rows), middle annotated frame: frame, truth, prediction after its own task, after the last task, and then with its swap partner's sound.
+
+    `ids`: of the clips; none: `count` of them, drawn with a fixed seed, each from another task.
+    """
+    drawn = predictions(run, results, ids, count)
+    joint = results["method"] == "joint"
+    heads = ["frame", "truth", *([] if joint else ["after its own task"]), "after all tasks" if joint else "after the last task", "with another sound"]
+    figure, axes = panels(len(drawn), len(heads), PAGE, 0.45 + 1.5 * len(drawn))
+    for row, clip in zip(axes, drawn):
+        pictures = [(None, ""), (clip["truth"], ""), *([] if joint else [(clip["own"], f"J {clip['J']['own']:.2f}")])]
+        pictures += [(clip["last"], f"J {clip['J']['last']:.2f}"), (clip["swap"], f"J {clip['J']['swap']:.2f} · hears {shortened(clip['partner'], 18)}")]
+        for ax, (mask, below) in zip(row, pictures):
+            ax.imshow(clip["frame"] if mask is None else overlaid(clip["frame"], mask))
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.spines[:].set_visible(False)
+            ax.set_xlabel(below, fontsize=6, labelpad=1.5)
+        row[0].set_ylabel(f"task {clip['task'] + 1}\n{shortened(clip['name'], 20)}", fontsize=6.5)
+    for ax, head in zip(axes[0], heads):
+        ax.set_title(head)
+    figure.suptitle(title_of(results))
+    return figure
+
+
+def overlaid(frame, mask):
+    """frame [H, W, 3] uint8, mask [H, W] bool (True: sounding) -> the frame in dim grey, orange where the mask is, [H, W, 3] uint8."""
+    grey = np.repeat(frame.mean(-1, keepdims=True), 3, -1) * 0.55
+    colour = np.array(matplotlib.colors.to_rgb(ORANGE)) * 255
+    return np.where(mask[..., None], 0.35 * grey + 0.75 * colour, grey).clip(0, 255).astype(np.uint8)
+
+
+def chosen_clips(cache, tasks, ids, count):
+    """[(task, index of a clip)]: the test clips `ids`, or `count` drawn with a fixed seed, each from another task."""
+    place = {cache.clips[i]["id"]: (j, i) for j, task in enumerate(tasks) for i in task.test}
+    for name in ids:
+        if name not in place:
+            near = difflib.get_close_matches(name, place, n=1, cutoff=0.0)[0]
+            raise AtlasError(f"--clips: {name} is no test clip of this run; the nearest is {near}")
+    if ids:
+        return [place[name] for name in ids]
+    rng = np.random.default_rng(0)
+    picked = sorted(rng.choice(len(tasks), min(count, len(tasks)), replace=False).tolist())
+    return [(j, int(rng.choice(tasks[j].test))) for j in picked]
+
+
+@torch.inference_mode()
+def predictions(run, results, ids=(), count=4):
+    """What `strip` draws: [{"id", "name", "task", "partner", "frame" [H, W, 3] uint8, "truth", "own", "last", "swap" [H, W] bool, "J": {...}}].
+
+    own: after the clip's own task; last: after the last one; swap: as last, with the sound of the clip `partner`; J: of this frame.
+    """
+    config = read_run_config(run)
+    device, autocast = pick_device(config), autocast_of(config)
+    cache, _ = open_data(config)
+    tasks = PROTOCOLS[config.protocol](cache, config)
+    partners = swap_partners(cache, tasks)
+    model, _ = open_model(config, cache, tasks)
+    model.to(device).eval()
+    final = len(results["matrix"]["J"]) - 1
+    if not final:
+        raise AtlasError(f"{run} has not learned a task yet, so there are no masks to draw")
+    learned = len(tasks) if config.method == "joint" else final
+    drawn, items = [], []
+    for j, i in chosen_clips(cache, tasks[:learned], ids, count):
+        item, other = cache[i], cache.clips[partners[i]]
+        middle = len(item["second"]) // 2
+        frame, truth = item["frames"][middle].permute(1, 2, 0).numpy(), item["masks"][middle].numpy()
+        clip = cache.clips[i]
+        drawn.append({"id": clip["id"], "name": clip["category"] or clip["id"], "task": j, "partner": other["category"] or other["id"], "frame": frame, "truth": truth, "J": {}})
+        items.append((item, item | cache.sound(partners[i]), middle))
+    for stage in sorted({final, *(clip["task"] + 1 for clip in drawn if config.method != "joint")}):
+        load_checkpoint(Path(run, f"task_{stage:02d}"), model)
+        with merged(model):
+            for clip, (item, swapped, middle) in zip(drawn, items):
+                wanted = [("own", item)] if stage == clip["task"] + 1 else []
+                wanted += [("last", item), ("swap", swapped)] if stage == final else []
+                model.decoder.use_head(clip["task"])
+                for name, heard in wanted:
+                    with autocast():
+                        logits = model(to_device(collate([heard]), device))["masks"][middle].float().cpu()
+                    clip[name] = (logits > 0).numpy()
+                    meter = MaskMeter(with_F=False)
+                    meter.update(logits[None, None], torch.from_numpy(clip["truth"])[None, None], torch.ones(1, 1, dtype=torch.bool))
+                    clip["J"][name] = meter.compute()["J"]
+    return drawn
+
+
+# ---- several runs ----------------------------------------------------------------------------------------------------
+
+
+def comparison_figures(runs):
+    """{name: Figure}: for each problem (compare.problems) the three panels of `overview`, and side by side the heat-maps of up to four of its methods."""
+    figures, found = {}, problems(runs)
+    for problem in found:
+        rows = [row for row in problem["rows"] if row["runs"]]
+        if not rows:
+            continue
+        protocol = rows[0]["runs"][0]["protocol"]
+        same = [other for other in found if other["title"].split(" · ")[0] == problem["title"].split(" · ")[0]]
+        name = protocol + (f"_{same.index(problem) + 1}" if len(same) > 1 else "")
+        figures[f"compare_{name}"] = overview(problem["title"], rows)
+        several = [row for row in rows if row["method"] != "joint"]
+        if several:
+            figures[f"heatmaps_{name}"] = heatmaps(problem["title"], several[:4])
+    if not figures:
+        raise AtlasError("none of these runs is finished, so there is nothing to draw")
+    return figures
+
+
+def looks(rows):
+    """{label: (colour, marker)}: a method's is the same in every figure where it has one row."""
+    taken = {row["label"]: FIRST[row["method"]] for row in rows if row["label"] in FIRST}
+    free = (k for k in range(56) if k not in taken.values() and k % len(PALETTE) != 6)
+    places = {row["label"]: taken[row["label"]] if row["label"] in taken else next(free) for row in rows if row["method"] != "joint"}
+    found = {label: (PALETTE[k % len(PALETTE)], MARKERS[k % len(MARKERS)]) for label, k in places.items()}
+    return found | {row["label"]: (BLACK, "*") for row in rows if row["method"] == "joint"}
+
+
+def seeds_text(rows):
+    counts = sorted({len(row["runs"]) for row in rows})
+    return f"{counts[0]} seed{'s' * (counts[-1] > 1)}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]} seeds"
+
+
+def spread(values):
+    """(mean, standard deviation; 0 for one value)."""
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def overview(title, rows):
+    """Three panels with one legend: forward transfer against forgetting, final J by method, mean J over the tasks learned so far. Points: seeds; bars and bands: ± std."""
+    look = looks(rows)
+    columns = min(4, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, axes = panels(1, 3, PAGE, 2.35 + 0.14 * lines)
+    transfer, final, curves = axes[0]
+    for k, row in enumerate(rows):
+        colour, marker = look[row["label"]]
+        J = [results["metrics"]["J"]["final"] for results in row["runs"]]
+        centre, deviation = spread(J)
+        offsets = 0.12 * (np.arange(len(J)) - (len(J) - 1) / 2) / max(1, len(J) - 1) * 2
+        final.errorbar(k, centre, deviation, color=colour, marker=marker, capsize=3, markersize=5, zorder=3)
+        final.plot(k + 0.28 + offsets, J, marker, color=colour, markersize=2.5, alpha=0.6, linestyle="none")
+        if row["method"] == "joint":
+            curves.errorbar(len(row["runs"][0]["tasks"]), centre, deviation, color=colour, marker=marker, capsize=2, zorder=4, clip_on=False)
+            continue
+        pairs = [(results["metrics"]["J"]["forgetting"], results["metrics"]["J"]["fwt"]) for results in row["runs"]]
+        if all(None not in pair for pair in pairs):
+            (x, dx), (y, dy) = (spread(values) for values in zip(*pairs))
+            transfer.errorbar(x, y, dy, dx, color=colour, marker=marker, capsize=2, markersize=5, zorder=3)
+            transfer.plot(*zip(*pairs), marker, color=colour, markersize=2.5, alpha=0.6, linestyle="none")
+        if len({len(results["tasks"]) for results in row["runs"]}) == 1:
+            curve = np.array([learned_so_far(results) for results in row["runs"]])  # [seeds, tasks]
+            steps, middle = np.arange(1, curve.shape[1] + 1), curve.mean(0)
+            curves.plot(steps, middle, color=colour, marker=marker, markersize=3)
+            if len(curve) > 1:
+                deviation = curve.std(0, ddof=1)
+                curves.fill_between(steps, middle - deviation, middle + deviation, color=colour, alpha=0.15, linewidth=0)
+    transfer.axhline(0, color=GREY, linewidth=0.6, zorder=0)
+    transfer.set(xlabel="forgetting of J (less is better)", ylabel="forward transfer of J", title="transfer against forgetting")
+    final.set(xticks=[], xlim=(-0.6, len(rows) - 0.2), ylabel="J after the last task", title="final J")
+    curves.set(xlabel="tasks learned", ylabel="mean J over them", title="forgetting curve")
+    curves.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    for ax in axes[0]:
+        ax.grid(axis="y" if ax is final else "both")
+    handles = [Line2D([], [], color=look[row["label"]][0], marker=look[row["label"]][1], label=f"{row['label']} ({seeds_text([row])})") for row in rows]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    figure.suptitle(f"{title} · {len(rows)} method{'s' * (len(rows) > 1)} · {seeds_text(rows)}, mean ± standard deviation")
+    return figure
+
+
+def learned_so_far(results, score="J"):
+    """After each task, the mean of R over the tasks learned so far, [T]."""
+    R = np.array(results["matrix"][score], float)
+    return np.array([np.nanmean(R[k, :k]) for k in range(1, len(R))])
+
+
+def heatmaps(title, rows, score="J"):
+    """The heat-maps of R of up to four rows side by side, each the mean over its seeds."""
+    figure, axes = panels(1, len(rows), PAGE, 2.4, sharey=True)
+    for ax, row in zip(axes[0], rows):
+        R = np.mean([results["matrix"][score] for results in row["runs"]], axis=0)
+        image = draw_heatmap(ax, R, False, (PAGE - 0.9) / len(rows) / R.shape[1])
+        ax.set_title(f"{shortened(row['label'], 90 // len(rows))} · {seeds_text([row])}")
+    for ax in axes[0, 1:]:
+        ax.set_ylabel("")
+    figure.colorbar(image, ax=axes[0].tolist(), pad=0.01, aspect=30).outline.set_linewidth(0.4)
+    figure.suptitle(f"{title} · {score} on test clips, mean over seeds; grey: not learned yet")
+    return figure
