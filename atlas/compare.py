@@ -32,7 +32,7 @@ def problems(runs):
     for results in runs:
         key = [results["config"].get(name) for name in PROBLEM], sorted({c for task in results["tasks"] for c in task["classes"]})
         found.setdefault(repr(key), []).append(results)
-    methods = list(dict.fromkeys(results["method"] for results in runs))
+    methods = sorted(dict.fromkeys(results["method"] for results in runs), key=lambda method: method == "joint")  # as given, the upper bound last
     order = ("til", "cil", "dil", "tfcl")
     groups = sorted(found.values(), key=lambda group: order.index(group[0]["protocol"]) if group[0]["protocol"] in order else len(order))
     return [{"title": title(group, groups), "rows": [row for method in methods for row in rows_of(method, group)]} for group in groups]

@@ -1,6 +1,6 @@
 """Figures of runs, from their files: each function draws one Figure, `save` writes it as .png (< 100 KB) and .pdf.
 
-Everything is 3.3 in (a column) or 6.9 in (a page) wide and drawn in one style. Colours: Okabe & Ito's, and cividis, which colour-blind readers tell apart.
+Everything is 3.3 in (a column) or 6.9 in (a page) wide and drawn in one style. Colours: Okabe & Ito's, and viridis, which colour-blind readers tell apart.
 """
 import difflib
 import io
@@ -14,10 +14,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 from PIL import Image
 
-from atlas.compare import joint_of, problems, replicate, value_of
+from atlas.compare import problems
 from atlas.data import collate, swap_partners, to_device
 from atlas.errors import AtlasError
 from atlas.metrics import MaskMeter
@@ -28,6 +28,7 @@ from atlas.runs import autocast_of, load_checkpoint, open_data, open_model, pick
 COLUMN, PAGE = 3.3, 6.9  # inches
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#D0D0D0"
 PALETTE, MARKERS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK), "os^Dv<>P"  # 7 colours and 8 markers: a pair comes back after 56
+BANDS = 5  # with more curves than this, bands hide them
 FIRST = {"lra": 0, "finetune": 1, "frozen": 2, "frozen_lora": 3}  # the same look in every figure, whoever else is there; joint is black
 LARGEST_PNG = 100_000  # bytes
 
@@ -40,7 +41,7 @@ def style():
         "font.family": "DejaVu Sans", "font.size": 7, "axes.titlesize": 7.5, "figure.titlesize": 8, "axes.labelsize": 7, "legend.fontsize": 6.5,
         "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5,
         "ytick.major.size": 2.5, "lines.linewidth": 1.2, "lines.markersize": 4, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-        "grid.color": "#E4E4E4", "grid.linewidth": 0.5, "axes.axisbelow": True, "image.cmap": "cividis", "pdf.fonttype": 42, "savefig.facecolor": "white",
+        "grid.color": "#E4E4E4", "grid.linewidth": 0.5, "axes.axisbelow": True, "pdf.fonttype": 42, "savefig.facecolor": "white",
     })  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def save(figure, folder, name):
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise AtlasError(f"{folder} is a file, not a folder for figures; choose another --out") from None
-    for dpi, colours in ((300, 0), (200, 0), (200, 128), (150, 128), (120, 64), (90, 64), (70, 32)):
+    for dpi, colours in ((300, 0), (200, 0), (150, 0), (200, 256), (150, 256), (120, 256), (105, 256), (90, 128), (75, 64), (60, 32)):
         content = png(figure, dpi, colours)
         if len(content) < LARGEST_PNG:
             break
@@ -71,7 +72,7 @@ def save(figure, folder, name):
 def png(figure, dpi, colours=0):
     """The bytes of a figure as png; `colours` > 0: of a palette of so many."""
     drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
+    figure.savefig(drawn, format="png", dpi=dpi, pil_kwargs={"optimize": True})
     if not colours:
         return drawn.getvalue()
     Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
@@ -80,6 +81,11 @@ def png(figure, dpi, colours=0):
 
 def shortened(name, length):
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def numbered(tasks, length):
+    """["1 NAME", ...], the names shortened; a stream's segments are numbered already."""
+    return [task["name"] if task["name"].startswith("segment") else f"{j + 1} {shortened(task['name'], length)}" for j, task in enumerate(tasks)]
 
 
 def title_of(results):
@@ -109,8 +115,7 @@ def heatmap(results, score="J"):
     width = PAGE if wide else COLUMN
     figure, axes = panels(1, 1, width, 1.15 + 0.24 * len(R) + (0.2 if wide else 0))
     image = draw_heatmap(axes[0, 0], R, results["method"] == "joint", (width - 1.1) / R.shape[1])
-    names = [task["name"] for task in results["tasks"]]
-    axes[0, 0].set_xticks(range(len(names)), [f"{j + 1} {shortened(name, 17)}" for j, name in enumerate(names)], rotation=40, ha="right", rotation_mode="anchor")
+    axes[0, 0].set_xticks(range(R.shape[1]), numbered(results["tasks"], 17), rotation=40, ha="right", rotation_mode="anchor")
     figure.colorbar(image, ax=axes[0, 0], pad=0.02, aspect=30).outline.set_linewidth(0.4)
     figure.suptitle(f"{title_of(results)}\n{score} on test clips; grey: not learned yet")
     return figure
@@ -120,15 +125,15 @@ def draw_heatmap(ax, R, joint, cell):
     """Draw the matrix R [rows, tasks] into an axes: a coloured cell with its value where the task is learned, a grey one where it is not. `cell`: its width in inches."""
     rows, tasks = R.shape
     future = np.arange(tasks)[None] >= (np.arange(rows)[:, None] * (tasks if joint else 1))
-    image = ax.imshow(np.ma.array(R, mask=future | np.isnan(R)), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    image = ax.imshow(np.ma.array(R, mask=future | np.isnan(R)), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     size = float(np.clip(72 * cell * 0.85 / 2.3, 3.2, 7))
     for i in range(rows):
         for j in range(tasks):
             if future[i, j]:
                 ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=GREY, edgecolor="white", linewidth=0.4))
             said = "–" if np.isnan(R[i, j]) else f"{R[i, j]:.2f}"
-            ax.text(j, i, said, ha="center", va="center", fontsize=size, color="#606060" if future[i, j] else "white" if R[i, j] < 0.55 else "black")
-    ax.set_xticks(range(tasks), [str(j + 1) for j in range(tasks)])
+            ax.text(j, i, said, ha="center", va="center", fontsize=size, color="#606060" if future[i, j] else "white" if R[i, j] < 0.6 else "black")
+    ax.set_xticks(range(tasks), [str(j + 1) for j in range(tasks)], fontsize=min(6.5, 1.4 * size))
     ax.set_yticks(range(rows), ["none", "all"] if joint else ["none", *(str(k) for k in range(1, rows))])
     ax.set_xlabel("task")
     ax.set_ylabel("after task")
@@ -141,13 +146,12 @@ def task_bars(results, score="J"):
     """Per task: the score right after learning it against the one after the last task."""
     R = np.array(results["matrix"][score], float)
     learned = len(R) - 1
-    names = [f"{j + 1} {shortened(task['name'], 22)}" for j, task in enumerate(results["tasks"][:learned])]
     y = np.arange(learned)
     figure, axes = panels(1, 1, COLUMN, 0.95 + 0.27 * learned)
     ax = axes[0, 0]
     ax.barh(y - 0.2, np.nan_to_num([R[j + 1, j] for j in y]), 0.38, color=SKY, label="right after learning it")
     ax.barh(y + 0.2, np.nan_to_num(R[-1, :learned]), 0.38, color=BLUE, label="after the last task")
-    ax.set_yticks(y, names)
+    ax.set_yticks(y, numbered(results["tasks"][:learned], 22))
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
     ax.set_xlabel(f"{score} on test clips")
@@ -193,7 +197,7 @@ def trace(results, folder):
     bottom.set_xlim(0, edges[-1])
     bottom.set_ylim(0, 1)
     bottom.set_yticks([])
-    bottom.set_ylabel("segment")
+    bottom.set_ylabel("segment", rotation=0, ha="right", va="center")
     bottom.set_xlabel("optimiser step")
     figure.legend(loc="outside lower center", ncols=4)
     figure.suptitle(f"{title_of(results)}: {len(fired)} consolidations, {len(results['drifts'])} true drifts")
@@ -203,24 +207,24 @@ def trace(results, folder):
 # ---- the strip of masks ----------------------------------------------------------------------------------------------
 
 
-def strip(run, results, ids=(), count=4):
+def strip(run, results, ids=(), count=3):
     """Test clips (rows), middle annotated frame: frame, truth, prediction after its own task, after the last task, and then with its swap partner's sound.
 
     `ids`: of the clips; none: `count` of them, drawn with a fixed seed, each from another task.
     """
     drawn = predictions(run, results, ids, count)
     joint = results["method"] == "joint"
-    heads = ["frame", "truth", *([] if joint else ["after its own task"]), "after all tasks" if joint else "after the last task", "with another sound"]
-    figure, axes = panels(len(drawn), len(heads), PAGE, 0.45 + 1.5 * len(drawn))
+    heads = ["frame", "truth", *([] if joint else ["after its own task"]), "after all tasks" if joint else "after the last task", "hearing another sound"]
+    figure, axes = panels(len(drawn), len(heads), PAGE, 0.4 + 1.46 * len(drawn))
     for row, clip in zip(axes, drawn):
         pictures = [(None, ""), (clip["truth"], ""), *([] if joint else [(clip["own"], f"J {clip['J']['own']:.2f}")])]
-        pictures += [(clip["last"], f"J {clip['J']['last']:.2f}"), (clip["swap"], f"J {clip['J']['swap']:.2f} · hears {shortened(clip['partner'], 18)}")]
+        pictures += [(clip["last"], f"J {clip['J']['last']:.2f}"), (clip["swap"], f"J {clip['J']['swap']:.2f} · {shortened(clip['partner'], 18)}")]
         for ax, (mask, below) in zip(row, pictures):
             ax.imshow(clip["frame"] if mask is None else overlaid(clip["frame"], mask))
             ax.set_xticks([])
             ax.set_yticks([])
             ax.spines[:].set_visible(False)
-            ax.set_xlabel(below, fontsize=6, labelpad=1.5)
+            ax.set_xlabel(below, fontsize=5.5, labelpad=1.5)
         row[0].set_ylabel(f"task {clip['task'] + 1}\n{shortened(clip['name'], 20)}", fontsize=6.5)
     for ax, head in zip(axes[0], heads):
         ax.set_title(head)
@@ -230,7 +234,7 @@ def strip(run, results, ids=(), count=4):
 
 def overlaid(frame, mask):
     """frame [H, W, 3] uint8, mask [H, W] bool (True: sounding) -> the frame in dim grey, orange where the mask is, [H, W, 3] uint8."""
-    grey = np.repeat(frame.mean(-1, keepdims=True), 3, -1) * 0.55
+    grey = np.repeat(frame.mean(-1, keepdims=True) // 8 * 8, 3, -1) * 0.55  # 32 levels: nothing to see, and a much smaller png
     colour = np.array(matplotlib.colors.to_rgb(ORANGE)) * 255
     return np.where(mask[..., None], 0.35 * grey + 0.75 * colour, grey).clip(0, 255).astype(np.uint8)
 
@@ -250,7 +254,7 @@ def chosen_clips(cache, tasks, ids, count):
 
 
 @torch.inference_mode()
-def predictions(run, results, ids=(), count=4):
+def predictions(run, results, ids=(), count=3):
     """What `strip` draws: [{"id", "name", "task", "partner", "frame" [H, W, 3] uint8, "truth", "own", "last", "swap" [H, W] bool, "J": {...}}].
 
     own: after the clip's own task; last: after the last one; swap: as last, with the sound of the clip `partner`; J: of this frame.
@@ -333,9 +337,10 @@ def spread(values):
 
 
 def overview(title, rows):
-    """Three panels with one legend: forward transfer against forgetting, final J by method, mean J over the tasks learned so far. Points: seeds; bars and bands: ± std."""
+    """Three panels with one legend: forward transfer against forgetting, final J by method, mean J over the tasks learned so far. Small points: seeds; bars and bands: ± std."""
     look = looks(rows)
-    columns = min(4, len(rows))
+    names = {row["label"]: f"{row['label']} ({seeds_text([row])})" for row in rows}
+    columns = max(1, min(len(rows), int(PAGE / (0.55 + 0.055 * max(map(len, names.values()))))))  # of the legend, in inches
     lines = -(-len(rows) // columns)
     figure, axes = panels(1, 3, PAGE, 2.35 + 0.14 * lines)
     transfer, final, curves = axes[0]
@@ -358,7 +363,7 @@ def overview(title, rows):
             curve = np.array([learned_so_far(results) for results in row["runs"]])  # [seeds, tasks]
             steps, middle = np.arange(1, curve.shape[1] + 1), curve.mean(0)
             curves.plot(steps, middle, color=colour, marker=marker, markersize=3)
-            if len(curve) > 1:
+            if len(curve) > 1 and len(rows) <= BANDS:
                 deviation = curve.std(0, ddof=1)
                 curves.fill_between(steps, middle - deviation, middle + deviation, color=colour, alpha=0.15, linewidth=0)
     transfer.axhline(0, color=GREY, linewidth=0.6, zorder=0)
@@ -368,7 +373,7 @@ def overview(title, rows):
     curves.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     for ax in axes[0]:
         ax.grid(axis="y" if ax is final else "both")
-    handles = [Line2D([], [], color=look[row["label"]][0], marker=look[row["label"]][1], label=f"{row['label']} ({seeds_text([row])})") for row in rows]
+    handles = [Line2D([], [], color=look[row["label"]][0], marker=look[row["label"]][1], label=names[row["label"]]) for row in rows]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     figure.suptitle(f"{title} · {len(rows)} method{'s' * (len(rows) > 1)} · {seeds_text(rows)}, mean ± standard deviation")
     return figure
@@ -382,11 +387,11 @@ def learned_so_far(results, score="J"):
 
 def heatmaps(title, rows, score="J"):
     """The heat-maps of R of up to four rows side by side, each the mean over its seeds."""
-    figure, axes = panels(1, len(rows), PAGE, 2.4, sharey=True)
+    figure, axes = panels(1, len(rows), PAGE, 2.5, sharey=True)
     for ax, row in zip(axes[0], rows):
         R = np.mean([results["matrix"][score] for results in row["runs"]], axis=0)
         image = draw_heatmap(ax, R, False, (PAGE - 0.9) / len(rows) / R.shape[1])
-        ax.set_title(f"{shortened(row['label'], 90 // len(rows))} · {seeds_text([row])}")
+        ax.set_title(f"{shortened(row['label'], 92 // len(rows))}\n{seeds_text([row])}")
     for ax in axes[0, 1:]:
         ax.set_ylabel("")
     figure.colorbar(image, ax=axes[0].tolist(), pad=0.01, aspect=30).outline.set_linewidth(0.4)
