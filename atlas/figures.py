@@ -60,6 +60,8 @@ def save(figure, folder, name):
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise AtlasError(f"{folder} is a file, not a folder for figures; choose another --out") from None
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once: it does not depend on the resolution, and takes most of the time
     for dpi, colours in ((300, 0), (200, 0), (150, 0), (200, 256), (150, 256), (120, 256), (105, 256), (90, 128), (75, 64), (60, 32)):
         content = png(figure, dpi, colours)
         if len(content) < LARGEST_PNG:

@@ -163,9 +163,9 @@ def evaluate(*words):
 
 
 def test_the_commands(til, tmp_path, capsys):
-    done = run("eval.py", til, "--figures")
     names = ["heatmap_J", "tasks_J", "masks"]
-    assert done.returncode == 0 and sorted(p.name for p in (til / "figures").iterdir()) == sorted(f"{n}.{end}" for n in names for end in ("png", "pdf")), done.stderr
+    assert evaluate(til, "--figures") == 0
+    assert sorted(p.name for p in (til / "figures").iterdir()) == sorted(f"{n}.{end}" for n in names for end in ("png", "pdf"))
     for seed in (0, 1):
         (tmp_path / f"finetune{seed}").mkdir()
         results = json.loads((til / "results.json").read_text()) | {"method": "finetune", "seed": seed}
