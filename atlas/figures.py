@@ -77,7 +77,7 @@ def png(figure, dpi, colours=0):
     figure.savefig(drawn, format="png", dpi=dpi, pil_kwargs={"optimize": True})
     if not colours:
         return drawn.getvalue()
-    Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
     return packed.getvalue()
 
 
