@@ -139,7 +139,7 @@ def fit(model, method, cache, todo, t, config, device, autocast, folder):
                 scaler.update()
                 step += 1
                 bar.update()
-                bar.set_postfix(loss=f"{losses['task']:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{losses['task']:.3f}", anchor=f"{losses['penalty'] / (loss.item() or 1):.0%}", refresh=False)
                 for name, value in losses.items():
                     totals[name] = totals.get(name, 0.0) + value * len(batch["index"]) / len(dataset) / plan.repeats
             if stream:

@@ -117,10 +117,14 @@ def environment(device, amp):
 
 
 def row_text(results, k):
-    """Row k of R for J, in words: one number a task, the tasks not learned yet in brackets."""
+    """Row k of R for J, in words: one number a task, with its change against the best past score where it was learned before; tasks not learned yet in brackets."""
+    matrix = results["matrix"]["J"]
     learned = len(results["tasks"]) if results["method"] == "joint" and k else k
-    row = results["matrix"]["J"][k]
-    return " ".join(f" {v:5.3f} " if j < learned else f"({v:5.3f})" for j, v in enumerate(row))
+    words = []
+    for j, v in enumerate(matrix[k]):
+        past = [row[j] for row in matrix[j + 1 : k]]
+        words.append(f"({v:.3f})" if j >= learned else f"{v:.3f}" + (f" {v - max(past):+.2f}" if past else ""))
+    return " | ".join(words)
 
 
 def summary(results):
