@@ -68,10 +68,10 @@ def main(config, resume=False):
         evaluate(model, cache, tasks, partners, config, autocast, device, results)
         runs.write_json(folder / "results.json", results)
     print(f"untrained      J: {row_text(results, 0)}", flush=True)
-    todo = stages(tasks, config.method)
-    for t, stage in enumerate(todo, start=1):
+    sequence = stages(tasks, config.method)
+    for t, stage in enumerate(sequence, start=1):
         if t > learned:
-            results["seconds"]["train"].append(fit(model, method, cache, todo, t, config, device, autocast, folder))
+            results["seconds"]["train"].append(fit(model, method, cache, sequence, t, config, device, autocast, folder))
 
             start = time.time()
             report = method.consolidate(clip_gradients(model, method, cache, stage, t, config, device))
@@ -91,13 +91,13 @@ def main(config, resume=False):
     print(f"\n{summary(results)}\n\n{folder}/results.json")
 
 
-def fit(model, method, cache, todo, t, config, device, autocast, folder):
-    """Learn stage t of `todo` and return its seconds. The last epoch is the one that counts.
+def fit(model, method, cache, sequence, t, config, device, autocast, folder):
+    """Learn stage t of `sequence` and return its seconds. The last epoch is the one that counts.
 
     A task gets a fresh optimiser and schedule. The shares of a stream (TF-CL) do not: optimiser, schedule and method go on through all of them.
     All that is random in a round (an epoch, or a stretch of the stream) is drawn from (seed, t, round), so a resumed stage needs weights, optimiser and method only.
     """
-    stream, stage = config.protocol == "tfcl" and config.method != "joint", todo[t - 1]
+    stream, stage = config.protocol == "tfcl" and config.method != "joint", sequence[t - 1]
     peak = config.lr_first if t == 1 or stream else config.lr
     begin_stage(model, t, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -105,7 +105,7 @@ def fit(model, method, cache, todo, t, config, device, autocast, folder):
     scaler = torch.amp.GradScaler(device, enabled=runs.pick_amp(config) == "fp16" and device == "cuda")
     done, spent = runs.load_progress(folder, t, stream, model, optimizer, scaler, method)
     runs.forget_log_after(folder, t, done)
-    plan = rounds(todo, t, config)
+    plan = rounds(sequence, t, config)
     step = plan.before + sum(map(plan.steps_of, plan.rounds[:done]))
     bar = tqdm(total=plan.before + sum(map(plan.steps_of, plan.rounds)), initial=step, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True, disable=None)
     for epoch, order in enumerate(plan.rounds[done:], start=done + 1):

@@ -177,12 +177,12 @@ class Plan:
 STRETCH = 20  # batches of a stream between two points to resume from
 
 
-def rounds(todo, t, config):
-    """The Plan of stage t of `todo`. A task: `epochs` shuffled passes. A share of the stream: one pass in its order. Joint on the stream: `stream_epochs` shuffled passes."""
-    clips, joint = todo[t - 1].train, config.method == "joint"
+def rounds(sequence, t, config):
+    """The Plan of stage t of `sequence`. A task: `epochs` shuffled passes. A share of the stream: one pass in its order. Joint on the stream: `stream_epochs` shuffled passes."""
+    clips, joint = sequence[t - 1].train, config.method == "joint"
     if config.protocol == "tfcl" and not joint:
         n = STRETCH * config.batch_size
-        steps = [config.stream_epochs * math.ceil(len(stage.train) / config.batch_size) for stage in todo]
+        steps = [config.stream_epochs * math.ceil(len(stage.train) / config.batch_size) for stage in sequence]
         stretches = [list(clips[i : i + n]) for i in range(0, len(clips), n)]
         return Plan(stretches, config.stream_epochs, sum(steps[: t - 1]), sum(steps), config.batch_size)
     epochs = config.stream_epochs if config.protocol == "tfcl" else config.epochs_first if t == 1 else config.epochs
