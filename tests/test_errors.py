@@ -1,4 +1,5 @@
 """Bad input, through the command line: one clear line, no traceback, a non-zero exit, nothing lost. Interrupted runs are in test_resume.py."""
+import concurrent.futures
 import shutil
 from pathlib import Path
 
@@ -41,9 +42,11 @@ def test_a_damaged_tree_is_one_line_for_train_and_a_report_for_check(tree, tmp_p
         path.write_bytes(b"RIFF, or so it says")
     else:
         path.unlink()
-    one_line(train(root, tmp_path), path.name, "prepare_data.py check")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        done, report = pool.submit(train, root, tmp_path), pool.submit(run, "prepare_data.py", "check", "--root", root)
+    done, report = done.result(), report.result()
+    one_line(done, path.name, "prepare_data.py check")
     assert not (tmp_path / "r").exists() and not list((tmp_path / "c").glob("*"))
-    report = run("prepare_data.py", "check", "--root", root)
     assert report.returncode == 1 and path.name in report.stdout and "1 errors" in report.stdout
 
 
@@ -64,26 +67,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_terms_and_clips(tree,
     one_line(done, "not finite", "bce", "dice", "penalty", "clips of the batch: s", "lower lr")
 
 
-@pytest.mark.parametrize(
-    "words, what",
-    [
-        (["data_root=nowhere"], ["nowhere", "data_root"]),
-        (["dataset=ms3", "protocol=tfcl", "lra_trigger=plateau"], ["ms3_meta_data.csv", "Multi-sources"]),
-        (["lora_rnk=8"], ["lora_rnk", "lora_rank"]),
-        (["protocol=dil", "domains={speech: [male_speech]}"], ["in none: baby_laughter", "domains"]),
-        (["class_order=[male_speech]"], ["class_order", "baby_laughter"]),
-        (["dataset=ms3"], ["protocol=cil", "protocol=tfcl"]),
-        (["protocol=tfcl"], ["lra_trigger=plateau"]),
-        (["protocol=tfcl", "method=finetune", "classify=true"], ["classify"]),
-        (["protocol=tfcl", "method=finetune", "stream_checkpoints=9"], ["stream_checkpoints=9"]),
-        (["visual=pvt_v9"], ["pvt_v9"]),
-        (["visual_weights=none.safetensors"], ["none.safetensors"]),
-        (["lora_targets=nothing_like_it"], ["lora_targets"]),
-        (["joint_run=nowhere"], ["nowhere"]),
-    ],
-)
-def test_a_wrong_word_is_one_line(tree, tmp_path, words, what):
-    one_line(train(tree, tmp_path, *words), *what)
+WRONG = [
+    (["data_root=nowhere"], ["nowhere", "data_root"]),
+    (["dataset=ms3", "protocol=tfcl", "lra_trigger=plateau"], ["ms3_meta_data.csv", "Multi-sources"]),
+    (["lora_rnk=8"], ["lora_rnk", "lora_rank"]),
+    (["protocol=dil", "domains={speech: [male_speech]}"], ["in none: baby_laughter", "domains"]),
+    (["class_order=[male_speech]"], ["class_order", "baby_laughter"]),
+    (["dataset=ms3"], ["protocol=cil", "protocol=tfcl"]),
+    (["protocol=tfcl"], ["lra_trigger=plateau"]),
+    (["protocol=tfcl", "method=finetune", "classify=true"], ["classify"]),
+    (["protocol=tfcl", "method=finetune", "stream_checkpoints=9"], ["stream_checkpoints=9"]),
+    (["visual=pvt_v9"], ["pvt_v9"]),
+    (["visual_weights=none.safetensors"], ["none.safetensors"]),
+    (["lora_targets=nothing_like_it"], ["lora_targets"]),
+    (["joint_run=nowhere"], ["nowhere"]),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tree, tmp_path_factory):
+    """What train.py says to each of WRONG; two processes at a time."""
+    where = tmp_path_factory.mktemp("wrong")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda k: train(tree, where / str(k), *WRONG[k][0]), range(len(WRONG))))
+
+
+@pytest.mark.parametrize("k", range(len(WRONG)), ids=lambda k: WRONG[k][0][-1])
+def test_a_wrong_word_is_one_line(answers, k):
+    one_line(answers[k], *WRONG[k][1])
 
 
 def test_a_checkpoint_of_another_model_is_refused(tree, tmp_path):
