@@ -169,7 +169,7 @@ class PlainClips(torch.utils.data.Dataset):
 def plain_scores(logits, masks):
     """{"J", "F"} of clips [B, T, H, W], clip by clip and threshold by threshold: AVSBench's mask_iou and Eval_Fmeasure, on the CPU, at our thresholds."""
     J, F, sounding = 0.0, 0.0, 0
-    thresholds = torch.linspace(0, 1, 255)
+    thresholds = torch.arange(255, dtype=torch.float64).div(254).float()
     for x, g in zip(logits, masks.float()):
         p = (x.sigmoid() > 0.5).float()
         inter, union, empty = (p * g).sum((1, 2)), torch.max(p, g).sum((1, 2)), g.sum((1, 2)) == 0

@@ -52,10 +52,13 @@ def test_nothing_that_sounds_is_None_never_nan():
     assert meter.compute()["F"] is None and meter.compute()["F_dataset"] is None and meter.compute()["J"] == pytest.approx(0.5)
 
 
+LEVELS = torch.tensor([k / 254 for k in range(255)])  # fp32
+
+
 def naive_curve(scores, mask):
     """255 passes, as AVSBench's _eval_pr does it."""
     curve = []
-    for threshold in torch.linspace(0, 1, 255):
+    for threshold in LEVELS:
         predicted = (scores >= threshold).double()
         hit = (predicted * mask).sum()
         precision, recall = hit / (predicted.sum() + 1e-20), hit / (mask.sum() + 1e-20)
@@ -64,10 +67,17 @@ def naive_curve(scores, mask):
     return np.array(curve)
 
 
+def test_a_score_counts_at_a_threshold_when_it_is_not_below_it():
+    """Every threshold and its two neighbours in fp32, as the only pixel of an object: recall is 1 up to its own threshold."""
+    scores = torch.cat([LEVELS, LEVELS.nextafter(torch.zeros(())), LEVELS.nextafter(torch.ones(()))])[:, None]
+    hits = f_curves(scores, torch.ones_like(scores, dtype=torch.bool)) > 0
+    assert torch.equal(hits, scores >= LEVELS)
+
+
 def test_one_pass_equals_255_passes():
     logits, masks, annotated = random_case()
     logits[2] = 40 * logits[2]  # saturated scores
-    logits[3, 2, 0] = torch.logit(torch.linspace(0, 1, 255)[100:116])  # scores that are thresholds, up to rounding
+    logits[3, 2, 0] = torch.logit(LEVELS[100:116])  # scores that are thresholds, up to rounding
     scores = logits.sigmoid().flatten(2).flatten(0, 1)
     curves = f_curves(scores, masks.flatten(2).flatten(0, 1))
     for i in range(len(scores)):
