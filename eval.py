@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from atlas.baselines import build_method
 from atlas.compare import comparison
 from atlas.data import swap_partners
 from atlas.errors import AtlasError, one_line_errors
@@ -55,10 +56,11 @@ def rescore(run, results):
         if sha != results["weights"][name]["sha256"]:
             raise AtlasError(f"the {name} encoder is not the one of the run {run}: its weights differ ({name}_weights in config.yaml, or another torch)")
     model.to(device)
+    method = build_method(config, model)  # some keep what they folded into the frozen weights
     largest = 0.0
     for row in range(len(results["matrix"]["J"])):
         if row:
-            load_checkpoint(Path(run, f"task_{row:02d}"), model)
+            load_checkpoint(Path(run, f"task_{row:02d}"), model, method)
         found = score_tasks(model, cache, tasks, partners, config, autocast_of(config), device, learned=row)
         rows = [(results["matrix"][name][row], found["test"][name]) for name in TEST_SCORES]
         for old, new in [*rows, (results["val_matrix"]["J"][row], found["val"]["J"])]:

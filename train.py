@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from atlas import runs
+from atlas.baselines import build_method
 from atlas.data import ClipDataset, loader, swap_partners, to_device
 from atlas.errors import AtlasError, one_line_errors
-from atlas.lra import build_method, per_clip_gradients
 from atlas.metrics import score_disjoint, score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, rounds, stages
@@ -105,6 +105,8 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
     scaler = torch.amp.GradScaler(device, enabled=runs.pick_amp(config) == "fp16" and device == "cuda")
     done, spent = runs.load_progress(folder, t, stream, model, optimizer, scaler, method)
     runs.forget_log_after(folder, t, done)
+    if not done:
+        method.begin(clip_gradients(model, method, cache, stage, t, config, device))
     plan = rounds(sequence, t, config)
     step = plan.before + sum(map(plan.steps_of, plan.rounds[:done]))
     bar = tqdm(total=plan.before + sum(map(plan.steps_of, plan.rounds)), initial=step, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True, disable=None)
@@ -120,7 +122,7 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
                 with autocast():
                     outputs = model(batch)
                 terms = clip_losses(outputs, batch)
-                task, penalty = sum(weighted(terms, config).values()).mean(), method.penalty()
+                task, penalty = sum(weighted(terms, config).values()).mean(), method.penalty(batch, outputs)
                 loss = task + penalty
                 losses = {name: value.mean().item() for name, value in terms.items()} | {"task": task.item(), "penalty": penalty.item()}
                 if not math.isfinite(loss.item()):
@@ -177,7 +179,7 @@ def labelled(batch, model):
 
 
 def clip_gradients(model, method, cache, stage, t, config, device):
-    """The gradients of the task loss of single train clips (all of the stage's, or lra_clips drawn from it), for method.consolidate; eval mode, fp32."""
+    """What the method measures on single train clips (all of the stage's, or lra_clips drawn from it): the gradients of the task loss, of most; eval mode, fp32."""
     model.eval()
     chosen = list(stage.train)
     if 0 < config.lra_clips < len(chosen):
@@ -191,7 +193,7 @@ def clip_gradients(model, method, cache, stage, t, config, device):
                 yield labelled(to_device(batch, device), model)
 
     loss = lambda outputs, clip: sum(weighted(clip_losses(outputs, clip), config).values()).squeeze(0)
-    return per_clip_gradients(model, method.anchored, batches(), loss)
+    return method.measure(model, batches(), loss)
 
 
 def evaluate(model, cache, tasks, partners, config, autocast, device, results):

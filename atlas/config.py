@@ -21,6 +21,19 @@ def key(default, help, choices=None, types=None, low=None, high=math.inf):
     return field(default=default, metadata={"help": help, "choices": choices, "types": types, "low": low, "high": high})
 
 
+STRENGTHS = {  # what strength=null means: the method's public default, as the factor of ATLAS's equation (atlas/baselines.py), where a quadratic penalty has a half
+    "lwf": 1.0,  # avalanche's alpha
+    "ewc": 500.0,  # CAVS-CMR's, for continual audio-visual segmentation
+    "mas": 2.0,  # avalanche's lambda 1, without the half
+    "si": 0.2,  # mammoth's c 0.1, without the half
+    "ewc_lora": 1e7,  # the authors'
+    "olora": 0.5,  # the authors' lambda_1
+    "inflora": 0.98,  # the authors' threshold for ImageNet-R, a share
+}
+ON_LORA = ("ewc_lora", "olora", "inflora", "frozen_lora")
+PLAIN = ("finetune", "frozen", "joint")  # nothing to consolidate
+
+
 @dataclass(frozen=True)
 class Config:
     # -- run
@@ -66,12 +79,14 @@ class Config:
     lora_targets: str = key("auto", "auto: linear layers and 1x1 convolutions; else a regular expression over module names")
 
     # -- method
-    method: str = key("lra", "lra; finetune: no anchor; frozen: no LoRA; joint: all classes at once", choices=("lra", "finetune", "frozen", "joint"))
+    method: str = key("lra", "finetune: no anchor; frozen: no LoRA; joint: all classes at once; frozen_lora: LoRA learns the first task only", choices=("lra", *PLAIN, *STRENGTHS, "frozen_lora"))
+    strength: float | None = key(None, f"of the other methods (lra has lra_lambda); null: {', '.join(f'{m} {v:g}' for m, v in STRENGTHS.items())}", types=(float, type(None)), low=0)
     joint_run: str | None = key(None, "folder of a joint run, for intransigence; null: none", types=(str, type(None)))
     lra_lambda: float = key(0.1, "strength of (lambda / 2) sum Omega (theta - anchor)^2; 0: plain sequential LoRA", low=0)
     lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none", low=0)
     lra_power: float = key(1.0, "exponent on the sensitivity: 1 Fisher, 0.5 its root, 0 uniform (plain L2)", low=0)
     lra_scope: str = key("trainable", "what is anchored: the LoRA factors (as the paper names it), or fusion and decoder too", choices=("lora", "trainable"))
+    lra_space: str = key("factors", "what the LoRA part of theta is: A and B, or the update (alpha / r) B A", choices=("factors", "delta"))
     lra_trigger: str = key("boundary", "when to consolidate: at task boundaries, or where a plateau of the loss ends (task-free)", choices=("boundary", "plateau"))
     lra_window: int = key(12, "plateau: steps in a window", low=2)
     lra_peak: float = key(0.4, "plateau: how far a window's mean rises above the lowest of the last three, in running standard deviations, to end it", low=0)
@@ -125,10 +140,22 @@ def load_config(files=(), overrides=()):
         raise AtlasError(f"protocol={config.protocol} needs categories, which dataset=ms3 does not have; use protocol=tfcl, or dataset=s4")
     if config.protocol == "tfcl" and config.classify:
         raise AtlasError("classify=true needs tasks of classes; protocol=tfcl has none")
-    if config.protocol == "tfcl" and config.method == "lra" and config.lra_trigger == "boundary":
+    if config.protocol == "tfcl" and config.method not in (*PLAIN, "inflora") and config.lra_trigger == "boundary":
         raise AtlasError("protocol=tfcl has no boundaries that lra_trigger=boundary could wait for; use lra_trigger=plateau")
     if config.method == "lra" and not config.lora_rank and config.lra_scope == "lora":
         raise AtlasError("method=lra anchors LoRA, but lora_rank=0; give a rank, or lra_scope=trainable, or method=finetune")
+    if config.method in ON_LORA and not config.lora_rank:
+        raise AtlasError(f"method={config.method} is about LoRA, but lora_rank=0; give a rank, or another method")
+    if config.method == "inflora" and (config.protocol == "tfcl" or config.lra_trigger == "plateau"):
+        raise AtlasError("method=inflora chooses A from a task's inputs before it learns the task, which needs to be told where tasks begin; use another method without boundaries")
+    if config.lra_trigger == "plateau" and (config.method == "ewc_lora" or (config.method == "lra" and config.lra_space == "delta")):
+        key = "method=ewc_lora" if config.method == "ewc_lora" else "lra_space=delta"
+        raise AtlasError(f"{key} needs the gradients of the frozen weights, which no training step forms, so it cannot be gathered task-free; use lra_trigger=boundary, or lra_space=factors")
+    if config.strength is not None and config.method not in STRENGTHS:
+        instead = "; its own is lra_lambda" if config.method == "lra" else ""
+        raise AtlasError(f"method={config.method} has no strength{instead}; leave strength at null")
+    if config.method == "inflora" and (config.strength or 0) > 1:
+        raise AtlasError(f"strength={config.strength}: of method=inflora it is the share of the inputs that a task's subspace holds, at most 1")
     return config
 
 
@@ -151,7 +178,7 @@ def _checked(name, value, where):
         raise AtlasError(f"key `{name}` in {where} is {value!r}, which is no {names}")
     if choices and value not in choices:
         raise AtlasError(f"key `{name}` in {where} is {value!r}; choose from {', '.join(map(str, choices))}")
-    if low is not None and not low <= value <= min(high, sys.float_info.max):
+    if low is not None and value is not None and not low <= value <= min(high, sys.float_info.max):
         raise AtlasError(f"key `{name}` in {where} is {value}; it must be a number of at least {low}" + (f" and at most {high}" if high < math.inf else ""))
     return value
 

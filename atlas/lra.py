@@ -8,6 +8,9 @@ After task t, with theta the anchored parameters, l(x) the task loss of one clip
 
 and while learning the next task:  L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2.
 
+`lra_space: factors` takes theta = {A, B}. `delta` takes the update itself, theta = (alpha / r) B A, whose gradient is the frozen weight's; its penalty does not change under
+(B R, R^-1 A), which is the same update. Its buffers are as large as the adapted weights.
+
 Source: arXiv 2603.08967 names the method; its equations' exact form is not public, and this one is ATLAS's choice. It is online EWC
 (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018) on {A, B} with the true label's gradient, normalised. lambda = 0 is plain sequential LoRA.
 
@@ -21,25 +24,65 @@ arXiv 1812.03596, keep a buffer of clips, and consolidate when a plateau begins)
 """
 import math
 import statistics
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # DDP's own, in C++
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from atlas.errors import AtlasError
+
+SIDE_BY_SIDE = 2**27  # entries of the gradients of single clips that are formed at once: half a gigabyte
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """The update (alpha / r) B A of one adapted layer. `weight` is the layer's frozen one: its gradient is the update's."""
+
+    A: nn.Parameter  # [r, in], or [r, in, k, k] of a convolution
+    B: nn.Parameter  # [out, r], or [out, r, 1, 1]
+    weight: nn.Parameter
+    scale: float
+    layer: nn.Module = None  # PEFT's, around the frozen one
+
+    def value(self):
+        """The update [out, in], flattened if a convolution's."""
+        return self.scale * self.B.flatten(1) @ self.A.flatten(1)
+
+
+def deltas(model):
+    """{module name: Delta} of all layers that LoRA adapts."""
+    found = {}
+    for name, layer in model.encoder.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            (adapter,) = layer.active_adapters
+            weight = layer.get_base_layer().weight
+            found[name] = Delta(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, weight, layer.scaling[adapter], layer)
+            if getattr(layer.get_base_layer(), "groups", 1) != 1:
+                raise AtlasError(f"{name} is a grouped convolution, whose update is no product B A; choose other lora_targets, or a method on the factors")
+    return found
+
 
 class LowRankAnchor(nn.Module):
-    """Three verbs: `penalty()` on every step, `observe(...)` after its backward pass (a no-op at task boundaries), `consolidate(...)` at the end of a task.
+    """Three verbs: `penalty(...)` on every step, `observe(...)` after its backward pass (a no-op at task boundaries), `consolidate(...)` at the end of a task.
 
+    What consolidate is given is what `measure` takes from the task's clips. (`begin`, before a task is learned, is for methods that look at its clips first.)
     `anchor` and `sensitivity` are flat fp32 buffers over all anchored parameters: one copy each, whatever the number of tasks.
     """
 
-    def __init__(self, groups, strength=1.0, gamma=1.0, power=1.0, plateau=None):
-        """groups: {group name: {parameter name: parameter}}, as of `Atlas.groups()`; strength is lambda; plateau: a Plateau where nobody tells boundaries."""
+    def __init__(self, groups, strength=1.0, gamma=1.0, power=1.0, plateau=None, normalise=True):
+        """groups: {group name: {name: parameter or Delta}}, as of `Atlas.groups()`; strength is lambda; plateau: a Plateau where nobody tells boundaries.
+
+        normalise: divide S by its mean, as LRA does.
+        """
         super().__init__()
-        self.strength, self.gamma, self.power, self.plateau = strength, gamma, power, plateau
-        self.members = {group: list(parameters.values()) for group, parameters in groups.items() if parameters}  # in a dict: not submodules
+        self.strength, self.gamma, self.power, self.plateau, self.normalise = strength, gamma, power, plateau, normalise
+        self.thetas = [p for parameters in groups.values() for p in parameters.values()]
+        carrier = lambda p: p.weight if isinstance(p, Delta) else p  # of the gradient
+        self.members = {group: [carrier(p) for p in parameters.values()] for group, parameters in groups.items() if parameters}  # in a dict: not submodules
         self.anchored = [p for parameters in self.members.values() for p in parameters]
         size, device = sum(p.numel() for p in self.anchored), self.anchored[0].device if self.anchored else "cpu"
         self.register_buffer("anchor", torch.zeros(size, device=device))
@@ -58,11 +101,18 @@ class LowRankAnchor(nn.Module):
         if self.plateau:
             self.plateau.restore(state[1:].tolist())
 
-    def penalty(self):
-        """(lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2, a scalar; its gradient is lambda Omega (theta - anchor)."""
+    def measure(self, model, batches, loss):
+        """What consolidate (and begin) go over: the gradients of single clips. The model is in eval mode; loss(outputs, batch) -> the task loss of a batch of one clip."""
+        return per_clip_gradients(model, self.anchored, batches, loss)
+
+    def begin(self, measured):
+        """Before a task is learned."""
+
+    def penalty(self, batch=None, outputs=None):
+        """(lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2, a scalar; its gradient is lambda Omega (theta - anchor). The batch and the model's outputs do not matter."""
         if not self.armed or not self.strength:
             return torch.zeros((), device=self.anchor.device)
-        return _Pull.apply(self.strength, self.sensitivity, self.anchor, *self.anchored)
+        return _Pull.apply(self.strength, self.sensitivity, self.anchor, *self._parts())
 
     def observe(self, loss, clips):
         """Task-free: take note of a step before its update; consolidate where a plateau has ended. Returns None, or at a window's end Plateau's report.
@@ -72,10 +122,8 @@ class LowRankAnchor(nn.Module):
         """
         if not self.plateau or not self.strength:
             return None
-        gradient, theta = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.anchored]).float(), self._theta().detach()
-        if self.armed:
-            gradient.addcmul_(self.sensitivity, theta - self.anchor, value=-self.strength)
-        self.window.addcmul_(gradient, gradient, value=clips)
+        theta = self._theta().detach()
+        self._note(theta, clips)
         report = self.plateau.watch(loss)
         if report:
             if report["fired"]:
@@ -95,18 +143,33 @@ class LowRankAnchor(nn.Module):
         total, clips = torch.zeros_like(self.sensitivity), 0
         for chunk in gradients:
             clips += len(chunk[0])
-            total += torch.cat([g.square().sum(0).flatten() for g in chunk])
+            total += torch.cat([self._importance(g).sum(0).flatten() for g in chunk])
         return {"clips": clips} | self._absorb(total / max(clips, 1), self._theta().detach())
 
+    def _importance(self, gradient):
+        """What is averaged over the clips."""
+        return gradient.square()
+
+    def _note(self, theta, clips):
+        """Add a step's share of the window's sensitivity."""
+        gradient = self._gradient(theta)
+        self.window.addcmul_(gradient, gradient, value=clips)
+
+    def _gradient(self, theta):
+        """The gradient of the task loss that backward left in the parameters, flat: the penalty's own is taken off."""
+        gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.anchored]).float()
+        gradient.nan_to_num_(0.0, 0.0, 0.0)  # fp16: the scaler skips a step that has overflowed
+        return gradient.addcmul_(self.sensitivity, theta - self.anchor, value=-self.strength) if self.armed else gradient
+
     def _absorb(self, S, theta):
-        """Omega <- gamma Omega + S^power / mean(S^power), group by group; anchor <- theta. S: flat, zero throughout a parameter that received no gradient."""
+        """Omega <- gamma Omega + S^power / mean(S^power), group by group (S as it is, where not `normalise`); anchor <- theta. S: flat, zero throughout a parameter that received no gradient."""
         report, new = {}, []
         parts = iter(S.split([p.numel() for p in self.anchored]))
         for group, parameters in self.members.items():
             mine = [next(parts) for _ in parameters]
             measured = [part for part in mine if part.any()]
             report[group] = torch.cat(measured).mean().item() if measured else 0.0
-            powered = torch.cat(measured).pow(self.power).mean() if measured else 1.0
+            powered = torch.cat(measured).pow(self.power).mean() if measured and self.normalise else 1.0
             new += [part.pow(self.power) / powered if part.any() else torch.zeros_like(part) for part in mine]
         if new:
             self.sensitivity.mul_(self.gamma).add_(torch.cat(new))
@@ -115,7 +178,11 @@ class LowRankAnchor(nn.Module):
         return {"mean_sensitivity": report}
 
     def _theta(self):
-        return torch.cat([p.flatten() for p in self.anchored]).float()
+        return torch.cat([part.flatten() for part in self._parts()]).float()
+
+    def _parts(self):
+        """theta, a tensor a parameter or Delta."""
+        return [p.value() if isinstance(p, Delta) else p for p in self.thetas]
 
 
 class _Pull(torch.autograd.Function):
@@ -178,7 +245,7 @@ class Plateau:
 
 
 def per_clip_gradients(model, parameters, batches, loss):
-    """Exact gradients of single clips, vectorised: for each batch of n, the list of [n, *shape] over `parameters` (a list, of the model's), zero where unused.
+    """Exact gradients of single clips, vectorised: for each batch of n (cut up where they are many), the list of [n, *shape] over `parameters` (a list, of the model's), zero where unused.
 
     batches: of data.collate, their clips annotated in equally many frames. loss(outputs, batch) -> scalar, for a batch of one clip. The model is used as it
     stands (put it into eval mode), in fp32.
@@ -192,21 +259,36 @@ def per_clip_gradients(model, parameters, batches, loss):
 
     names = {id(p): name for name, p in model.named_parameters()}
     values = {names[id(p)]: p.detach() for p in parameters}
+    beside = max(1, SIDE_BY_SIDE // max(1, sum(p.numel() for p in parameters)))
     for batch in batches:
         n = len(batch["context"])
         clips = {name: batch[name].unflatten(0, (n, -1)) if name in ("frames", "masks", "second") else batch[name] for name in kept if name in batch}
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # no graph of the parameters left out; the fused kernels have no rule for vmap
-            gradients = vmap(grad(of_one), in_dims=(None, 0), randomness="different")(values, clips)
-        yield [gradients[name] for name in values]
+        for first in range(0, n, beside):
+            some = {name: value[first : first + beside] for name, value in clips.items()}
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # no graph of the parameters left out; the fused kernels have no rule for vmap
+                gradients = vmap(grad(of_one), in_dims=(None, 0), randomness="different")(values, some)
+            yield [gradients[name] for name in values]
+
+
+def learned_groups(config, model):
+    """The trainables by group; of TIL without the heads, which are a task's own and are left alone after it."""
+    groups = model.groups()
+    if config.protocol == "til":
+        groups["decoder"] = {name: p for name, p in groups["decoder"].items() if not name.startswith("decoder.heads.")}
+        groups["classifier"] = {}
+    return groups
+
+
+def plateau_of(config):
+    """The trigger of a config, or None where task boundaries are told."""
+    return Plateau(config.lra_window, config.lra_peak) if config.lra_trigger == "plateau" else None
 
 
 def build_method(config, model):
-    """The continual-learning method of a config: the anchor, or one of strength 0 for what needs none (finetune, frozen, joint)."""
-    groups = model.groups()
-    if config.protocol == "til":  # a task's heads are its own and are left alone after it
-        groups["decoder"] = {name: p for name, p in groups["decoder"].items() if not name.startswith("decoder.heads.")}
-        groups["classifier"] = {}
+    """The anchor of a config, or one of strength 0 for what needs none (finetune, frozen, joint); of the other methods see atlas.baselines.build_method."""
+    groups = learned_groups(config, model)
     chosen = groups if config.lra_scope == "trainable" else {"lora": groups["lora"]}
+    if config.lra_space == "delta" and groups["lora"]:
+        chosen = chosen | {"lora": deltas(model)}
     strength = config.lra_lambda if config.method == "lra" else 0.0
-    plateau = Plateau(config.lra_window, config.lra_peak) if config.lra_trigger == "plateau" else None
-    return LowRankAnchor(chosen, strength, config.lra_gamma, config.lra_power, plateau)
+    return LowRankAnchor(chosen, strength, config.lra_gamma, config.lra_power, plateau_of(config))

@@ -1,0 +1,298 @@
+"""Each method against a closed form on two parameters, and all of them through the loop of train.py."""
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from atlas.baselines import MAS, SI, HeldLora, InfLora, OLora, build_method, ewc
+from atlas.config import ON_LORA, STRENGTHS, load_config
+from atlas.data import ClipDataset, loader
+from atlas.errors import AtlasError
+from atlas.lra import Delta, LowRankAnchor, Plateau
+from atlas.results import read_results
+from atlas.runs import load_checkpoint, open_data, open_model
+
+OTHERS = [*STRENGTHS, "frozen_lora"]
+
+
+def two(a=1.0, b=2.0):
+    """Two parameters, and as the groups of a method."""
+    a, b = torch.nn.Parameter(torch.tensor([a])), torch.nn.Parameter(torch.tensor([b]))
+    return a, b, {"lora": {"a": a, "b": b}}
+
+
+def linear(xs, beside=1):
+    """The gradients of l(x) = x a + x^2 b, which are (x, x^2), `beside` clips at a time."""
+    for k in range(0, len(xs), beside):
+        x = torch.tensor(xs[k : k + beside])[:, None]
+        yield [x, x * x]
+
+
+def moved(a, b, by=(0.5, -0.25)):
+    with torch.no_grad():
+        a += by[0]
+        b += by[1]
+    return torch.tensor(by)
+
+
+def test_ewc_sums_the_fisher_of_single_clips_whatever_the_batch():
+    a, b, groups = two()
+    methods = [ewc(groups, 3.0) for _ in range(2)]
+    for method, beside in zip(methods, (1, 3)):
+        method.consolidate(linear([1.0, 2.0, 3.0], beside))
+        method.consolidate(linear([2.0, -2.0], beside))  # the mean gradient of a vanishes; its Fisher does not
+    F = torch.tensor([14 / 3 + 4, 98 / 3 + 16])
+    for method in methods:
+        torch.testing.assert_close(method.sensitivity, F)
+    d = moved(a, b)
+    torch.testing.assert_close(methods[0].penalty(), 1.5 * (F * d * d).sum())
+
+
+def test_mas_is_the_mean_size_of_the_slope_of_the_outputs_norm():
+    a, b, groups = two()
+    method = MAS(groups, 2.0)
+    method.consolidate(linear([1.0, -2.0, 3.0]))
+    torch.testing.assert_close(method.sensitivity, torch.tensor([2.0, 14 / 3]))
+    d = moved(a, b)
+    torch.testing.assert_close(method.penalty(), (method.sensitivity * d * d).sum())
+
+
+def test_mas_task_free_differentiates_the_outputs_of_the_batch():
+    a, b, groups = two()
+    method = MAS(groups, 2.0, Plateau(2, 0.5))
+    for loss in (1.0, 1.2, 0.9, 1.1, 9.0, 9.1):
+        masks = torch.stack([a + b, a - b])
+        p = masks.detach().sigmoid()
+        slope = (2 * p * p * (1 - p)).flatten() / 2
+        assert method.penalty({}, {"masks": masks}).item() == 0
+        method.observe(loss, 2)
+    torch.testing.assert_close(method.sensitivity, torch.stack([slope[0] + slope[1], slope[0] - slope[1]]).abs())
+
+
+def test_si_is_the_path_integral_of_a_quadratic():
+    """l = (1/2) (h a^2 + k b^2) by gradient descent: w is what each parameter's own steps took off the loss (to second order in the step, here exactly)."""
+    a, b, groups = two()
+    method, h, rate = SI(groups, 2.0), torch.tensor([1.0, 3.0]), 0.1
+    start, w = torch.tensor([1.0, 2.0]), 0
+    for _ in range(20):
+        theta = torch.cat([a, b]).detach().clone()
+        a.grad, b.grad = (h * theta).split(1)
+        method.observe(0.0, 4)
+        w = w + rate * (h * theta) ** 2
+        moved(a, b, (-rate * h * theta).tolist())
+    theta = torch.cat([a, b]).detach()
+    method.consolidate(())
+    torch.testing.assert_close(method.sensitivity, w / ((theta - start) ** 2 + 0.1))
+    fine = (h / 2 * (start**2 - theta**2))
+    torch.testing.assert_close(w, fine, rtol=0.2, atol=0)
+    d = moved(a, b)
+    torch.testing.assert_close(method.penalty(), (method.sensitivity * d * d).sum())
+
+
+def test_si_takes_the_penaltys_gradient_off_and_counts_no_step_between_tasks():
+    a, b, groups = two()
+    method = SI(groups, 2.0)
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    method.observe(0.0, 4)
+    moved(a, b, (-1.0, 1.0))  # b went against its gradient: no importance
+    method.consolidate(())
+    torch.testing.assert_close(method.sensitivity, torch.tensor([1 / 1.1, 0.0]))
+    moved(a, b, (-0.5, 0.0))
+    a.grad = b.grad = None
+    method.penalty().backward()
+    method.observe(0.0, 4)
+    moved(a, b, (7.0, 7.0))
+    method.consolidate(())
+    torch.testing.assert_close(method.sensitivity, torch.tensor([1 / 1.1, 0.0]), atol=1e-6, rtol=0)
+
+
+def test_si_task_free_consolidates_what_the_path_was_at_the_end_of_the_window_before():
+    a, b, groups = two()
+    method = SI(groups, 2.0, Plateau(2, 0.5))
+    for loss in (1.0, 1.2, 0.9, 1.1, 9.0, 9.1):
+        a.grad, b.grad = torch.ones(1), torch.zeros(1)
+        report = method.observe(loss, 4)
+        moved(a, b, (-0.1, 0.0))
+    assert report["fired"]
+    torch.testing.assert_close(method.anchor, torch.tensor([0.7, 2.0]))  # three steps before the fourth was seen
+    torch.testing.assert_close(method.sensitivity, torch.tensor([0.3 / (0.3**2 + 0.1), 0.0]))
+
+
+# ---- LoRA
+
+
+def pair_of(rank=2, wide=4, out=3, seed=0):
+    draw = lambda *shape: torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+    return Delta(draw(rank, wide), draw(out, rank), torch.nn.Parameter(torch.zeros(out, wide), requires_grad=False), 0.5)
+
+
+@pytest.mark.parametrize("make", [lambda g: ewc(g, 3.0), lambda g: LowRankAnchor(g, 3.0)])
+def test_the_penalty_on_delta_is_closed_and_does_not_know_the_gauge(make):
+    pair = pair_of()
+    method, gradient = make({"lora": {"layer": pair}}), torch.arange(12.0).view(1, 3, 4)
+    method.consolidate([[gradient]])
+    S = gradient.square().flatten()
+    torch.testing.assert_close(method.sensitivity, S / S.mean() if method.normalise else S)
+    old = pair.value().detach()
+    with torch.no_grad():
+        pair.A.add_(0.1)
+    value = method.penalty()
+    torch.testing.assert_close(value, 1.5 * (method.sensitivity * (pair.value() - old).flatten() ** 2).sum())
+    R = torch.tensor([[2.0, 1.0], [0.0, 0.5]])
+    with torch.no_grad():
+        pair.B.copy_(pair.B @ R)
+        pair.A.copy_(torch.linalg.solve(R, pair.A))
+    torch.testing.assert_close(method.penalty(), value)
+
+
+def test_the_gradient_of_delta_is_the_frozen_weights(cache, config, tasks):
+    """By the chain rule the factors' gradients are scale * G A^T for B and scale * B^T G for A."""
+    model, _ = open_model(config, cache)
+    torch.manual_seed(0)
+    for p in model.groups()["lora"].values():
+        p.data += 0.1 * torch.randn_like(p)
+    method = build_method(replace(config, lra_space="delta", lra_scope="lora"), model)
+    batch = next(iter(loader(ClipDataset(cache, tasks[0].train[:1]), 1)))
+    (of_delta,) = train.clip_gradients(model, method, cache, replace(tasks[0], train=tasks[0].train[:1]), 1, config, "cpu")
+    loss = sum(train.weighted(train.clip_losses(model(batch), batch), config).values()).squeeze(0)
+    for pair, G in zip(method.thetas, of_delta):
+        A, B = torch.autograd.grad(loss, [pair.A, pair.B], retain_graph=True)
+        G = G[0].flatten(1)
+        torch.testing.assert_close(pair.scale * G @ pair.A.flatten(1).T, B.flatten(1), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(pair.scale * pair.B.flatten(1).T @ G, A.flatten(1), rtol=1e-3, atol=1e-6)
+
+
+def test_frozen_lora_drops_the_gradients_after_the_first_task_only():
+    pair = pair_of()
+    method = HeldLora({"layer": pair})
+    for held in (False, True):
+        pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
+        method.observe(0.0, 4)
+        assert (pair.A.grad is None) == (pair.B.grad is None) == held
+        method.consolidate(())
+
+
+def test_olora_folds_the_pair_and_drives_the_next_one_away_from_it():
+    pair = pair_of(rank=1, wide=2)
+    method = OLora({"layer": pair}, 0.5)
+    A, update = pair.A.detach().clone(), pair.value().detach()
+    method.consolidate(())
+    torch.testing.assert_close(pair.weight, update.view_as(pair.weight))
+    assert pair.B.eq(0).all() and not torch.equal(pair.A, A)
+    torch.testing.assert_close(method.penalty(), 0.5 * (A @ pair.A.T).abs().sum())
+    rate = torch.optim.SGD([pair.A], 0.02)
+    for _ in range(200):
+        rate.zero_grad()
+        method.penalty().backward()
+        rate.step()
+    assert torch.nn.functional.cosine_similarity(A, pair.A).abs() < 0.1 and pair.A.norm() > 0.1
+    fresh = OLora({"layer": pair_of(rank=1, wide=2)}, 0.5)
+    fresh.load_state_dict(method.state_dict())
+    assert torch.equal(fresh.pairs[0].weight, pair.weight)
+
+
+def test_inflora_reads_only_what_past_inputs_do_not_have():
+    """Inputs of task 1 in the first two of four directions: task 2's A is orthogonal to them, and its update leaves their outputs alone."""
+    pair = pair_of(rank=2, wide=4)
+    method = InfLora({"layer": pair}, 0.999)
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(50, 4, generator=generator) * torch.tensor([3.0, 2.0, 0.0, 0.0]), torch.randn(50, 4, generator=generator)
+    seen = lambda x: [([len(x)], [x.T @ x])]
+    method.begin(seen(first))
+    torch.testing.assert_close(pair.A @ pair.A.T, torch.eye(2) / 3)
+    assert pair.A[:, 2:].abs().max() < 1e-6
+    method.consolidate(seen(first))
+    M = method.past("M")[0]
+    assert M.shape == (4, 2)
+    method.begin(seen(second))
+    assert (pair.A @ M).abs().max() < 1e-5 and torch.allclose(pair.A @ pair.A.T, torch.eye(2) / 3, atol=1e-5)
+    pair.B.data.normal_(generator=generator)
+    assert (first @ pair.value().T).abs().max() < 1e-4 and (second @ pair.value().T).abs().max() > 0.1
+    pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
+    method.observe(0.0, 4)
+    assert pair.A.grad is None and pair.B.grad is not None
+    method.consolidate(seen(second))
+    M = method.past("M")[0]
+    torch.testing.assert_close(M.T @ M, torch.eye(M.shape[1]), atol=1e-5, rtol=0)
+    method.begin(seen(second))
+    if M.shape[1] == 4:
+        assert pair.A.eq(0).all()  # nothing is left to learn in
+
+
+def test_infloras_inputs_are_those_of_its_layers(cache, config, tasks):
+    model, _ = open_model(config, cache)
+    method = build_method(replace(config, method="inflora"), model.eval())
+    batch = next(iter(loader(ClipDataset(cache, tasks[0].train[:2]), 2)))
+    ((rows, grams),) = method.measure(model, [batch], None)
+    x = []
+    hook = method.pairs[0].layer.get_base_layer().register_forward_hook(lambda module, given, output: x.append(given[0]))
+    model(batch)
+    hook.remove()
+    rows_of = x[0].flatten(0, -2)
+    assert rows[0] == len(rows_of)
+    torch.testing.assert_close(grams[0], rows_of.T @ rows_of)
+
+
+# ---- distillation
+
+
+@pytest.mark.parametrize("protocol", ["cil", "til"])
+def test_lwf_is_the_cross_entropy_with_the_old_models_masks(cache, config, tasks, protocol):
+    model, _ = open_model(config, cache)
+    model.train()
+    method = build_method(replace(config, method="lwf", protocol=protocol, strength=2.0), model)
+    batch = next(iter(loader(ClipDataset(cache, tasks[0].train[:2]), 2)))
+    old = model(batch)["masks"].detach()
+    assert method.penalty(batch, model(batch)).item() == 0
+    method.consolidate(())
+    if protocol == "til":
+        model.decoder.add_head()
+        model.decoder.use_head(1)
+    p, outputs = old.sigmoid(), model(batch)
+    at_old = -(p * p.log() + (1 - p) * (1 - p).log()).mean()
+    if protocol == "cil":
+        torch.testing.assert_close(method.penalty(batch, outputs), 2 * at_old)
+    gradients = torch.autograd.grad(method.penalty(batch, outputs), method.anchored, allow_unused=True)
+    assert max(g.abs().max() for g in gradients if g is not None) < 1e-6  # the minimum is the old model
+    for p in method.anchored:
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    outputs = model(batch)
+    if protocol == "cil":
+        z, y = outputs["masks"], old.sigmoid()
+        torch.testing.assert_close(method.penalty(batch, outputs), -2 * (y * z.sigmoid().log() + (1 - y) * (1 - z.sigmoid()).log()).mean())
+    new = method.penalty(batch, outputs)
+    assert new > 2 * at_old * 0.5 and new.requires_grad and model.training
+    for p in model.decoder.heads[-1].parameters() if protocol == "til" else ():
+        assert torch.autograd.grad(new, p, retain_graph=True, allow_unused=True)[0] is None  # the new task's head is free
+
+
+# ---- through train.py
+
+
+@pytest.mark.parametrize("method", [*OTHERS, "lra"])
+def test_three_tasks_and_back_from_the_checkpoint_to_the_same_logits(config, cache, tasks, tmp_path, method):
+    own = {"lra_space": "delta"} if method == "lra" else {"strength": 10.0} if method == "ewc_lora" else {}
+    config = replace(config, method=method, out_dir=str(tmp_path), **own)
+    kept = []
+    class Kept(Exception):
+        pass
+    build = train.build_method
+    train.build_method = lambda *words: kept.extend([words[1], build(*words)]) or kept[1]
+    try:
+        train.main(config)
+    finally:
+        train.build_method = build
+    results = read_results(tmp_path / f"cil_{method}_seed0")
+    assert results["complete"] and np.isfinite(np.array(results["matrix"]["J"])).all()
+    batch = next(iter(loader(ClipDataset(cache, tasks[2].test), 2)))
+    fresh, _ = open_model(config, cache)
+    again = build_method(config, fresh)
+    for t in (3, 1, 3):
+        load_checkpoint(tmp_path / f"cil_{method}_seed0" / f"task_{t:02d}", fresh, again)
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(batch)["masks"], kept[0].eval()(batch)["masks"])
+    for name, value in kept[1].state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
