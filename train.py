@@ -4,6 +4,7 @@
     python train.py --cfg configs/ss_cil.yaml configs/tiny.yaml method=finetune  the same without anchoring
     python train.py --cfg configs/ms_tfcl.yaml configs/tiny.yaml                 task-free, on a drifting multi-source stream
     python train.py --cfg configs/ss_cil.yaml data_root=/data/AVSBench           paper scale, on a GPU
+    torchrun --nproc_per_node=4 train.py --cfg ...                               the same on several GPUs; batch_size stays that of the whole batch
 
 Config files overlay left to right, then key=value; the command line wins. The run goes to OUT_DIR/NAME: config.yaml,
 log.jsonl (a line an epoch), results.json, task_NN/ (checkpoints). `python eval.py RUN` prints its table again.
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from atlas import runs
+from atlas import parallel, runs
 from atlas.baselines import build_method
 from atlas.data import ClipDataset, loader, swap_partners, to_device
 from atlas.errors import AtlasError, one_line_errors
@@ -40,11 +41,12 @@ def main(config, resume=False):
     if not resume:
         runs.refuse_used_folder(config)
     device, autocast = runs.pick_device(config), runs.autocast_of(config)
-    cache, audio_sha = runs.open_data(config)
+    parallel.start(device)
+    cache, audio_sha = parallel.in_turn(lambda: runs.open_data(config))  # the first makes the data and packs, the others find the cache
     tasks = PROTOCOLS[config.protocol](cache, config)
     partners = swap_partners(cache, tasks)
     model, visual_sha = runs.open_model(config, cache, tasks)
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last if device == "cuda" else torch.preserve_format)
     method = build_method(config, model)
 
     folder, _lock = runs.open_run(config, resume)
@@ -55,6 +57,7 @@ def main(config, resume=False):
             return
     else:
         results = new_results(config, tasks, count_parameters(model), {"visual": visual_sha, "audio": audio_sha}, device, runs.pick_amp(config))
+    parallel.wait()  # all have read what there was, before the first writes
     joint = read_joint(config.joint_run, results["tasks"])
     learned = max(0, len(results["matrix"]["J"]) - 1)
     if learned:
@@ -87,7 +90,7 @@ def main(config, resume=False):
     results |= {"consolidations": runs.consolidations(folder), "peak_memory_mb": peak_memory_mb(device)}
     results |= {"metrics": derived_metrics(results, joint) | {"source_disjoint": disjoint}, "complete": True}
     runs.write_json(folder / "results.json", results)
-    (folder / "progress.pt").unlink(missing_ok=True)
+    runs.forget_progress(folder)
     print(f"\n{summary(results)}\n\n{folder}/results.json")
 
 
@@ -97,6 +100,7 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
     A task gets a fresh optimiser and schedule. The shares of a stream (TF-CL) do not: optimiser, schedule and method go on through all of them.
     All that is random in a round (an epoch, or a stretch of the stream) is drawn from (seed, t, round), so a resumed stage needs weights, optimiser and method only.
     """
+    forward = runs.compiled(model) if config.compile else model
     stream, stage = config.protocol == "tfcl" and config.method != "joint", sequence[t - 1]
     peak = config.lr_first if t == 1 or stream else config.lr
     begin_stage(model, t, config)
@@ -109,31 +113,35 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
         method.begin(clip_gradients(model, method, cache, stage, t, config, device))
     plan = rounds(sequence, t, config)
     step = plan.before + sum(map(plan.steps_of, plan.rounds[:done]))
-    bar = tqdm(total=plan.before + sum(map(plan.steps_of, plan.rounds)), initial=step, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True, disable=None)
+    bar = tqdm(total=plan.before + sum(map(plan.steps_of, plan.rounds)), initial=step, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True, disable=parallel.quiet())
     for epoch, order in enumerate(plan.rounds[done:], start=done + 1):
         start, totals = time.time(), {}
         rng = np.random.default_rng([config.seed, t, epoch])
-        torch.manual_seed(int(rng.integers(2**63)))  # for LoRA's dropout
+        torch.manual_seed(int(rng.integers(2**63)) + parallel.rank())  # for LoRA's dropout
         model.train()
         dataset = ClipDataset(cache, order, (config.seed, t, epoch) if config.augment else None)
-        for batch in loader(dataset, config.batch_size, workers=config.workers, device=device):
+        for first, batch in enumerate(loader(dataset, config.batch_size, config.workers, device, shared=True)):
             batch = labelled(to_device(batch, device), model)
+            clips = order[first * config.batch_size :][: config.batch_size]  # of the whole batch; `batch` holds this process's share of them
+            share = parallel.share(len(clips))
             for _ in range(plan.repeats):
                 with autocast():
-                    outputs = model(batch)
+                    outputs = forward(batch)
                 terms = clip_losses(outputs, batch)
                 task, penalty = sum(weighted(terms, config).values()).mean(), method.penalty(batch, outputs)
                 loss = task + penalty
-                losses = {name: value.mean().item() for name, value in terms.items()} | {"task": task.item(), "penalty": penalty.item()}
-                if not math.isfinite(loss.item()):
-                    clips = ", ".join(cache.clips[i]["id"] for i in batch["index"])
-                    raise AtlasError(f"the loss is not finite in task {t}, epoch {epoch}: {losses}; clips of the batch: {clips}; lower lr or set amp=off")
+                losses = {name: value.mean().item() for name, value in terms.items()} | {"task": task.item(), "penalty": penalty.item(), "loss": loss.item()}
+                losses = {name: parallel.summed(share * value) for name, value in losses.items()}
+                if not math.isfinite(losses["loss"]):
+                    names = ", ".join(cache.clips[i]["id"] for i in clips)
+                    raise AtlasError(f"the loss is not finite in task {t}, epoch {epoch}: {losses}; clips of the batch: {names}; lower lr or set amp=off")
                 for group in optimizer.param_groups:
                     group["lr"] = lr = peak * rate(step, plan.steps, config.warmup, constant=stream)
                 optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
+                scaler.scale(share * loss).backward()
+                parallel.sum_gradients(parameters)
                 scaler.unscale_(optimizer)
-                if report := method.observe(losses["task"], len(batch["index"])):
+                if report := method.observe(losses["task"], len(clips)):
                     runs.log(folder, task=t, epoch=epoch, window=report)
                 if config.grad_clip:
                     torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
@@ -141,11 +149,11 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
                 scaler.update()
                 step += 1
                 bar.update()
-                bar.set_postfix(loss=f"{losses['task']:.3f}", anchor=f"{losses['penalty'] / (loss.item() or 1):.0%}", refresh=False)
+                bar.set_postfix(loss=f"{losses['task']:.3f}", anchor=f"{losses['penalty'] / (losses['loss'] or 1):.0%}", refresh=False)
                 for name, value in losses.items():
-                    totals[name] = totals.get(name, 0.0) + value * len(batch["index"]) / len(dataset) / plan.repeats
+                    totals[name] = totals.get(name, 0.0) + value * len(clips) / len(dataset) / plan.repeats
             if stream:
-                cache.close(batch["index"])
+                cache.close(clips)
         raw = {name: totals[name] for name in terms} | {"penalty": totals["penalty"] / (method.strength or 1.0)}
         shares = weighted({name: totals[name] for name in terms}, config) | {"penalty": totals["penalty"]}
         runs.log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=lr, seconds=time.time() - start)
@@ -184,12 +192,13 @@ def clip_gradients(model, method, cache, stage, t, config, device):
     chosen = list(stage.train)
     if 0 < config.lra_clips < len(chosen):
         chosen = np.random.default_rng([config.seed, t]).choice(chosen, config.lra_clips, replace=False).tolist()
+    chosen = parallel.mine(chosen)
     counts = cache.arrays["annotated"].sum(1)[chosen]
 
     def batches():
         for m in sorted(set(counts.tolist())):  # clips with equally many frames side by side
             alike = [i for i, count in zip(chosen, counts) if count == m]
-            for batch in tqdm(loader(ClipDataset(cache, alike), SENSITIVITY_BATCH), "sensitivity", unit="batch", leave=False, disable=None):
+            for batch in tqdm(loader(ClipDataset(cache, alike), SENSITIVITY_BATCH), "sensitivity", unit="batch", leave=False, disable=parallel.quiet()):
                 yield labelled(to_device(batch, device), model)
 
     loss = lambda outputs, clip: sum(weighted(clip_losses(outputs, clip), config).values()).squeeze(0)

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from atlas import lra
+from atlas import lra, parallel
 from atlas.config import STRENGTHS
 from atlas.errors import AtlasError
 from atlas.lra import LowRankAnchor, deltas, learned_groups, per_clip_gradients, plateau_of
@@ -62,7 +62,7 @@ class MAS(LowRankAnchor):
         return super().penalty()
 
     def _note(self, theta, clips):
-        self.window.add_(self.slope.abs())
+        self.window.add_((parallel.summed(self.slope) / parallel.processes()).abs())
 
 
 class SI(LowRankAnchor):
@@ -306,7 +306,7 @@ class InfLora(OLora):
         rows, sums = 0, 0
         for n, grams in measured:
             rows, sums = torch.tensor(n) + rows, [a + b for a, b in zip(grams, sums or [0] * len(grams))]
-        return [total / n for total, n in zip(sums, rows.tolist())]
+        return [parallel.summed(total) / parallel.summed(float(n)) for total, n in zip(sums, rows.tolist())]
 
     def _left(self, i, C):
         """Eigenvalues, largest first, and eigenvectors of what the past inputs leave of C. In double precision: eigenvectors of almost nothing must stay orthogonal to M."""

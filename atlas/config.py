@@ -42,6 +42,7 @@ class Config:
     seed: int = key(0, "class order, weights that are not loaded, batch order, augmentation", low=0)
     device: str = key("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     amp: str = key("auto", "mixed precision; auto: bf16 on a GPU that has it, else fp16; off on the CPU", choices=("auto", "bf16", "fp16", "off"))
+    compile: bool = key(False, "torch.compile of the training step's forward pass; needs a GPU or a C++ compiler")
     workers: int = key(0, "loader processes; 0: load in the main process", low=0)
 
     # -- data

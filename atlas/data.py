@@ -14,6 +14,7 @@ import torchvision.transforms.v2.functional as tvf
 from tqdm import tqdm
 
 from atlas.audio import encode_clip, fingerprint
+from atlas import parallel
 from atlas.clips import T, built_beside, load_clip
 from atlas.errors import AtlasError
 
@@ -160,11 +161,11 @@ def collate(items):
     return joined | stacked | listed | {"clip": torch.repeat_interleave(torch.arange(len(items)), counts)}
 
 
-def loader(dataset, batch_size, order=None, workers=0, device="cpu"):
-    """Batches of `dataset` in the given order (a list of positions; None: as stored), pinned where the device is a GPU."""
-    return torch.utils.data.DataLoader(
-        dataset, batch_size, sampler=order, collate_fn=collate, num_workers=workers, pin_memory=torch.device(device).type == "cuda"
-    )
+def loader(dataset, batch_size, workers=0, device="cpu", shared=False):
+    """Batches of `dataset` as stored, pinned where the device is a GPU. `shared`: of each batch this process's part (atlas/parallel.py)."""
+    batches = parallel.batches(len(dataset), batch_size) if shared else None
+    options = {"batch_sampler": batches} if shared else {"batch_size": batch_size}
+    return torch.utils.data.DataLoader(dataset, **options, collate_fn=collate, num_workers=workers, pin_memory=torch.device(device).type == "cuda")
 
 
 def to_device(batch, device):

@@ -33,6 +33,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # DDP
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from atlas import parallel
 from atlas.errors import AtlasError
 
 SIDE_BY_SIDE = 2**27  # entries of the gradients of single clips that are formed at once: half a gigabyte
@@ -144,6 +145,7 @@ class LowRankAnchor(nn.Module):
         for chunk in gradients:
             clips += len(chunk[0])
             total += torch.cat([self._importance(g).sum(0).flatten() for g in chunk])
+        total, clips = parallel.summed(total), int(parallel.summed(float(clips)))
         return {"clips": clips} | self._absorb(total / max(clips, 1), self._theta().detach())
 
     def _importance(self, gradient):

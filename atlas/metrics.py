@@ -3,11 +3,13 @@
 Shapes: B clips, T seconds (= frames), H W pixels. A logit is positive on the sounding object; `annotated[b, t]` is True where a mask exists.
 """
 import contextlib
+import math
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from atlas import parallel
 from atlas.clips import T
 from atlas.data import ClipDataset, loader, to_device
 from atlas.model import merged
@@ -61,6 +63,12 @@ class MaskMeter:
         self.sounding_frames += len(curves)
         self.curve += curves.sum(0).cpu()
 
+    def reduce(self):
+        """Sum over the processes that each met a share of the clips."""
+        for name in ("J", "J_strict", "F", "frames", "sounding_clips", "sounding_frames", "curve"):
+            setattr(self, name, parallel.summed(getattr(self, name)))
+        return self
+
     def compute(self):
         """{"J", "J_strict", "F", "F_dataset"}; a score with nothing to average is None."""
         return {
@@ -104,7 +112,7 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
     model.eval()
     own, swapped, area, frames, hits = MaskMeter(), MaskMeter(with_F=False), 0.0, 0, []
     mute = {name: value.to(device) for name, value in cache.sound(None).items()}
-    for batch in loader(ClipDataset(cache, indices), batch_size, workers=workers, device=device):
+    for batch in loader(ClipDataset(cache, parallel.mine(indices)), batch_size, workers=workers, device=device):
         batch = to_device(batch, device)
         B = len(batch["context"])
         place = batch["clip"], batch["second"]
@@ -131,9 +139,10 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
             silent = segment(mute["context"].expand(B, -1, -1), mute["tokens"].expand(B, -1, -1, -1))["masks"]
             area += (silent > 0)[annotated].flatten(1).float().mean(1).sum().item()
             frames += int(annotated.sum())
-    result = own.compute() | {"class_accuracy": None if not hits or np.isnan(hits).any() else float(np.mean(hits))}
+    told, hit, area, frames = (parallel.summed(float(x)) for x in (len(hits), sum(hits), area, frames))
+    result = own.reduce().compute() | {"class_accuracy": None if not told or math.isnan(hit) else hit / told}
     if partners is not None:
-        result |= {"J_swap": swapped.compute()["J"], "mute_area": area / frames if frames else None}
+        result |= {"J_swap": swapped.reduce().compute()["J"], "mute_area": area / frames if frames else None}
     return result
 
 
@@ -151,7 +160,7 @@ def score_tasks(model, cache, tasks, partners, config, autocast, device, learned
     options, til, joint = options_of(config, autocast, device), config.protocol == "til", config.method == "joint"
     with merged(model):
         rows, val = [], []
-        for j, task in enumerate(tqdm(tasks, "scoring", unit="task", leave=False, disable=None)):
+        for j, task in enumerate(tqdm(tasks, "scoring", unit="task", leave=False, disable=parallel.quiet())):
             model.decoder.use_head(j)
             if model.classifier:
                 seen = len(tasks) * bool(learned) if joint else learned

@@ -9,6 +9,7 @@ import peft
 import timm
 import torch
 
+from atlas import parallel
 from atlas.config import as_dict
 from atlas.errors import AtlasError
 from atlas.metrics import continual_metrics
@@ -113,6 +114,8 @@ def environment(device, amp):
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "amp": amp,
+        "channels_last": device == "cuda",
+        "processes": parallel.processes(),
     }
 
 

@@ -13,6 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from atlas import parallel
 from atlas.audio import build_audio_encoder, fingerprint
 from atlas.clips import CSVS, READERS, built_beside
 from atlas.config import as_dict, load_config, run_name
@@ -69,6 +70,8 @@ def open_run(config, resume):
     With `resume`, a folder that holds this very run is opened as it is; another config is refused by the keys that differ.
     """
     folder = Path(config.out_dir, run_name(config))
+    if parallel.rank():
+        return folder, None
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "a")
     try:
@@ -89,12 +92,14 @@ def open_run(config, resume):
     return folder, lock
 
 
+@parallel.first_only
 def log(folder, **line):
     """Append one line to log.jsonl."""
     with open(folder / "log.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
+@parallel.first_only
 def forget_log_after(folder, task, epoch):
     """Drop the lines of log.jsonl that a resumed run writes again: all after this epoch of this task."""
     path = folder / "log.jsonl"
@@ -106,10 +111,13 @@ def forget_log_after(folder, task, epoch):
 
 def consolidations(folder):
     """The consolidations of a task-free run, from its log: [{"step", "reason"}]."""
+    if parallel.rank():  # the first one's log
+        return []
     windows = [line["window"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "window" in line]
     return [{"step": window["step"], "reason": window["reason"]} for window in windows if window["fired"]]
 
 
+@parallel.first_only
 def write_text(path, text):
     """Write beside and rename: a reader never sees half a file."""
     beside = path.with_name(f".{path.name}.tmp")
@@ -137,6 +145,7 @@ def writing(folder):
         raise AtlasError(f"cannot write to {folder}: {error}; make room there and go on with --resume") from None
 
 
+@parallel.first_only
 def save_checkpoint(folder, model, method):
     """`folder` (task_NN/): LoRA in PEFT's own format, fusion and decoder in model.safetensors, the method's state in method.safetensors."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed between this and its scores
@@ -178,6 +187,13 @@ def _load_parts(folder, model):
     return [*wrong, *found.unexpected_keys, *(name for name in found.missing_keys if not name.startswith("encoder."))]
 
 
+@parallel.first_only
+def forget_progress(folder):
+    """The run is finished."""
+    (folder / "progress.pt").unlink(missing_ok=True)
+
+
+@parallel.first_only
 def save_progress(folder, task, epoch, seconds, *parts):
     """progress.pt: where a run is, and the state of `parts` (model, optimiser, ...) there; one file, replaced as a whole."""
     beside = folder / ".progress.tmp"
@@ -230,3 +246,11 @@ def autocast_of(config):
     """A function that makes the autocast context of a config; one that does nothing where amp is off."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(pick_amp(config))
     return lambda: torch.autocast(pick_device(config), dtype, enabled=dtype is not None)
+
+
+def compiled(model):
+    """torch.compile of the model's forward pass. It gets the tensors of a batch only: what is a list would be compiled anew for each."""
+    if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "c++")))):
+        raise AtlasError("compile=true on the CPU needs a C++ compiler (g++ or clang++), and none is installed; install one, or set compile=false")
+    forward = torch.compile(model)
+    return lambda batch: forward({name: value for name, value in batch.items() if torch.is_tensor(value)})
