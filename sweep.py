@@ -5,12 +5,14 @@
 A comma separates the values of a key; every combination is a run in its own folder below OUT. What is finished is skipped, what
 was begun is resumed, so the same command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds (and over
 data_root, where several are given). Test scores stand beside it, mean ± standard deviation, and decide nothing.
+With --print it runs nothing and prints the commands, one a line, as a Slurm array takes them (README).
 """
 import argparse
 import concurrent.futures
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,21 +32,23 @@ def grid(words):
     return [dict(zip(keys, values)) for values in itertools.product(*(word.partition("=")[2].split(",") for word in words))]
 
 
+def words_of(point, given):
+    """What follows --cfg's files on train.py's command line. The folder's name says the settings."""
+    return [*(f"{k}={v}" for k, v in point.items()), f"out_dir={given.out}", f"name={folder_of(point, given).name}"]
+
+
 def launch(point, given):
-    """Train one point, or go on with it, or skip it where it is finished; its error line, or None. The folder's name says the settings."""
-    folder = folder_of(point, given)
-    words = [*(f"{k}={v}" for k, v in point.items()), f"out_dir={given.out}", f"name={folder.name}"]
-    if finished(folder):
-        if finished(folder)["config"] == as_dict(load_config(given.cfg, words)):
-            return None
-        error = f"{folder} holds a run of other config files; choose another --out"
-        print(error)
-        return error
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--resume", "--cfg", *given.cfg, *words]
-    threads = str(max(1, (os.cpu_count() or 1) // given.jobs))
-    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads} | os.environ)
-    error = None if done.returncode == 0 else f"{folder.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-    print(error or f"done {folder.name}", flush=True)
+    """Train one point, or go on with it, or skip it where it is finished; its error line, or None."""
+    folder, words = folder_of(point, given), words_of(point, given)
+    if before := finished(folder):
+        error = None if before["config"] == as_dict(load_config(given.cfg, words)) else f"{folder} holds a run of other config files; choose another --out"
+    else:
+        threads = str(max(1, (os.cpu_count() or 1) // given.jobs))
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--resume", "--cfg", *given.cfg, *words]
+        done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads} | os.environ)
+        error = f"{folder.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}" if done.returncode else None
+    if error or not before:
+        print(error or f"done {folder.name}", flush=True)
     return error
 
 
@@ -88,10 +92,14 @@ def main():
     parser.add_argument("--cfg", nargs="+", required=True, metavar="FILE", help="YAML files, overlaid left to right")
     parser.add_argument("--out", required=True, help="folder of the runs and of sweep.md")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--print", action="store_true", help="print the commands instead of running them")
     parser.add_argument("grid", nargs="*", metavar="key=v1,v2", help="values to combine")
     given = parser.parse_args()
     given.grid, given.cfg = given.grid + [w for w in given.cfg if "=" in w], [w for w in given.cfg if "=" not in w]
     points = grid(given.grid)
+    if given.print:
+        print(*(shlex.join(["python", "train.py", "--resume", "--cfg", *given.cfg, *words_of(point, given)]) for point in points), sep="\n")
+        return 0
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         errors = [error for error in pool.map(lambda point: launch(point, given), points) if error]
     text = table(points, given)

@@ -9,9 +9,10 @@
 
 `strength` of the config is the factor of each equation below; its defaults are public values (atlas/config.py), not tuned. What a method does not name learns on freely:
 olora, inflora and ewc_lora hold LoRA alone, as published, so that fusion and decoder forget. Heads of TIL's tasks are their own and are left alone.
-Task-free (`lra_trigger: plateau`) each consolidates where a plateau ends, as LRA does: with theta as of the end of the window before; inflora refuses.
+Task-free (`lra_trigger: plateau`) each consolidates where a plateau ends, as LRA does: with theta as of the end of the window before; inflora and ewc_lora refuse.
 """
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
@@ -22,6 +23,7 @@ from atlas import lra, parallel
 from atlas.config import STRENGTHS
 from atlas.errors import AtlasError
 from atlas.lra import LowRankAnchor, deltas, learned_groups, per_clip_gradients, plateau_of
+from atlas.runs import autocast_of
 
 
 def ewc(groups, strength, plateau=None):
@@ -125,12 +127,13 @@ class LwF(LowRankAnchor):
     Source: Li & Hoiem 2016 (arXiv 1606.09282).
     """
 
-    def __init__(self, groups, strength, plateau, model, til):
+    def __init__(self, groups, strength, plateau, model, til, autocast=nullcontext):
+        """autocast() -> the context of the run's precision, in which the old model runs as the new one does."""
         super().__init__(groups, strength, plateau=plateau)
         for name in self._buffers.keys() - {"anchor", "last_theta"}:  # no importance is kept
             self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
         self.names = [name for parameters in groups.values() for name in parameters]
-        self.model, self.til, self.features = [model], til, None  # in a list: not a submodule
+        self.model, self.til, self.autocast, self.features = [model], til, autocast, None  # in a list: not a submodule
         model.decoder.smooth[0].register_forward_hook(lambda module, given, output: setattr(self, "features", output))  # what the head reads
 
     def measure(self, model, batches, loss):
@@ -143,7 +146,7 @@ class LwF(LowRankAnchor):
             return torch.zeros((), device=self.anchor.device)
         features, training = self.features, model.training
         values = [part.view_as(p) for part, p in zip(self.anchor.split([p.numel() for p in self.anchored]), self.anchored)]
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             old = functional_call(model.eval(), dict(zip(self.names, values)), (batch,))["masks"]
             targets = [head(self.features) for head in heads] or [old]
         model.train(training)
@@ -326,7 +329,7 @@ def build_method(config, model):
     strength = STRENGTHS.get(config.method) if config.strength is None else config.strength
     groups, plateau = learned_groups(config, model), plateau_of(config)
     methods = {
-        "lwf": lambda: LwF(groups, strength, plateau, model, config.protocol == "til"),
+        "lwf": lambda: LwF(groups, strength, plateau, model, config.protocol == "til", autocast_of(config)),
         "ewc": lambda: ewc(groups, strength, plateau),
         "mas": lambda: MAS(groups, strength, plateau),
         "si": lambda: SI(groups, strength, plateau),

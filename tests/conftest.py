@@ -1,7 +1,12 @@
 """Shared by the tests: a small synthetic set, made once, and the real data where it is at hand."""
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -23,10 +28,47 @@ torch.set_num_threads(1)
 TINY = ["visual=pvt_v2_b0", "visual_weights=false", "audio=logmel", "image_size=32", "width=16", "heads=2", "lora_rank=2", "base=2", "step=1"]
 
 
-def run(*words, **options):
-    """A script in its own process: the CompletedProcess, with stdout and stderr as text."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=environment, **options)
+def run(*words, preexec_fn=lambda: None, stop=lambda: None):
+    """A script in a process of its own: the CompletedProcess, with stdout and stderr as text. It is forked from this one, which has torch imported already.
+
+    stop(): the signal to send it, as soon as it is not None.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            os._exit(script([str(word) for word in words], out, err, preexec_fn))
+        ended = 0
+        while not ended:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if not ended and (sent := stop()):
+                os.kill(child, sent)
+                ended, status = os.waitpid(child, 0)
+            time.sleep(0.002)
+        out.seek(0), err.seek(0)
+        return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(status), out.read(), err.read())
+
+
+def script(words, out, err, preexec_fn):
+    """Be `python WORDS...` in the project's folder, and return its exit status."""
+    sys.stdout.flush(), sys.stderr.flush()
+    os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+    sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
+    os.chdir(ROOT)
+    sys.argv = words
+    code = 0
+    try:
+        preexec_fn()
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        print(*([end.code] if isinstance(end.code, str) else []), end="", file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+    return code
 
 
 def one_line(done, *words):

@@ -1,19 +1,20 @@
 """Each method against a closed form on two parameters, and all of them through the loop of train.py."""
-import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from atlas.baselines import MAS, SI, HeldLora, InfLora, OLora, build_method, ewc
-from atlas.config import ON_LORA, STRENGTHS, load_config
+from atlas.config import STRENGTHS, load_config
 from atlas.data import ClipDataset, loader
 from atlas.errors import AtlasError
 from atlas.lra import Delta, LowRankAnchor, Plateau
 from atlas.results import read_results
-from atlas.runs import load_checkpoint, open_data, open_model
+from atlas.runs import load_checkpoint, open_model, read_run_config
 
 OTHERS = [*STRENGTHS, "frozen_lora"]
 
@@ -272,27 +273,64 @@ def test_lwf_is_the_cross_entropy_with_the_old_models_masks(cache, config, tasks
 # ---- through train.py
 
 
-@pytest.mark.parametrize("method", [*OTHERS, "lra"])
-def test_three_tasks_and_back_from_the_checkpoint_to_the_same_logits(config, cache, tasks, tmp_path, method):
-    own = {"lra_space": "delta"} if method == "lra" else {"strength": 10.0} if method == "ewc_lora" else {}
-    config = replace(config, method=method, out_dir=str(tmp_path), **own)
-    kept = []
-    class Kept(Exception):
-        pass
+def trained(config, monkeypatch, **keys):
+    """A run through train.py: (its folder, its results, its model and method as they were at the end)."""
+    config, kept = replace(config, **keys), []
     build = train.build_method
-    train.build_method = lambda *words: kept.extend([words[1], build(*words)]) or kept[1]
-    try:
-        train.main(config)
-    finally:
-        train.build_method = build
-    results = read_results(tmp_path / f"cil_{method}_seed0")
+    monkeypatch.setattr(train, "build_method", lambda config, model: kept.extend([model, build(config, model)]) or kept[1])
+    train.main(config)
+    folder = Path(config.out_dir, f"{config.protocol}_{config.method}_seed{config.seed}")
+    return folder, read_results(folder), *kept
+
+
+@pytest.mark.parametrize("method", [*OTHERS, "lra"])
+def test_three_tasks_and_back_from_the_checkpoint_to_the_same_logits(config, cache, tasks, tmp_path, monkeypatch, method):
+    own = {"lra_space": "delta"} if method == "lra" else {"strength": 10.0} if method == "ewc_lora" else {}
+    folder, results, model, anchor = trained(config, monkeypatch, method=method, out_dir=str(tmp_path), **own)
     assert results["complete"] and np.isfinite(np.array(results["matrix"]["J"])).all()
     batch = next(iter(loader(ClipDataset(cache, tasks[2].test), 2)))
+    config = read_run_config(folder)
     fresh, _ = open_model(config, cache)
     again = build_method(config, fresh)
     for t in (3, 1, 3):
-        load_checkpoint(tmp_path / f"cil_{method}_seed0" / f"task_{t:02d}", fresh, again)
+        load_checkpoint(folder / f"task_{t:02d}", fresh, again)
     with torch.no_grad():
-        assert torch.equal(fresh.eval()(batch)["masks"], kept[0].eval()(batch)["masks"])
-    for name, value in kept[1].state_dict().items():
+        assert torch.equal(fresh.eval()(batch)["masks"], model.eval()(batch)["masks"])
+    for name, value in anchor.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", ["lwf", "olora", "frozen_lora"])
+def test_til_gives_each_task_a_head_and_leaves_the_past_ones_alone(config, tmp_path, monkeypatch, method):
+    folder, results, model, _ = trained(config, monkeypatch, method=method, protocol="til", out_dir=str(tmp_path))
+    assert results["complete"] and len(model.decoder.heads) == 3
+    first, last = (load_file(folder / f"task_{t:02d}" / "model.safetensors") for t in (1, 3))
+    heads = [name for name in first if name.startswith("decoder.heads.0")]
+    assert heads and all(torch.equal(first[name], last[name]) for name in heads)
+
+
+@pytest.mark.parametrize("method", [m for m in OTHERS if m not in ("inflora", "ewc_lora")])
+def test_task_free_each_consolidates_where_a_plateau_ends(config, tmp_path, monkeypatch, method):
+    stream = {"protocol": "tfcl", "lra_trigger": "plateau", "lra_window": 2, "lra_peak": 0.0, "stream_checkpoints": 2, "stream_epochs": 4, "lr_first": 1e-5}
+    _, results, _, anchor = trained(config, monkeypatch, method=method, out_dir=str(tmp_path), **stream)
+    assert results["complete"] and results["consolidations"] and anchor.armed
+
+
+@pytest.mark.parametrize("words, why", [
+    (["method=inflora", "protocol=tfcl", "lra_trigger=plateau"], "where tasks begin"),
+    (["method=ewc_lora", "protocol=tfcl", "lra_trigger=plateau"], "gathered task-free"),
+    (["method=ewc", "protocol=tfcl"], "has no boundaries"),
+    (["method=olora", "lora_rank=0"], "lora_rank=0"),
+    (["method=lra", "strength=1"], "lra_lambda"),
+    (["method=inflora", "strength=1.5"], "at most 1"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_with_the_reason(words, why):
+    with pytest.raises(AtlasError, match=why):
+        load_config([], words)
+
+
+def test_inflora_refuses_larger_convolutions(config, cache):
+    config = replace(config, method="inflora", lora_targets=r".*patch_embed\.proj")
+    model, _ = open_model(config, cache)
+    with pytest.raises(AtlasError, match="1x1 convolutions"):
+        build_method(config, model)

@@ -1,48 +1,50 @@
 """A run that is killed and resumed ends in the very matrices of one that was not."""
 import fcntl
+import functools
 import json
-import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from conftest import ROOT, TINY, one_line, run
+from conftest import TINY, one_line, run
 
 WORDS = [*TINY, "batch_size=2", "epochs_first=3", "epochs=2", "lr_first=1e-3", "lr=1e-3", "method=lra", "lora_dropout=0.1", "augment=true", "lra_clips=3"]
 STREAM = ["protocol=tfcl", "stream_checkpoints=2", "lra_trigger=plateau", "lra_window=2", "lra_peak=0.1", "stream_epochs=4", "warmup=0.5"]
 
 
 @pytest.fixture(scope="module")
-def words(request, tree, tmp_path_factory):
-    where = tmp_path_factory.mktemp("resume")
-    own = STREAM if request.param == "tfcl" else []
-    return where, ["train.py", "--cfg", "configs/ss_cil.yaml", f"data_root={tree}", f"out_dir={where}", f"cache_dir={where / 'cache'}", *WORDS, *own]
+def wholes(tree, tmp_path_factory):
+    """protocol -> (folder, command) of runs, with the uninterrupted one in folder/whole; made once each."""
+
+    @functools.cache
+    def made(protocol):
+        where = tmp_path_factory.mktemp("resume")
+        own = STREAM if protocol == "tfcl" else []
+        command = ["train.py", "--cfg", "configs/ss_cil.yaml", f"data_root={tree}", f"out_dir={where}", f"cache_dir={where / 'cache'}", *WORDS, *own]
+        done = run(*command, "name=whole")
+        assert done.returncode == 0, done.stderr
+        results = json.loads((where / "whole" / "results.json").read_text())
+        assert results["protocol"] == "cil" or results["consolidations"]
+        return where, command
+
+    return made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def words(request, wholes):
+    return wholes(request.param)
+
+
+@pytest.fixture
 def whole(words):
-    done = run(*words[1], "name=whole")
-    assert done.returncode == 0, done.stderr
-    results = json.loads((words[0] / "whole" / "results.json").read_text())
-    assert results["protocol"] == "cil" or results["consolidations"]
     return words[0] / "whole"
 
 
 def stopped_when(command, condition, how=signal.SIGKILL):
-    """Start a process and send it `how` as soon as `condition()` holds; (exit code, stderr), or None if it ended before."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    while process.poll() is None:
-        if condition():
-            process.send_signal(how)
-            error = process.communicate()[1]
-            return process.returncode, error
-        time.sleep(0.002)
-    return None
+    """Run a script and send it `how` as soon as `condition()` holds: (exit code, stderr)."""
+    done = run(*command, stop=lambda: how if condition() else None)
+    assert done.returncode, "it was not stopped in time"
+    return done.returncode, done.stderr
 
 
 def lines(path):
@@ -71,7 +73,7 @@ def same(whole, folder):
 @pytest.mark.parametrize("words, moment", [*(("cil", moment) for moment in MOMENTS), ("tfcl", "in a later epoch"), ("tfcl", "in an evaluation")], indirect=["words"])
 def test_a_killed_run_resumes_to_the_same_bits(words, whole, moment):
     folder, name = words[0] / moment.replace(" ", "_"), f"name={moment.replace(' ', '_')}"
-    assert stopped_when([*words[1], name], lambda: MOMENTS[moment](folder)), "it was not killed in time"
+    stopped_when([*words[1], name], lambda: MOMENTS[moment](folder))
     assert not json.loads((folder / "results.json").read_text())["complete"]
     done = run(*words[1], name, "--resume")
     assert done.returncode == 0, done.stderr
@@ -100,7 +102,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_state(words, whole):
 @pytest.mark.parametrize("words", ["cil"], indirect=True)
 def test_a_checkpoint_interrupted_in_writing_is_ignored(words, whole):
     folder, name = words[0] / "half", "name=half"
-    assert stopped_when([*words[1], name], lambda: (folder / "task_01").is_dir())
+    stopped_when([*words[1], name], lambda: (folder / "task_01").is_dir())
     for half in (folder / ".task_02.1.tmp", folder / "task_02"):  # the second: written whole, but its scores were not
         half.mkdir()
         (half / "model.safetensors").write_bytes(b"half of it")

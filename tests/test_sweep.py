@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import pytest
 from conftest import TINY, run
@@ -34,5 +35,9 @@ def test_a_sweep_runs_skips_and_names_what_failed(tree, tmp_path):
     first = run(*words)
     assert first.returncode == 0 and first.stdout.count("done ") == 2 and "| method=frozen | 1 |" in (tmp_path / "s" / "sweep.md").read_text(), first.stderr
     assert run(*words).stdout.count("done ") == 0
+    printed = run(*words, "--print").stdout.splitlines()
+    assert len(printed) == 2 and all(line.startswith("python train.py --resume --cfg ") for line in printed)
+    again = run(*shlex.split(printed[1])[1:])
+    assert again.returncode == 0 and "is finished" in again.stdout, again.stderr  # the very runs that the sweep made
     failed = run(*words[:-1], "base=9")
     assert failed.returncode == 1 and "base=9, but the data has 4 classes" in failed.stdout
