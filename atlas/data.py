@@ -3,9 +3,13 @@
 Shapes: B clips, M annotated frames of a batch, T seconds (= frames, 5), H W pixels, N audio tokens a second.
 Masks are 1 on the sounding object. `annotated[b, t]` is True where a mask exists.
 """
+import contextlib
+import fcntl
 import hashlib
+import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,9 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from tqdm import tqdm
 
-from atlas.audio import encode_clip, fingerprint
 from atlas import parallel
-from atlas.clips import T, built_beside, load_clip
+from atlas.audio import encode_clip, fingerprint
+from atlas.clips import T, load_clip
 from atlas.errors import AtlasError
 
 
@@ -25,34 +29,71 @@ def pack(clips, root, cache_dir, size, encoder, encoder_name, dataset="s4"):
     The folder's name is a hash of every file's path, size and time, the settings and the encoder's weights, so a stale cache
     is never used. It holds frames.npy [n, T, H, W, 3] uint8, masks.npy [n, T, HW/8] bits, annotated.npy [n, T],
     context.npy [n, T, D_a] and tokens.npy [n, T, N, D_u] float16, the same of a zero waveform, and index.json.
+
+    Clips are appended one by one to a hidden folder beside it, which is renamed at the end: what was packed before a kill is kept, and memory does not grow with
+    the number of clips. Who finds another process at work on the same cache waits for it.
     """
     folder = Path(cache_dir, f"{dataset}-{_cache_key(clips, root, size, encoder, encoder_name)}")
     if folder.is_dir():
         return folder
-    count = len(clips)
-    with built_beside(folder) as build:
-
-        def array(name, dtype, *shape):
-            return np.lib.format.open_memmap(build / f"{name}.npy", "w+", dtype, shape)
-
-        mute_context, mute_tokens = encode_clip(encoder, None, T)
-        np.save(build / "mute_context.npy", mute_context)
-        np.save(build / "mute_tokens.npy", mute_tokens)
-        frames, masks = array("frames", np.uint8, count, T, size, size, 3), array("masks", np.uint8, count, T, -(-size * size // 8))
-        context, tokens = array("context", np.float16, count, *mute_context.shape), array("tokens", np.float16, count, *mute_tokens.shape)
-        for i, clip in enumerate(tqdm(clips, "packing clips", unit="clip", disable=None)):
+    build = folder.with_name(f".{folder.name}.part")
+    build.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as open_files:
+        lock = os.open(build, os.O_RDONLY)
+        open_files.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():  # by the other process, while this one waited
+            shutil.rmtree(build, ignore_errors=True)
+            return folder
+        mute = dict(zip(("context", "tokens"), encode_clip(encoder, None, T)))
+        shapes = {"frames": (T, size, size, 3), "masks": (T, -(-size * size // 8))} | {name: values.shape for name, values in mute.items()}
+        files = {name: _Rows(build / f"{name}.npy", np.float16 if name in mute else np.uint8, (len(clips), *shape)) for name, shape in shapes.items()}
+        for file in files.values():
+            open_files.callback(file.close)
+        done = min(file.rows for file in files.values())
+        for file in files.values():
+            file.go_on_after(done)
+        for clip in tqdm(clips[done:], "packing clips", unit="clip", initial=done, total=len(clips), disable=None):
             try:
-                frames[i], truth = load_clip(clip, size)
-                context[i], tokens[i] = encode_clip(encoder, clip.audio, T)
+                frames, truth = load_clip(clip, size)
+                context, tokens = encode_clip(encoder, clip.audio, T)
             except AtlasError as error:
+                shutil.rmtree(build)  # once the file is mended the cache has another name
                 raise AtlasError(f"clip {clip.id}: {error}; `python prepare_data.py check --root {root}` lists every such file") from None
-            masks[i] = np.packbits(truth.reshape(T, -1), axis=-1)
+            for name, row in {"frames": frames, "masks": np.packbits(truth.reshape(T, -1), axis=-1), "context": context, "tokens": tokens}.items():
+                files[name].append(row)
+        for file in files.values():
+            file.close()
+        for name, values in mute.items():
+            np.save(build / f"mute_{name}.npy", values)
         np.save(build / "annotated.npy", np.array([[mask is not None for mask in clip.masks] for clip in clips]))
         index = [{"id": c.id, "source": c.source, "split": c.split, "category": c.category} for c in clips]
         (build / "index.json").write_text(json.dumps({"size": size, "clips": index}))
-        for a in (frames, masks, context, tokens):
-            a.flush()
+        os.rename(build, folder)
     return folder
+
+
+class _Rows:
+    """An .npy file of a known final shape that is written row by row, and gone on with. `rows`: how many are whole in it already."""
+
+    def __init__(self, path, dtype, shape):
+        self.file, self.dtype, self.shape = open(path, "a+b"), np.dtype(dtype), shape
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape})
+        self.begins, self.row = header.tell(), int(np.prod(shape[1:])) * self.dtype.itemsize
+        if self.file.tell() < self.begins:
+            self.file.truncate(0)
+            self.file.write(header.getvalue())
+        self.rows = (self.file.tell() - self.begins) // self.row
+
+    def go_on_after(self, rows):
+        self.file.truncate(self.begins + rows * self.row)
+
+    def append(self, row):
+        self.file.write(np.ascontiguousarray(row, self.dtype).reshape(self.shape[1:]).data)
+
+    def close(self):
+        self.file.close()
 
 
 def _cache_key(clips, root, size, encoder, encoder_name):

@@ -8,6 +8,7 @@ import torch
 from conftest import SHARED, real
 from PIL import Image
 
+from atlas import data
 from atlas.audio import build_audio_encoder
 from atlas.clips import built_beside, load_clip, read_mask, read_s4
 from atlas.data import ClipDataset, augmented, collate, loader, pack, swap_partners
@@ -44,6 +45,33 @@ def test_a_changed_file_or_setting_makes_a_new_cache(own, tmp_path):
     os.utime(frame, ns=(1, 1))
     assert packed(own, tmp_path / "c") != first
     assert not [p for p in (tmp_path / "c").iterdir() if p.name.startswith(".")]
+
+
+def test_a_killed_pack_goes_on_after_the_clips_that_it_has(own, tmp_path, monkeypatch):
+    """The cache is the same to the byte, no clip is decoded twice, and a row that was cut off in the middle is written again."""
+    whole, decoded = packed(own, tmp_path / "whole"), []
+
+    class Killed(BaseException):
+        pass
+
+    def watched(clip, size):
+        if len(decoded) == 5:
+            decoded.append(None)
+            raise Killed
+        decoded.append(clip.id)
+        return load_clip(clip, size)
+
+    monkeypatch.setattr(data, "load_clip", watched)
+    with pytest.raises(Killed):
+        packed(own, tmp_path / "c")
+    (part,) = (tmp_path / "c").iterdir()
+    with open(part / "frames.npy", "ab") as file:
+        file.write(b"half a row")
+    again = packed(own, tmp_path / "c")
+    decoded.remove(None)
+    assert len(decoded) == len(set(decoded)) == len(read_s4(own)) and again.name == whole.name and list((tmp_path / "c").iterdir()) == [again]
+    for file in whole.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
 
 
 def test_masks_other_than_0_and_255_are_refused(tmp_path):
