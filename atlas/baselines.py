@@ -6,6 +6,7 @@
     ewc_lora                       EWC on the update (alpha / r) B A of the LoRA layers
     olora, inflora                 a new pair a task, kept apart from the subspaces of the past ones; their memory grows with the tasks
     frozen_lora                    LoRA learns the first task and is held from then on
+    lra_plus                       ours: LRA, and a distillation over the sounds of past classes (atlas/lra_plus.py)
 
 `strength` of the config is the factor of each equation below; its defaults are public values (atlas/config.py), not tuned. What a method does not name learns on freely:
 olora, inflora and ewc_lora hold LoRA alone, as published, so that fusion and decoder forget. Heads of TIL's tasks are their own and are left alone.
@@ -23,6 +24,7 @@ from atlas import lra, parallel
 from atlas.config import STRENGTHS
 from atlas.errors import AtlasError
 from atlas.lra import LowRankAnchor, deltas, learned_groups, per_clip_gradients, plateau_of
+from atlas.lra_plus import LraPlus
 from atlas.runs import autocast_of
 
 
@@ -336,6 +338,7 @@ def build_method(config, model):
         "ewc_lora": lambda: ewc({"lora": deltas(model)}, strength, plateau),
         "olora": lambda: OLora(deltas(model), strength, plateau),
         "inflora": lambda: InfLora(deltas(model), strength),
+        "lra_plus": lambda: LraPlus(groups, config.lra_lambda, strength, model, config.lra_gamma, config.lra_power, plateau, config.protocol == "til", autocast_of(config)),
         "frozen_lora": lambda: HeldLora(deltas(model), plateau),
     }
     return methods[config.method]()

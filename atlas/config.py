@@ -29,6 +29,7 @@ STRENGTHS = {  # what strength=null means: the method's public default, as the f
     "ewc_lora": 1e7,  # the authors'
     "olora": 0.5,  # the authors' lambda_1
     "inflora": 0.98,  # the authors' threshold for ImageNet-R, a share
+    "lra_plus": 1.0,  # ours: the distillation weighs as much as the task; its anchor has lra_lambda
 }
 ON_LORA = ("ewc_lora", "olora", "inflora", "frozen_lora")
 PLAIN = ("finetune", "frozen", "joint")  # nothing to consolidate
@@ -80,7 +81,7 @@ class Config:
     lora_targets: str = key("auto", "auto: linear layers and 1x1 convolutions; else a regular expression over module names")
 
     # -- method
-    method: str = key("lra", "finetune: no anchor; frozen: no LoRA; joint: all classes at once; frozen_lora: LoRA learns the first task only", choices=("lra", *PLAIN, *STRENGTHS, "frozen_lora"))
+    method: str = key("lra", "finetune: no anchor; frozen: no LoRA; joint: all classes at once; frozen_lora: LoRA learns the first task only; lra_plus: lra that keeps listening (ours)", choices=("lra", *PLAIN, *STRENGTHS, "frozen_lora"))
     strength: float | None = key(None, f"of the other methods (lra has lra_lambda); null: {', '.join(f'{m} {v:g}' for m, v in STRENGTHS.items())}", types=(float, type(None)), low=0)
     joint_run: str | None = key(None, "folder of a joint run, for intransigence; null: none", types=(str, type(None)))
     lra_lambda: float = key(0.1, "strength of (lambda / 2) sum Omega (theta - anchor)^2; 0: plain sequential LoRA", low=0)
@@ -145,6 +146,8 @@ def load_config(files=(), overrides=()):
         raise AtlasError("protocol=tfcl has no boundaries that lra_trigger=boundary could wait for; use lra_trigger=plateau")
     if config.method == "lra" and not config.lora_rank and config.lra_scope == "lora":
         raise AtlasError("method=lra anchors LoRA, but lora_rank=0; give a rank, or lra_scope=trainable, or method=finetune")
+    if config.method == "lra_plus" and (config.lra_scope, config.lra_space) != ("trainable", "factors"):
+        raise AtlasError("method=lra_plus runs the last model again, so it must keep all of it; use lra_scope=trainable and lra_space=factors")
     if config.method in ON_LORA and not config.lora_rank:
         raise AtlasError(f"method={config.method} is about LoRA, but lora_rank=0; give a rank, or another method")
     if config.method == "inflora" and (config.protocol == "tfcl" or config.lra_trigger == "plateau"):

@@ -92,6 +92,7 @@ class LowRankAnchor(nn.Module):
             self.register_buffer("window", torch.zeros(size, device=device))  # sum of B g^2 over the current window
             self.register_buffer("last_sensitivity", torch.zeros(size, device=device))  # of the window before, and theta at its end
             self.register_buffer("last_theta", torch.zeros(size, device=device))
+        self.idle = not strength  # then nothing is measured nor kept
         self.armed = False  # no task consolidated yet: the penalty is zero and costs nothing
 
     def get_extra_state(self):
@@ -121,7 +122,7 @@ class LowRankAnchor(nn.Module):
         loss: the batch's task loss, a float; clips: B. The gradients are read from the parameters, after unscaling and before clipping; the penalty's
         own gradient is known and taken off.
         """
-        if not self.plateau or not self.strength:
+        if not self.plateau or self.idle:
             return None
         theta = self._theta().detach()
         self._note(theta, clips)
@@ -139,7 +140,7 @@ class LowRankAnchor(nn.Module):
 
         gradients: an iterator over lists with, for every anchored parameter, the gradients [n, *shape] of n single clips (of per_clip_gradients).
         """
-        if not self.strength or self.plateau:
+        if self.idle or self.plateau:
             return {}
         total, clips = torch.zeros_like(self.sensitivity), 0
         for chunk in gradients:

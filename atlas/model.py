@@ -65,9 +65,9 @@ class Atlas(nn.Module):
         return outputs
 
     def forward(self, batch):
-        """A batch of data.collate -> {"masks": logits [M, H, W], and "classes" [B, K]}."""
+        """A batch of data.collate -> {"masks": logits [M, H, W], "features": of encode, and "classes" [B, K]}."""
         features = self.encode(batch["frames"])
-        return self.segment(features, batch["frames"].shape[-1], batch["clip"], batch["second"], batch["context"], batch["tokens"])
+        return {"features": features} | self.segment(features, batch["frames"].shape[-1], batch["clip"], batch["second"], batch["context"], batch["tokens"])
 
     def groups(self):
         """The trainable parameters by group, {"lora" | "fusion" | "decoder" | "classifier": {name: parameter}}; what LRA may anchor."""

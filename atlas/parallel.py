@@ -92,6 +92,15 @@ def summed(x):
     return total.to(x.device) if torch.is_tensor(x) else total.item()
 
 
+def gathered(x):
+    """[x] of every process, first the first's."""
+    if processes() == 1:
+        return [x]
+    found = [None] * processes()
+    dist.all_gather_object(found, x)
+    return found
+
+
 def sum_gradients(parameters):
     """The gradients of a whole batch, from each process's own, which it has weighted by its `share`."""
     if processes() == 1:

@@ -37,7 +37,7 @@ def new_results(config, tasks, parameters, sha256, device, amp):
         "tasks": [
             {"name": t.name, "classes": list(t.classes), "clips": {s: len(getattr(t, s)) for s in ("train", "val", "test")}} for t in tasks
         ],
-        "sensitivity": None if config.method not in ("lra", "ewc", "mas", "ewc_lora") else "batch" if config.lra_trigger == "plateau" else "clip",
+        "sensitivity": None if config.method not in ("lra", "lra_plus", "ewc", "mas", "ewc_lora") else "batch" if config.lra_trigger == "plateau" else "clip",
         "drifts": drifts(tasks, config),
         "consolidations": [],
         "matrix": {name: [] for name in TEST_SCORES},

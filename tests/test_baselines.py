@@ -300,7 +300,7 @@ def test_three_tasks_and_back_from_the_checkpoint_to_the_same_logits(config, cac
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("method", ["lwf", "olora", "frozen_lora"])
+@pytest.mark.parametrize("method", ["lwf", "olora", "frozen_lora", "lra_plus"])
 def test_til_gives_each_task_a_head_and_leaves_the_past_ones_alone(config, tmp_path, monkeypatch, method):
     folder, results, model, _ = trained(config, monkeypatch, method=method, protocol="til", out_dir=str(tmp_path))
     assert results["complete"] and len(model.decoder.heads) == 3
@@ -322,6 +322,7 @@ def test_task_free_each_consolidates_where_a_plateau_ends(config, tmp_path, monk
     (["method=ewc", "protocol=tfcl"], "has no boundaries"),
     (["method=olora", "lora_rank=0"], "lora_rank=0"),
     (["method=lra", "strength=1"], "lra_lambda"),
+    (["method=lra_plus", "lra_scope=lora"], "must keep all of it"),
     (["method=inflora", "strength=1.5"], "at most 1"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_reason(words, why):
