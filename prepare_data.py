@@ -4,12 +4,15 @@
     python prepare_data.py compose --voc VOC2012 --esc ESC-50 --out data/open --seed 0
                                                                       an open S4 set: photos or videos with masks x sounds;
                                                                       with --dataset ms3 several of them, each heard at its own times
+    python prepare_data.py extract --videos raw_videos --csv s4_meta_data.csv --out data/AVSBench
+                                                                      mp4 files -> the frames and sounds of AVSBench's tree
     python prepare_data.py check --root data/AVSBench                 missing or unreadable files, masks, sounds, split leaks
     python prepare_data.py pack --cfg configs/ss_cil.yaml             the packed cache of a config (train.py makes it too)
 
 `python prepare_data.py COMMAND --help` explains each.
 """
 import argparse
+import os
 import sys
 
 from atlas.config import load_config
@@ -42,6 +45,15 @@ def parse():
     compose.add_argument("--classes", help="comma-separated classes (default: all that have three sources of pictures and of sounds)")
     compose.add_argument("--map", help="class map (default: configs/class_map.yaml)")
 
+    extract = commands.add_parser("extract", help="take frames and sounds out of mp4 files; exit 1 where videos are bad", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    extract.add_argument("--videos", required=True, help="the folder that holds SPLIT/CATEGORY/NAME.mp4 (as AVSBench's raw_videos) or NAME.mp4")
+    extract.add_argument("--csv", help="AVSBench's s4_meta_data.csv or ms3_meta_data.csv, or one with its columns; without it the one in --out")
+    extract.add_argument("--out", required=True, help="the folder that holds Single-source/ or Multi-sources/ afterwards; finished clips in it are kept")
+    extract.add_argument("--dataset", choices=("s4", "ms3"), default="s4", help="which of the two trees")
+    extract.add_argument("--size", type=int, default=224, help="height and width of the frames in pixels; the masks' size")
+    extract.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    extract.add_argument("--whole", action="store_true", help="the videos are not trimmed: each clip begins at its start, in seconds, in the CSV")
+
     check = commands.add_parser("check", help="read a whole tree and report; exit 1 on errors")
     check.add_argument("--root", required=True, help="the folder that holds Single-source/ or Multi-sources/")
 
@@ -72,6 +84,15 @@ def main(given):
         for name, reason in report["dropped"].items():
             print(f"dropped  {name}: {reason}")
         print(f"{given.out}: {len(report['clips'])} clips; what each is made of stands in {given.out}/compose.json")
+    elif given.command == "extract":
+        from atlas.extract import extract
+
+        done = extract(given.videos, given.out, given.csv, given.dataset, given.size, given.jobs, given.whole)
+        for video, reason in done["bad"][:20]:
+            print(f"bad      {video}: {reason}")
+        named = f"; {done['list']} names them all" if done["bad"] else ""
+        print(f"{given.out}: {done['extracted']} clips extracted, {done['kept']} were there already, {len(done['bad'])} bad videos{named}")
+        return 1 if done["bad"] else 0
     elif given.command == "check":
         from atlas.check import check
 

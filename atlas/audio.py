@@ -14,10 +14,10 @@ import torch.nn as nn
 import torchaudio
 from safetensors.torch import load_file
 
-from atlas.clips import T
+from atlas.clips import RATE, T
 from atlas.errors import AtlasError
 
-RATE, WINDOW, HOP, FFT, BANDS, PATCH = 16000, 400, 160, 512, 64, 96  # Hz, samples, samples, bins, mel bands, frames
+WINDOW, HOP, FFT, BANDS, PATCH = 400, 160, 512, 64, 96  # samples, samples, bins, mel bands, frames
 _resampler = functools.lru_cache(torchaudio.transforms.Resample)  # its kernel costs more than its use
 AUDIBLE = 0.1  # a second in which a recording falls below this share of its own loudness (-20 dB) is silent
 FADE = 0.02  # seconds

@@ -26,6 +26,7 @@ from PIL import Image
 from atlas.errors import AtlasError
 
 T = 5  # seconds = frames of a clip
+RATE = 16000  # samples a second, of every sound ATLAS writes or hears
 SPLITS = ("train", "val", "test")
 CSVS = {"s4": "Single-source/s4_meta_data.csv", "ms3": "Multi-sources/ms3_meta_data.csv"}
 DOMAINS = {  # the line breaks of AVSBench's own class list; the names of the groups are ours
@@ -73,7 +74,7 @@ def ms3_clip(root, name, split):
     )  # fmt: skip
 
 
-def write_clip(clip, frames, masks, wave, rate=16000):
+def write_clip(clip, frames, masks, wave, rate=RATE):
     """Write a clip's files: frames [T, H, W, 3] uint8, masks [T, H, W] bool (those it has a path for), wave [samples] in ±1; return the clip."""
     for path in (clip.frames[0], clip.masks[0], clip.audio):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +135,11 @@ def _read_csv(root, dataset, columns):
     path = Path(root, CSVS[dataset])
     if not path.is_file():
         raise AtlasError(f"no {dataset.upper()} tree in {root}: {path} is missing; set data_root to the folder that holds {path.parent.name}/, or synth=true")
+    return read_rows(path, columns)
+
+
+def read_rows(path, columns):
+    """The rows of a CSV of clips, as dicts; it holds `columns` at least, and every row's split is train, val or test."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or not set(columns) <= rows[0].keys():
