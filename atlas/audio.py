@@ -1,6 +1,7 @@
-"""Sound: reading a file, VGGish's log-mel, and the frozen audio encoders. All of it runs once a clip, when the cache is packed.
+"""Sound: reading a file, the front ends, and the frozen audio encoders. All of it runs once a clip, when the cache is packed.
 
-An encoder maps a clip's log-mel patches [T, 1, 96, 64] to, per second, a context a [T, D_a] and tokens U [T, N, D_u].
+An encoder maps what its `front_end` makes of a clip's wave (log-mel patches [T, 1, 96, 64]; AudioMAE: filter-bank frames) to, per second, a context a [T, D_a] and
+tokens U [T, N, D_u].
 """
 import functools
 import hashlib
@@ -21,6 +22,8 @@ WINDOW, HOP, FFT, BANDS, PATCH = 400, 160, 512, 64, 96  # samples, samples, bins
 _resampler = functools.lru_cache(torchaudio.transforms.Resample)  # its kernel costs more than its use
 AUDIBLE = 0.1  # a second in which a recording falls below this share of its own loudness (-20 dB) is silent
 FADE = 0.02  # seconds
+AUDIOMAE_MEAN, AUDIOMAE_STD = -4.2677393, 4.5689974  # of its filter banks over AudioSet
+AUDIOMAE_HUB = "hf_hub:gaunernst/vit_base_patch16_1024_128.audiomae_as2m_ft_as20k"
 VGGISH_ADDRESS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 
 
@@ -79,10 +82,23 @@ def log_mel(wave, seconds, offset=0.01):
     return torch.cat([patches, patches[-1:].expand(seconds - count, -1, -1, -1)])
 
 
+def fbank(wave, seconds):
+    """AudioMAE's input [frames, 128] for the first `seconds` of wave [samples] at 16 kHz, frames of 25 ms every 10 (FACTS §6: Kaldi, as htk_compat, Hanning).
+
+    Of each frame: mean removed (and so the wave's own, which AudioMAE removes first), pre-emphasis 0.97, symmetric Hann window, power of a 512-point FFT, 128 triangles
+    in mel = 1127 ln(1 + f / 700) from 20 to 8000 Hz, log(max(., 1.2e-7)). No dither, no energy. What follows the clip is not heard, as with the other encoders.
+    """
+    wave = wave[: seconds * RATE].double()
+    wave = nn.functional.pad(wave, (0, max(0, WINDOW - len(wave))))
+    options = {"htk_compat": True, "sample_frequency": RATE, "window_type": "hanning", "num_mel_bins": 128, "use_energy": False, "dither": 0.0}
+    return torchaudio.compliance.kaldi.fbank(wave[None], **options).float()
+
+
 class LogMel(nn.Module):
     """No weights at all: a = mean and standard deviation over time of the 64 bands; U = the same over 6 slices of 16 frames."""
 
-    offset, context_dim, token_dim, tokens = 0.01, 2 * BANDS, 2 * BANDS, 6
+    context_dim, token_dim, tokens = 2 * BANDS, 2 * BANDS, 6
+    front_end = staticmethod(log_mel)
 
     def forward(self, patches):
         def statistic(x):  # [..., frames, bands] -> [..., 2 bands]
@@ -95,7 +111,8 @@ class LogMel(nn.Module):
 class VGGish(nn.Module):
     """torchvggish's network, state-dict names and all (72.1 M parameters): a = the 128-d embedding, U = its 6 x 4 grid of 512-d features."""
 
-    offset, context_dim, token_dim, tokens = 0.01, 128, 512, 24
+    context_dim, token_dim, tokens = 128, 512, 24
+    front_end = staticmethod(log_mel)
 
     def __init__(self):
         super().__init__()
@@ -117,7 +134,8 @@ class VGGish(nn.Module):
 class YAMNet(nn.Module):
     """AudioSet's MobileNet v1 in timm: a = the 1024-d pooled embedding, U = its last feature grid (3 x 2). Log-mel offset 0.001."""
 
-    offset, context_dim, token_dim, tokens = 0.001, 1024, 1024, 6
+    context_dim, token_dim, tokens = 1024, 1024, 6
+    front_end = staticmethod(functools.partial(log_mel, offset=0.001))
 
     def __init__(self):
         super().__init__()
@@ -128,15 +146,47 @@ class YAMNet(nn.Module):
         return self.net.forward_head(grid, pre_logits=True), grid.flatten(2).transpose(1, 2)
 
 
-ENCODERS = {"logmel": LogMel, "vggish": VGGish, "yamnet": YAMNet}
+class AudioMAE(nn.Module):
+    """AudioMAE fine-tuned on AudioSet-20K (timm's ViT-B, 16 x 16 patches of 1024 x 128): U = the 48 patch tokens of the second (6 in time x 8 in pitch), a = their mean.
+
+    The network sees the clip once, padded with zeros to 1024 frames, as it was trained; (x - mean) / (2 std) comes after the padding. A second is 6.25 patches wide: second t
+    has the patch columns floor(6.25 t) to + 5. A second whose last column the sound does not reach repeats the one before it, as the patches of log_mel do (ours).
+    """
+
+    context_dim, token_dim, tokens = 768, 768, 48
+    front_end = staticmethod(fbank)
+
+    def __init__(self):
+        super().__init__()
+        self.net = timm.create_model("vit_base_patch16_224", img_size=(1024, 128), in_chans=1, num_classes=0, global_pool="avg")
+
+    def forward(self, mel):
+        """mel [frames, 128] of fbank -> a [T, 768], U [T, 48, 768]."""
+        mel = mel[:1024]
+        x = nn.functional.pad(mel, (0, 0, 0, 1024 - len(mel)))
+        x = (x - AUDIOMAE_MEAN) / (2 * AUDIOMAE_STD)
+        columns = self.net.forward_features(x[None, None])[0, self.net.num_prefix_tokens :].unflatten(0, (64, 8))  # [time, pitch, 768]
+        first = [25 * t // 4 for t in range(T)]
+        heard = max(1, sum(16 * (column + 5) < len(mel) for column in first))
+        tokens = torch.stack([columns[first[min(t, heard - 1)] :][:6].flatten(0, 1) for t in range(T)])
+        return tokens.mean(1), tokens
+
+
+ENCODERS = {"logmel": LogMel, "vggish": VGGish, "yamnet": YAMNet, "audiomae": AudioMAE}
 
 
 def build_audio_encoder(name, weights):
-    """The frozen encoder in eval mode. `weights`: a file, true (vggish: its published address), false (random, from a fixed seed)."""
+    """The frozen encoder in eval mode. `weights`: a file, true (vggish: its published address; audiomae: timm's hub), false (random, from a fixed seed)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = ENCODERS[name]().eval().requires_grad_(False)
     if weights is False or name == "logmel":
+        return encoder
+    if weights is True and name == "audiomae":
+        try:
+            encoder.net = timm.create_model(AUDIOMAE_HUB, pretrained=True, num_classes=0).eval().requires_grad_(False)
+        except OSError as error:
+            raise AtlasError(f"cannot fetch AudioMAE from {AUDIOMAE_HUB}: {error}; download it and set audio_weights to the file") from None
         return encoder
     if weights is True:
         if name != "vggish":
@@ -147,8 +197,7 @@ def build_audio_encoder(name, weights):
             raise AtlasError(f"cannot fetch VGGish from {VGGISH_ADDRESS}: {error}; download it and set audio_weights to the file") from None
     else:
         state = read_weights(weights, "audio_weights")
-    target = encoder.net if name == "yamnet" else encoder
-    load_strictly(target, state, weights, surplus=() if name == "vggish" else ("classifier.",))
+    load_strictly(getattr(encoder, "net", encoder), state, weights, surplus={"yamnet": ("classifier.",), "audiomae": ("head.",)}.get(name, ()))
     return encoder
 
 
@@ -193,5 +242,5 @@ def fingerprint(module):
 def encode_clip(encoder, path, seconds):
     """(a [T, D_a], U [T, N, D_u]) as float16 arrays; `path` None: of a zero waveform."""
     wave = torch.zeros(seconds * RATE) if path is None else read_wave(path)
-    context, tokens = encoder(log_mel(wave, seconds, encoder.offset))
+    context, tokens = encoder(encoder.front_end(wave, seconds))
     return context.numpy().astype(np.float16), tokens.numpy().astype(np.float16)

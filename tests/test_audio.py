@@ -1,36 +1,64 @@
 import numpy as np
 import pytest
 import soundfile
+import timm
 import torch
 from conftest import SHARED, real
+from safetensors.torch import save_file
 
-from atlas.audio import VGGish, YAMNet, build_audio_encoder, encode_clip, log_mel, mel_filters, read_wave
+from atlas.audio import AUDIOMAE_HUB, ENCODERS, AudioMAE, YAMNet, build_audio_encoder, encode_clip, fbank, load_strictly, log_mel, mel_filters, read_wave
 from atlas.errors import AtlasError
 
 
-def reference_log_mel(wave, offset):
-    """VGGish's front end frame by frame, band by band (FACTS: torchvggish mel_features.py)."""
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+def triangles(low, high, count, bins):
+    """Mel filters band by band, bin by bin: weights [count, 257] of which only `bins` may be above zero."""
     mel = lambda f: 1127.0 * np.log(1 + f / 700.0)
-    edges = np.linspace(mel(125.0), mel(7500.0), 66)
-    rows = []
+    edges, bank = np.linspace(mel(low), mel(high), count + 2), np.zeros((count, 257))
+    for b in range(count):
+        for k in bins:
+            m = mel(k * 16000 / 512)
+            rising, falling = (m - edges[b]) / (edges[b + 1] - edges[b]), (edges[b + 2] - m) / (edges[b + 2] - edges[b + 1])
+            bank[b, k] = max(0.0, min(rising, falling))
+    return bank
+
+
+def reference_log_mel(wave, offset):
+    """VGGish's front end frame by frame (FACTS: torchvggish mel_features.py)."""
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    bank, rows = triangles(125.0, 7500.0, 64, range(1, 257)), []  # bin 0 is dropped
     for start in range(0, len(wave) - 400 + 1, 160):
         magnitude = np.abs(np.fft.rfft(wave[start : start + 400] * window, 512))
-        bands = np.zeros(64)
-        for b in range(64):
-            for k in range(1, 257):  # bin 0 is dropped
-                m = mel(k * 16000 / 512)
-                rising, falling = (m - edges[b]) / (edges[b + 1] - edges[b]), (edges[b + 2] - m) / (edges[b + 2] - edges[b + 1])
-                bands[b] += max(0.0, min(rising, falling)) * magnitude[k]
-        rows.append(np.log(bands + offset))
+        rows.append(np.log(bank @ magnitude + offset))
     return np.array(rows)
 
 
-@pytest.mark.parametrize("offset", [0.01, 0.001])
-def test_log_mel_equals_the_frame_by_frame_reference(offset):
+def reference_fbank(wave):
+    """Kaldi's filter banks frame by frame, as AudioMAE sets them (FACTS: 16 kHz, 25 / 10 ms, Hanning, 128 bins; Kaldi's own 20 Hz, pre-emphasis, mean removal)."""
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)
+    bank, rows = triangles(20.0, 8000.0, 128, range(256)), []  # without the bin at 8000 Hz
+    for start in range(0, len(wave) - 400 + 1, 160):
+        frame = wave[start : start + 400] - wave[start : start + 400].mean()
+        frame = frame - 0.97 * np.concatenate([frame[:1], frame[:-1]])
+        power = np.abs(np.fft.rfft(frame * window, 512)) ** 2
+        rows.append(np.log(np.maximum(bank @ power, np.finfo(np.float32).eps)))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("name, offset", [("logmel", 0.01), ("vggish", 0.01), ("yamnet", 0.001)])
+def test_log_mel_equals_the_frame_by_frame_reference(name, offset):
     wave = np.random.default_rng(0).uniform(-1, 1, 16000).astype(np.float32)
-    patch = log_mel(torch.from_numpy(wave), 1, offset)[0, 0].numpy()
+    patch = ENCODERS[name].front_end(torch.from_numpy(wave), 1)[0, 0].numpy()
     np.testing.assert_allclose(patch, reference_log_mel(wave.astype(float), offset)[:96], atol=1e-4)
+
+
+def test_fbank_equals_the_frame_by_frame_reference():
+    wave = np.random.default_rng(0).uniform(-1, 1, 16000).astype(np.float32) + 0.1
+    mel = AudioMAE.front_end(torch.from_numpy(wave), 1).numpy()
+    assert mel.shape == (98, 128)
+    np.testing.assert_allclose(mel, reference_fbank(wave.astype(float)), atol=1e-4)
+    np.testing.assert_allclose(fbank(torch.from_numpy(wave) - 0.1, 1), mel, atol=1e-3)  # the wave's own mean makes no difference
+    assert fbank(torch.zeros(10), 5).shape == (1, 128) and fbank(torch.zeros(7 * 16000), 5).shape == (498, 128)
+    assert torch.allclose(fbank(torch.zeros(16000), 5), torch.tensor(np.log(np.finfo(np.float32).eps)).float())
 
 
 def test_five_seconds_are_five_patches_and_short_sounds_repeat_the_last():
@@ -74,14 +102,115 @@ def test_logmel_is_mean_and_deviation_of_the_bands(tmp_path):
     np.testing.assert_allclose(tokens[2, 3], np.concatenate([mel[2, 48:64].mean(0), mel[2, 48:64].std(0)]), atol=1e-5)
 
 
-def test_vggish_has_the_published_size_and_tensorflow_order():
-    net = VGGish().eval()
-    assert sum(p.numel() for p in net.parameters()) == 72_141_184
-    assert net.embeddings[0].weight.shape == (4096, 12288) and net.features[13].weight.shape == (512, 512, 3, 3)
+VGGISH_SHAPES = {"features.0": (64, 1, 3, 3), "features.3": (128, 64, 3, 3), "features.6": (256, 128, 3, 3), "features.8": (256, 256, 3, 3), "features.11": (512, 256, 3, 3),
+    "features.13": (512, 512, 3, 3), "embeddings.0": (4096, 12288), "embeddings.2": (4096, 4096), "embeddings.4": (128, 4096)}  # fmt: skip
+
+
+def test_vggish_is_torchvggishs_network_and_loads_its_file_strictly(tmp_path):
+    """Its size, its state dict's names and shapes, and TensorFlow's order: 512 x 6 x 4 becomes 6 x 4 x 512 before it is flattened (FACTS §6)."""
+    net = build_audio_encoder("vggish", False)
+    state = net.state_dict()
+    expected = {f"{name}.{kind}": shape[:1] if kind == "bias" else shape for name, shape in VGGISH_SHAPES.items() for kind in ("weight", "bias")}
+    assert {name: tuple(value.shape) for name, value in state.items()} == expected
+    assert sum(p.numel() for p in net.parameters()) == 72_141_184 and not any(p.requires_grad for p in net.parameters()) and not net.training
+
     with torch.inference_mode():
-        context, tokens = net(torch.rand(2, 1, 96, 64))
-        grid = net.features(torch.rand(1, 1, 96, 64))
-    assert context.shape == (2, 128) and tokens.shape == (2, 24, 512) and (context >= 0).all() and grid.shape == (1, 512, 6, 4)
+        for value in state.values():
+            value.copy_(value.half())
+        state["embeddings.0.bias"].fill_(0.1)
+    path = tmp_path / "vggish.safetensors"
+    save_file({name: value.half() for name, value in state.items()}, path)
+    loaded = build_audio_encoder("vggish", str(path))
+    path.unlink()  # 144 MB
+    assert all(torch.equal(value, state[name].half().float()) for name, value in loaded.state_dict().items())
+    for damaged in (state | {"extra.weight": torch.zeros(1)}, {name: value for name, value in state.items() if name != "embeddings.4.bias"}):
+        with pytest.raises(AtlasError, match="does not fit"):
+            load_strictly(loaded, damaged, "vggish.pth", surplus=())
+
+    x = torch.rand(2, 1, 96, 64)
+    with torch.inference_mode():
+        context, tokens = loaded(x)
+        grid = loaded.features(x).numpy()
+        order = np.array([grid[:, c, i, j] for i in range(6) for j in range(4) for c in range(512)]).T
+        hidden = order
+        for layer in (0, 2, 4):
+            weight, bias = (loaded.state_dict()[f"embeddings.{layer}.{kind}"].numpy() for kind in ("weight", "bias"))
+            hidden = np.maximum(hidden @ weight.T + bias, 0)
+    assert grid.shape == (2, 512, 6, 4) and context.shape == (2, 128) and hidden.any()
+    np.testing.assert_allclose(context, hidden, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(tokens, order.reshape(2, 24, 512))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """AudioMAE with a ViT-Ti in place of the ViT-B."""
+    net = AudioMAE.__new__(AudioMAE)
+    torch.nn.Module.__init__(net)
+    net.net = timm.create_model("vit_tiny_patch16_224", img_size=(1024, 128), in_chans=1, num_classes=0, global_pool="avg", depth=1)
+    return net.eval()
+
+
+def test_audiomaes_second_is_its_six_patch_columns(small, monkeypatch):
+    """A network whose tokens are the means of their patches, on frames that hold their own number: the tokens tell which patches a second has."""
+    means = lambda x: torch.cat([torch.full((1, 1, 1), -1.0), torch.nn.functional.avg_pool2d(x, 16).flatten(2).mT], 1)  # the class token first
+    monkeypatch.setattr(small.net, "forward_features", means)
+    back = lambda u: u * 2 * 4.5689974 - 4.2677393  # undoes (x + 4.2677393) / (2 * 4.5689974)
+    frames = lambda n: torch.arange(n, dtype=torch.float32)[:, None] + torch.arange(128) / 1e3
+    context, tokens = small(frames(498))
+    assert tokens.shape == (5, 48, 1) and context.shape == (5, 1)
+    columns = [[16 * (first + k) + 7.5 for k in range(6)] for first in (0, 6, 12, 18, 25)]
+    np.testing.assert_allclose(back(tokens).reshape(5, 6, 8).mean(-1), np.array(columns) + 0.0635, atol=1e-2)
+    np.testing.assert_allclose(np.diff(back(tokens[0, :8, 0])), 0.016, atol=1e-3)  # pitch is the faster index
+    torch.testing.assert_close(context, tokens.mean(1))
+    assert torch.equal(small(frames(481))[1], small(frames(481))[1]) and not torch.equal(small(frames(481))[1][4], small(frames(481))[1][3])
+    short = small(frames(480))[1]  # the sound ends before the fifth second's last column
+    assert torch.equal(short[4], short[3]) and not torch.equal(short[3], short[2])
+    assert torch.equal(small(frames(1))[1][4], small(frames(1))[1][0]) and small(frames(2000))[1].shape == (5, 48, 1)
+    np.testing.assert_allclose(back(small(frames(30))[1][0, -1]), 0, atol=1e-5)  # padding is zero before it is normalised
+
+
+def test_audiomae_is_a_frozen_vit_b(tree):
+    from atlas.clips import read_s4
+
+    encoder = build_audio_encoder("audiomae", False)
+    assert sum(p.numel() for p in encoder.parameters()) == 85_648_128 and not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert encoder.net.pos_embed.shape == (1, 513, 768) and encoder.net.patch_embed.proj.weight.shape == (768, 1, 16, 16)
+    clip = read_s4(tree)[0]
+    context, tokens = encode_clip(encoder, clip.audio, 5)
+    assert context.shape == (5, AudioMAE.context_dim) and tokens.shape == (5, AudioMAE.tokens, AudioMAE.token_dim) and np.isfinite(tokens).all()
+    np.testing.assert_allclose(context, tokens.astype(np.float32).mean(1), atol=2e-3)
+    mute = encode_clip(encoder, None, 5)[0]
+    assert np.isfinite(mute).all() and not np.array_equal(mute, context)
+
+
+def test_audiomaes_weights_come_from_a_file_or_the_hub(tmp_path, small, monkeypatch):
+    create, asked = timm.create_model, []
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            asked.append((name, options))
+            if len(asked) > 1:
+                raise OSError("the hub is out of reach")
+        return create("vit_tiny_patch16_224", img_size=(1024, 128), in_chans=1, num_classes=options["num_classes"], global_pool="avg", depth=1)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    state = {name: torch.rand_like(value) for name, value in small.net.state_dict().items()}
+    save_file(state | {"head.weight": torch.zeros(527, 192), "head.bias": torch.zeros(527)}, tmp_path / "a.safetensors")
+    torch.save({"model": state}, tmp_path / "a.pt")
+    for name in ("a.safetensors", "a.pt"):
+        loaded = build_audio_encoder("audiomae", str(tmp_path / name))
+        assert all(torch.equal(value, state[name]) for name, value in loaded.net.state_dict().items())
+    torch.save({name: value for name, value in state.items() if name != "pos_embed"}, tmp_path / "no_place.pt")
+    torch.save(state | {"decoder_embed.weight": torch.zeros(1)}, tmp_path / "pretraining.pt")
+    for name in ("no_place.pt", "pretraining.pt"):
+        with pytest.raises(AtlasError, match=name):
+            build_audio_encoder("audiomae", str(tmp_path / name))
+    assert not asked
+
+    fetched = build_audio_encoder("audiomae", True)
+    assert asked == [(AUDIOMAE_HUB, {"num_classes": 0})] and not fetched.net.training and not any(p.requires_grad for p in fetched.parameters())
+    with pytest.raises(AtlasError, match="out of reach; download it and set audio_weights"):
+        build_audio_encoder("audiomae", True)
 
 
 def test_yamnet_pools_its_tokens():

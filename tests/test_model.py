@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from atlas.data import collate
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, one_line_errors
 from atlas.lra import build_method
 from atlas.model import Atlas, add_lora, base_encoder, build_model, build_visual_encoder, clip_losses, count_parameters, merged, weighted
 from atlas.runs import load_checkpoint, open_model, save_checkpoint
@@ -161,6 +161,24 @@ def test_unknown_models_and_files_are_named():
     for visual, weights, what in (("nosuchnet", False, "nosuchnet"), ("pvt_v2_b0", "nowhere.pt", "nowhere.pt")):
         with pytest.raises(AtlasError, match=what):
             build_visual_encoder(visual, weights)
+
+
+def test_true_asks_timms_hub_and_a_hub_out_of_reach_is_one_line(monkeypatch, capsys):
+    create, asked = timm.create_model, []
+
+    def offline(name, pretrained=False, **options):
+        asked.append((name, pretrained, options))
+        if len(asked) > 1:
+            raise FileNotFoundError("cannot find the requested files\nin the local cache")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    encoder = build_visual_encoder("pvt_v2_b0", True)
+    assert asked == [("pvt_v2_b0", True, {"features_only": True})] and not encoder.training
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        build_visual_encoder("pvt_v2_b0", True)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and all(word in error for word in ("error: ", "pvt_v2_b0", "hub", "local cache", "visual_weights"))
 
 
 def test_normalisation(config, cache):
