@@ -169,7 +169,7 @@ class HeldLora(LowRankAnchor):
 
     def __init__(self, pairs, plateau=None):
         super().__init__({}, 0.0, plateau=plateau)
-        self.pairs = list(pairs.values())
+        self.names, self.pairs = list(pairs), list(pairs.values())
 
     def measure(self, model, batches, loss):
         return ()
@@ -241,6 +241,11 @@ class OLora(HeldLora):
     def _fold(self):
         for pair, frozen, A, B in zip(self.pairs, self.frozen, self.past("A"), self.past("B")):
             pair.weight.data.copy_(frozen + (pair.scale * B @ A).view_as(frozen))
+
+    def folded(self):
+        """The past pairs of every layer, one after the other: A [tasks r, in], B [out, tasks r], or a convolution's."""
+        shaped = lambda pair, A, B: (A.view(-1, *pair.A.shape[1:]), B.view(len(B), -1, *pair.B.shape[2:]))
+        return {name: shaped(*rest) for name, *rest in zip(self.names, self.pairs, self.past("A"), self.past("B"))}
 
     def load_state_dict(self, state, strict=True):
         """The buffers have the sizes that they have in `state`; the frozen weights follow."""

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from atlas.baselines import build_method
 from atlas.compare import problems
 from atlas.data import collate, swap_partners, to_device
 from atlas.errors import AtlasError
@@ -268,6 +269,7 @@ def predictions(run, results, ids=(), count=3):
     partners = swap_partners(cache, tasks)
     model, _ = open_model(config, cache, tasks)
     model.to(device).eval()
+    method = build_method(config, model)  # some keep what they folded into the frozen weights
     final = len(results["matrix"]["J"]) - 1
     if not final:
         raise AtlasError(f"{run} has not learned a task yet, so there are no masks to draw")
@@ -281,7 +283,7 @@ def predictions(run, results, ids=(), count=3):
         drawn.append({"id": clip["id"], "name": clip["category"] or clip["id"], "task": j, "partner": other["category"] or other["id"], "frame": frame, "truth": truth, "J": {}})
         items.append((item, item | cache.sound(partners[i]), middle))
     for stage in sorted({final, *(clip["task"] + 1 for clip in drawn if config.method != "joint")}):
-        load_checkpoint(Path(run, f"task_{stage:02d}"), model)
+        load_checkpoint(Path(run, f"task_{stage:02d}"), model, method)
         with merged(model):
             for clip, (item, swapped, middle) in zip(drawn, items):
                 wanted = [("own", item)] if stage == clip["task"] + 1 else []

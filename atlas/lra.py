@@ -95,6 +95,10 @@ class LowRankAnchor(nn.Module):
         self.idle = not strength  # then nothing is measured nor kept
         self.armed = False  # no task consolidated yet: the penalty is zero and costs nothing
 
+    def folded(self):
+        """{layer: (A, B)}: what was folded into the frozen weights, which a checkpoint's adapter must hold as well. Here: nothing."""
+        return {}
+
     def get_extra_state(self):
         return torch.tensor([self.armed, *(self.plateau.state() if self.plateau else ())], dtype=torch.float64)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from atlas import parallel
@@ -147,15 +147,41 @@ def writing(folder):
 
 @parallel.first_only
 def save_checkpoint(folder, model, method):
-    """`folder` (task_NN/): LoRA in PEFT's own format, fusion and decoder in model.safetensors, the method's state in method.safetensors."""
+    """`folder` (task_NN/): LoRA in PEFT's own format, for the encoder as timm makes it; fusion and decoder in model.safetensors, the method's state in method.safetensors."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed between this and its scores
     with built_beside(folder) as build, writing(folder):
         if isinstance(model.encoder, peft.PeftModel):
             model.encoder.save_pretrained(build)
             (build / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            _widen_adapter(build, method.folded())
         rest = {name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith("encoder.")}
         save_file(rest, build / "model.safetensors")
         save_file({name: value.contiguous() for name, value in method.state_dict().items()}, build / "method.safetensors")
+
+
+def _widen_adapter(folder, past):
+    """Put the pairs that a method folded into the frozen weights ({layer: (A, B)}) before the adapter's own, so that it stands for all that was learned, on timm's weights.
+
+    [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2; alpha grows with r, so that alpha / r stays.
+    """
+    own = json.loads((folder / "adapter_config.json").read_text())
+    state, total = load_file(folder / "adapter_model.safetensors"), own["r"]
+    for name, (A, B) in past.items():
+        state[f"{name}.lora_A.weight"] = torch.cat([A.cpu(), state[f"{name}.lora_A.weight"]])
+        state[f"{name}.lora_B.weight"] = torch.cat([B.cpu(), state[f"{name}.lora_B.weight"]], 1).contiguous()
+        total = own["r"] + len(A)
+    if total > own["r"]:
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_text(folder / "adapter_config.json", json.dumps(own | {"r": total, "lora_alpha": own["lora_alpha"] * total / own["r"]}, indent=2, sort_keys=True))
+
+
+def _own_adapter(folder, rank):
+    """The adapter's own pair, of `rank`: what _widen_adapter put before it is the method's, by method.safetensors."""
+    state = load_file(folder / "adapter_model.safetensors")
+    with safe_open(folder / "method.safetensors", "pt") as file:
+        past = file.get_slice("A0").get_shape()[0] if "A0" in file.keys() else 0
+    dim = lambda name: 1 if "lora_B" in name else 0
+    return {name: value.narrow(dim(name), past, rank) if value.shape[dim(name)] == past + rank else value for name, value in state.items()}
 
 
 def load_checkpoint(folder, model, method=None):
@@ -176,7 +202,7 @@ def load_checkpoint(folder, model, method=None):
 def _load_parts(folder, model):
     """Load what save_checkpoint wrote of the model; the names that do not fit."""
     if isinstance(model.encoder, peft.PeftModel):
-        found = peft.set_peft_model_state_dict(model.encoder, load_file(folder / "adapter_model.safetensors"))
+        found = peft.set_peft_model_state_dict(model.encoder, _own_adapter(folder, model.encoder.peft_config["default"].r))
         wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
     else:
         wrong = []

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 import train
@@ -298,6 +299,13 @@ def test_three_tasks_and_back_from_the_checkpoint_to_the_same_logits(config, cac
         assert torch.equal(fresh.eval()(batch)["masks"], model.eval()(batch)["masks"])
     for name, value in anchor.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+    for t in (1, 3):  # the adapter alone, on the encoder as it was before any learning, gives the run's own features
+        plain = open_model(replace(config, method="frozen"), cache)[0].eval()
+        plain.encoder = PeftModel.from_pretrained(plain.encoder, folder / f"task_{t:02d}").eval()
+        load_checkpoint(folder / f"task_{t:02d}", fresh, again)
+        with torch.no_grad():
+            for a, b in zip(plain.encode(batch["frames"]), fresh.encode(batch["frames"]), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lwf", "olora", "frozen_lora", "lra_plus"])

@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import timm
 import torch
 from conftest import ROOT, SHARED, TINY, one_line, real, run
-from PIL import Image
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from atlas.clips import read_s4
+from atlas.config import load_config
+from atlas.model import build_model
+from atlas.runs import load_checkpoint
 
 FAST = [*TINY, "batch_size=2", "epochs_first=1", "epochs=1", "lr_first=1e-3", "lr=1e-3", "method=lra"]
-
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +83,27 @@ def test_eval_prints_the_same_table_and_the_checkpoints_score_the_same(lra):
     results["metrics"]["J"]["final"] += 0.01
     (copy / "results.json").write_text(json.dumps(results))
     one_line(run("eval.py", copy, "--rescore"), "do not follow")
+
+
+def test_a_runs_adapters_travel_to_plain_timm_and_peft(lra, cache):
+    """`task_NN/` opens with PEFT alone, on an encoder that timm alone made with the weights the run had, and gives the features of the run's own model."""
+    config = load_config([lra[0] / "config.yaml"])
+    frames = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    features = []
+    for k in (1, 2, 3):
+        own = build_model(config, cache.context_dim, cache.token_dim).eval()
+        load_checkpoint(lra[0] / f"task_{k:02d}", own)
+        torch.manual_seed(config.seed)  # visual_weights: false
+        encoder = timm.create_model(config.visual, features_only=True)
+        mean, std = (255 * torch.tensor(timm.get_pretrained_cfg(config.visual).to_dict()[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+        travelled = PeftModel.from_pretrained(encoder, lra[0] / f"task_{k:02d}").eval()
+        with torch.no_grad():
+            features.append(travelled((frames - mean) / std))
+            for a, b in zip(features[-1], own.encode(frames), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+            with travelled.disable_adapter():
+                assert not torch.equal(travelled((frames - mean) / std)[-1], features[-1][-1])  # the adapter is there and does something
+    assert not torch.equal(features[0][-1], features[2][-1])
 
 
 def test_the_same_seed_gives_the_same_matrices(lra, place):
