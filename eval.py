@@ -4,6 +4,7 @@
     python eval.py runs/cil_lra_seed0 --rescore    score its checkpoints again on the data, and compare with results.json
     python eval.py runs/cil_lra_seed0 --figures    draw R, its tasks, masks and (task-free) consolidations into its figures/
     python eval.py runs/cil_*                      several runs: a table of the methods, in Markdown; --figures --out DIR draws them
+    python eval.py runs/cil_lra_seed0 --video clip.mp4 --out overlay.mp4        mask what its last model hears in your own video; --audio: in another sound
 """
 import argparse
 
@@ -13,9 +14,12 @@ def parse():
     parser.add_argument("run", nargs="+", help="the folder of a run; of several, to compare them")
     parser.add_argument("--rescore", action="store_true", help="score every checkpoint again; exit 1 where a score differs by more than 1e-6")
     parser.add_argument("--figures", action="store_true", help="draw what there is to see of the run, or of the several, as .png and .pdf")
-    parser.add_argument("--out", help="folder for the figures (one run: its figures/ where not given), and for several runs' comparison.md")
+    parser.add_argument("--out", help="folder for the figures (one run: its figures/ where not given), and for several runs' comparison.md; --video: the video to write")
     parser.add_argument("--score", choices=("J", "F"), default="J", help="--figures: of the heat-map and the bars of one run")
     parser.add_argument("--clips", metavar="ID,ID", help="--figures: test clips whose masks to draw; a few drawn with a fixed seed where not given")
+    parser.add_argument("--video", metavar="FILE", help="draw the masks of the run's last model over this video, at its own size and rate, and keep its sound; written to --out (.mp4, .mov or .mkv)")
+    parser.add_argument("--audio", metavar="FILE", help="--video: the sound to hear instead, and to give the overlay")
+    parser.add_argument("--task", type=int, metavar="N", help="--video: of a TIL run, the task whose head masks; the last one where not given")
     return parser.parse_args()
 
 
@@ -34,7 +38,7 @@ from atlas.errors import AtlasError, one_line_errors
 from atlas.metrics import score_tasks
 from atlas.protocols import PROTOCOLS
 from atlas.results import TEST_SCORES, derived_metrics, read_joint, read_results, summary
-from atlas.runs import autocast_of, load_checkpoint, open_data, open_model, pick_device, read_run_config
+from atlas.runs import autocast_of, load_checkpoint, open_data, open_model, pick_device, read_run_config, refuse_other_encoders
 
 
 def rescore(run, results):
@@ -52,9 +56,7 @@ def rescore(run, results):
     tasks = PROTOCOLS[config.protocol](cache, config)
     partners = swap_partners(cache, tasks)
     model, visual_sha = open_model(config, cache, tasks)
-    for name, sha in (("visual", visual_sha), ("audio", audio_sha)):
-        if sha != results["weights"][name]["sha256"]:
-            raise AtlasError(f"the {name} encoder is not the one of the run {run}: its weights differ ({name}_weights in config.yaml, or another torch)")
+    refuse_other_encoders(run, results, visual_sha, audio_sha)
     model.to(device)
     method = build_method(config, model)  # some keep what they folded into the frozen weights
     largest = 0.0
@@ -104,7 +106,24 @@ def compare(given):
     return 0
 
 
+def show(run, given):
+    """Write the overlay of a video, and say what was done."""
+    if not given.out:
+        raise AtlasError("--video needs the name of the video to write: --out overlay.mp4")
+    from atlas.video import overlay
+
+    done = overlay(run, given.video, given.out, given.audio, given.task)
+    print(f"{given.out}: {done['frames']} frames, {done['seconds']:.1f} s, mean masked area {done['area']:.1%}; the model after task {done['stage']}, hearing {given.audio or given.video}")
+    return 0
+
+
 def main(given):
+    if given.video and (len(given.run) > 1 or given.rescore or given.figures):
+        raise AtlasError("--video is for one run, without --rescore and --figures")
+    if not given.video and (given.audio or given.task is not None):
+        raise AtlasError("--audio and --task go with --video FILE")
+    if given.video:
+        return show(given.run[0], given)
     if len(given.run) > 1:
         return compare(given)
     run = given.run[0]

@@ -35,7 +35,11 @@ def read_wave(path):
         raise AtlasError(f"cannot read the sound {path}: {error}") from None
     if not len(wave):
         raise AtlasError(f"the sound {path} is empty")
-    wave = torch.from_numpy(wave.mean(1))
+    return resampled(torch.from_numpy(wave.mean(1)), rate)
+
+
+def resampled(wave, rate):
+    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)] at 16 kHz."""
     return wave if rate == RATE else _resampler(rate, RATE)(wave)
 
 
@@ -238,9 +242,13 @@ def fingerprint(module):
     return digest.hexdigest()
 
 
-@torch.inference_mode()
 def encode_clip(encoder, path, seconds):
     """(a [T, D_a], U [T, N, D_u]) as float16 arrays; `path` None: of a zero waveform."""
-    wave = torch.zeros(seconds * RATE) if path is None else read_wave(path)
+    return encode_wave(encoder, torch.zeros(seconds * RATE) if path is None else read_wave(path), seconds)
+
+
+@torch.inference_mode()
+def encode_wave(encoder, wave, seconds):
+    """(a [T, D_a], U [T, N, D_u]) as float16 arrays, of wave [samples] at 16 kHz."""
     context, tokens = encoder(encoder.front_end(wave, seconds))
     return context.numpy().astype(np.float16), tokens.numpy().astype(np.float16)

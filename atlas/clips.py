@@ -187,14 +187,15 @@ def load_clip(clip, size):
     masks = np.zeros((T, size, size), bool)
     for t, (frame_path, mask_path) in enumerate(zip(clip.frames, clip.masks)):
         frame = read_frame(frame_path)
-        frames[t] = _resized(frame, size, Image.Resampling.BILINEAR)
+        frames[t] = resized(frame, size, Image.Resampling.BILINEAR)
         if mask_path:
             mask = read_mask(mask_path)
             if mask.shape != frame.shape[:2]:
                 raise AtlasError(f"the mask {mask_path} is {mask.shape[1]}x{mask.shape[0]}, its frame {frame.shape[1]}x{frame.shape[0]}; they must be equal")
-            masks[t] = _resized(mask.astype(np.uint8), size, Image.Resampling.NEAREST)
+            masks[t] = resized(mask.astype(np.uint8), size, Image.Resampling.NEAREST)
     return frames, masks
 
 
-def _resized(array, size, how):
+def resized(array, size, how=Image.Resampling.BILINEAR):
+    """A picture [H, W, ...] at size x size."""
     return array if array.shape[:2] == (size, size) else np.asarray(Image.fromarray(array).resize((size, size), how))

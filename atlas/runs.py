@@ -44,6 +44,13 @@ def open_model(config, cache, tasks=()):
     return model, frozen_fingerprint(model)
 
 
+def refuse_other_encoders(run, results, visual_sha, audio_sha):
+    """The scores of a run hold for its own frozen encoders only."""
+    for name, sha in (("visual", visual_sha), ("audio", audio_sha)):
+        if sha != results["weights"][name]["sha256"]:
+            raise AtlasError(f"the {name} encoder is not the one of the run {run}: its weights differ ({name}_weights in config.yaml, or another torch)")
+
+
 def frozen_fingerprint(model):
     """The SHA-256 of the visual encoder without LoRA."""
     encoder = base_encoder(model.encoder)
