@@ -2,7 +2,7 @@
 
     python eval.py runs/cil_lra_seed0              its matrix R and summary table, from its files alone
     python eval.py runs/cil_lra_seed0 --rescore    score its checkpoints again on the data, and compare with results.json
-    python eval.py runs/cil_lra_seed0 --figures    draw R, its tasks, masks and (task-free) consolidations into its figures/
+    python eval.py runs/cil_lra_seed0 --figures    draw R, its classes, masks and (task-free) consolidations into its figures/
     python eval.py runs/cil_*                      several runs: a table of the methods, in Markdown; --figures --out DIR draws them
     python eval.py runs/cil_lra_seed0 --video clip.mp4 --out overlay.mp4        mask what its last model hears in your own video; --audio: in another sound
 """
@@ -65,6 +65,8 @@ def rescore(run, results):
             load_checkpoint(Path(run, f"task_{row:02d}"), model, method)
         found = score_tasks(model, cache, tasks, partners, config, autocast_of(config), device, learned=row)
         rows = [(results["matrix"][name][row], found["test"][name]) for name in TEST_SCORES]
+        if of_classes := results.get("class_matrix"):
+            rows.append((of_classes["J"][row], found["classes"]))
         for old, new in [*rows, (results["val_matrix"]["J"][row], found["val"]["J"])]:
             largest = max(largest, *(0.0 if a is b else float("inf") if None in (a, b) else abs(a - b) for a, b in zip(old, new)))
         print(f"row {row}  J: " + " ".join(f"{v:5.3f}" for v in found["test"]["J"]) + f"   largest difference so far {largest:.1e}", flush=True)

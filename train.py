@@ -28,7 +28,7 @@ from atlas import parallel, runs
 from atlas.baselines import build_method
 from atlas.data import ClipDataset, loader, swap_partners, to_device
 from atlas.errors import AtlasError, one_line_errors
-from atlas.metrics import score_disjoint, score_tasks
+from atlas.metrics import class_names, score_disjoint, score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, rounds, stages
 from atlas.results import derived_metrics, new_results, read_joint, read_results, row_text, summary
@@ -56,7 +56,7 @@ def main(config, resume=False):
             print(f"{folder} is finished\n\n{summary(results)}")
             return
     else:
-        results = new_results(config, tasks, count_parameters(model), {"visual": visual_sha, "audio": audio_sha}, device, runs.pick_amp(config))
+        results = new_results(config, tasks, class_names(cache, tasks), count_parameters(model), {"visual": visual_sha, "audio": audio_sha}, device, runs.pick_amp(config))
     parallel.wait()  # all have read what there was, before the first writes
     joint = read_joint(config.joint_run, results["tasks"])
     learned = max(0, len(results["matrix"]["J"]) - 1)
@@ -212,6 +212,8 @@ def evaluate(model, cache, tasks, partners, config, autocast, device, results):
     for matrix, split in (("matrix", "test"), ("val_matrix", "val")):
         for name in results[matrix]:
             results[matrix][name].append(row[split][name])
+    if results.get("class_matrix"):  # MS3 has no classes, and a run begun by an older version no such matrix
+        results["class_matrix"]["J"].append(row["classes"])
     results["seconds"]["evaluate"].append(time.time() - start)
 
 

@@ -102,10 +102,10 @@ def title_of(results):
 
 
 def run_figures(results, folder, score="J"):
-    """{name: Figure} of one run, without its data: the heat-map of R; the bars of a run over tasks; the trace of a task-free one that watched its loss."""
+    """{name: Figure} of one run, without its data: the heat-map of R; the bars of its classes, or tasks; the trace of a task-free one that watched its loss."""
     figures = {f"heatmap_{score}": heatmap(results, score)}
     if results["method"] != "joint" and len(results["matrix"][score]) > 1:
-        figures[f"tasks_{score}"] = task_bars(results, score)
+        figures[f"{'classes' if has_classes(results, score) else 'tasks'}_{score}"] = bars(results, score)
     if results["protocol"] == "tfcl" and windows(folder):
         figures["trace"] = trace(results, folder)
     return figures
@@ -145,23 +145,34 @@ def draw_heatmap(ax, R, joint, cell):
     return image
 
 
-def task_bars(results, score="J"):
-    """Per task: the score right after learning it against the one after the last task."""
-    R = np.array(results["matrix"][score], float)
-    learned = len(R) - 1
-    y = np.arange(learned)
-    figure, axes = panels(1, 1, COLUMN, 0.95 + 0.27 * learned)
+def bars(results, score="J"):
+    """The score right after learning against the one after the last task: per class where `has_classes`, else per task."""
+    if has_classes(results, score):
+        C, names = results["class_matrix"]["J"], results["class_matrix"]["classes"]
+        stage = {name: k for k, task in enumerate(results["tasks"], start=1) for name in task["classes"]}
+        pairs = [(f"{stage[name]} {shortened(name, 22)}", C[stage[name]][c], C[-1][c]) for c, name in enumerate(names) if stage[name] < len(C)]
+    else:
+        R = results["matrix"][score]
+        pairs = [(name, R[j + 1][j], R[-1][j]) for j, name in enumerate(numbered(results["tasks"][: len(R) - 1], 22))]
+    names, first, last = zip(*pairs)
+    y, shown = np.arange(len(pairs)), lambda values: np.nan_to_num(np.array(values, float))
+    figure, axes = panels(1, 1, COLUMN, 0.95 + (0.2 if len(pairs) > 12 else 0.27) * len(pairs))
     ax = axes[0, 0]
-    ax.barh(y - 0.2, np.nan_to_num([R[j + 1, j] for j in y]), 0.38, color=SKY, label="right after learning it")
-    ax.barh(y + 0.2, np.nan_to_num(R[-1, :learned]), 0.38, color=BLUE, label="after the last task")
-    ax.set_yticks(y, numbered(results["tasks"][:learned], 22))
-    ax.invert_yaxis()
+    ax.barh(y - 0.2, shown(first), 0.38, color=SKY, label="right after learning it")
+    ax.barh(y + 0.2, shown(last), 0.38, color=BLUE, label="after the last task")
+    ax.set_yticks(y, names)
+    ax.set_ylim(len(pairs) - 0.4, -0.6)
     ax.set_xlim(0, 1)
-    ax.set_xlabel(f"{score} on test clips")
+    ax.set_xlabel(f"{score} on test clips" + (", by task and class" if has_classes(results, score) else ""))
     ax.grid(axis="x")
     figure.legend(loc="outside lower center", ncols=2)
     figure.suptitle(title_of(results))
     return figure
+
+
+def has_classes(results, score):
+    """Whether results.json tells the score class by class, of classes that belong to a task: J, and not of MS3, of a stream, or of a run made before there was a class matrix."""
+    return score == "J" and bool(results.get("class_matrix")) and any(task["classes"] for task in results["tasks"])
 
 
 # ---- the consolidation trace -----------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class MaskMeter:
         self.curve = torch.zeros(THRESHOLDS, dtype=torch.float64)
 
     def update(self, logits, masks, annotated):
-        """logits [B, T, H, W], masks [B, T, H, W] (bool, or 1 and 0), annotated [B, T] bool."""
+        """logits [B, T, H, W], masks [B, T, H, W] (bool, or 1 and 0), annotated [B, T] bool -> J of each of the M annotated frames, and whose each is, both [M]."""
         B, T = annotated.shape
         clip = torch.arange(B, device=logits.device)[:, None].expand(B, T)[annotated]  # [M]
         chosen = (lambda x: x.flatten(0, 1)) if annotated.all() else (lambda x: x[annotated])  # no copy where all frames count
@@ -47,12 +47,13 @@ class MaskMeter:
         J = both / (size + area - both + 1e-7)
         empty = size == 0
         background = (pixels - area) / (pixels + 1e-7)
-        self.J += torch.where(empty, background, J).sum(dtype=torch.float64).item()
+        frame_J, whose = torch.where(empty, background, J), clip
+        self.J += frame_J.sum(dtype=torch.float64).item()
         self.J_strict += torch.where(empty, (area == 0).to(J.dtype), J).sum(dtype=torch.float64).item()
         self.frames += len(x)
 
         if not self.with_F:
-            return
+            return frame_J, whose
         curves = f_curves(x.sigmoid(), g)[~empty]  # [M', 255]
         clip = clip[~empty]
         count = torch.bincount(clip, minlength=B)
@@ -62,6 +63,7 @@ class MaskMeter:
         self.sounding_clips += len(best)
         self.sounding_frames += len(curves)
         self.curve += curves.sum(0).cpu()
+        return frame_J, whose
 
     def reduce(self):
         """Sum over the processes that each met a share of the clips."""
@@ -108,10 +110,12 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
 
     J_swap: J with the sound of the partner, against the clip's own mask. mute_area: mean predicted area when the encoder hears a zero waveform.
     class_accuracy: share of clips whose class has the largest logit among the competing ones; None without a classifier, or where a class does not compete.
+    frames: for every clip of the cache the sum of J over its scored frames, and their number, [2, n] float64.
     """
     model.eval()
     own, swapped, area, frames, hits = MaskMeter(), MaskMeter(with_F=False), 0.0, 0, []
     mute = {name: value.to(device) for name, value in cache.sound(None).items()}
+    of_clips = torch.zeros(2, len(cache.clips), dtype=torch.float64)
     for batch in loader(ClipDataset(cache, parallel.mine(indices)), batch_size, workers=workers, device=device):
         batch = to_device(batch, device)
         B = len(batch["context"])
@@ -129,7 +133,8 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
             return outputs | {"masks": full}
 
         outputs = segment(batch["context"], batch["tokens"])
-        own.update(outputs["masks"], masks, annotated)
+        frame_J, whose = own.update(outputs["masks"], masks, annotated)
+        of_clips.index_add_(1, torch.tensor(batch["index"])[whose.cpu()], torch.stack([frame_J.double(), torch.ones_like(frame_J, dtype=torch.float64)]).cpu())
         if "classes" in outputs:
             labels = model.classifier.labels(batch["category"]).to(device)
             hits += torch.where(labels < 0, torch.nan, (outputs["classes"].argmax(1) == labels).float()).tolist()
@@ -140,7 +145,7 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
             area += (silent > 0)[annotated].flatten(1).float().mean(1).sum().item()
             frames += int(annotated.sum())
     told, hit, area, frames = (parallel.summed(float(x)) for x in (len(hits), sum(hits), area, frames))
-    result = own.reduce().compute() | {"class_accuracy": None if not told or math.isnan(hit) else hit / told}
+    result = own.reduce().compute() | {"class_accuracy": None if not told or math.isnan(hit) else hit / told, "frames": parallel.summed(of_clips)}
     if partners is not None:
         result |= {"J_swap": swapped.reduce().compute()["J"], "mute_area": area / frames if frames else None}
     return result
@@ -152,7 +157,7 @@ def options_of(config, autocast, device):
 
 
 def score_tasks(model, cache, tasks, partners, config, autocast, device, learned):
-    """One row of every matrix, for all tasks, past, present and future: {"test": {score: [one a task]}, "val": {"J": [...]}}.
+    """One row of every matrix, for all tasks, past, present and future: {"test": {score: [one a task]}, "val": {"J": [...]}, "classes": [J of each of class_names]}.
 
     With heads of their own (TIL) the tasks are told apart; a task not learned yet is scored with the latest head. `learned`: stages so far; the classes of
     a task beyond them do not compete.
@@ -167,7 +172,15 @@ def score_tasks(model, cache, tasks, partners, config, autocast, device, learned
                 model.classifier.compete(*((j, j + 1 if j < seen else j) if til else (0, seen)))
             rows.append(score(model, cache, task.test, partners, **options))
             val.append(score(model, cache, task.val, **options)["J"])
-    return {"test": {name: [row[name] for row in rows] for name in rows[0]}, "val": {"J": val}}
+    J, frames = sum(row.pop("frames") for row in rows)
+    of_class = [[i for i, clip in enumerate(cache.clips) if clip["category"] == name] for name in class_names(cache, tasks) or []]
+    classes = [(J[clips].sum() / frames[clips].sum()).item() if frames[clips].any() else None for clips in of_class]
+    return {"test": {name: [row[name] for row in rows] for name in rows[0]}, "val": {"J": val}, "classes": classes}
+
+
+def class_names(cache, tasks):
+    """The categories of the data, in learning order (a stream has none: by name); None where clips have no category (MS3)."""
+    return [name for task in tasks for name in task.classes] or sorted({clip["category"] for clip in cache.clips if clip["category"]}) or None
 
 
 def score_disjoint(model, cache, config, autocast, device):

@@ -17,8 +17,11 @@ from atlas.metrics import continual_metrics
 TEST_SCORES = ("J", "F", "J_strict", "F_dataset", "J_swap", "mute_area", "class_accuracy")  # the last: null without the branch and for classes not seen yet
 
 
-def new_results(config, tasks, parameters, sha256, device, amp):
-    """results.json before the first score. Matrices: row 0 = untrained, then one row a stage learned; columns = tasks. `sha256`: of the frozen encoders."""
+def new_results(config, tasks, classes, parameters, sha256, device, amp):
+    """results.json before the first score. Matrices: row 0 = untrained, then one row a stage learned; columns = tasks, or `classes` (None: the data have none).
+
+    `sha256`: of the frozen encoders.
+    """
     source = lambda weights: "random" if weights is False else str(weights)
     weights = {
         "visual": {"source": source(config.visual_weights), "sha256": sha256["visual"]},
@@ -42,6 +45,7 @@ def new_results(config, tasks, parameters, sha256, device, amp):
         "consolidations": [],
         "matrix": {name: [] for name in TEST_SCORES},
         "val_matrix": {"J": []},
+        "class_matrix": classes and {"classes": classes, "J": []},
         "metrics": None,
         "parameters": parameters,
         "seconds": {"train": [], "consolidate": [], "evaluate": []},

@@ -52,10 +52,27 @@ def test_the_heatmap_of_a_joint_run_has_two_rows_and_an_undefined_score_is_a_das
 
 
 def test_bars_are_the_diagonal_and_the_last_row():
-    figure = figures.task_bars(made())
+    figure = figures.bars(made())  # of a run without a class matrix: older, or MS3
     first, last = ([bar.get_width() for bar in bars] for bars in figure.axes[0].containers)
     assert first == pytest.approx([0.6, 0.6, 0.6]) and last == pytest.approx([0.4, 0.5, 0.6])
     assert labels(figure) == ["right after learning it", "after the last task"] and "1 seed" in figure.get_suptitle() and inside(figure)
+
+
+def test_every_class_has_a_pair_of_bars_from_its_own_task_and_the_last(tmp_path):
+    tasks = [task | {"classes": names} for task, names in zip(TASKS, (["a", "b"], ["c"], ["d", "e"]))]
+    J = np.random.default_rng(0).random((4, 5)).tolist()
+    J[3][1] = None  # a class without a test clip
+    results = made(tasks=tasks) | {"class_matrix": {"classes": list("abcde"), "J": J}}
+    assert list(figures.run_figures(results, tmp_path)) == ["heatmap_J", "classes_J"] and list(figures.run_figures(results, tmp_path, "F")) == ["heatmap_F", "tasks_F"]
+    figure = figures.bars(results)
+    first, last = ([bar.get_width() for bar in bars] for bars in figure.axes[0].containers)
+    assert first == pytest.approx([J[1][0], J[1][1], J[2][2], J[3][3], J[3][4]]) and last == pytest.approx([J[3][0], 0, *J[3][2:]])
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["1 a", "1 b", "2 c", "3 d", "3 e"] and inside(figure)
+    begun = results | {"complete": False, "class_matrix": {"classes": list("abcde"), "J": J[:3]}, "matrix": {"J": results["matrix"]["J"][:3]}}
+    assert len(figures.bars(begun).axes[0].containers[0]) == 3 and inside(figures.bars(begun))  # of the classes learned so far
+    stream = made(tasks=[task | {"classes": []} for task in TASKS]) | {"class_matrix": results["class_matrix"]}
+    for other in (stream, results | {"class_matrix": None}):
+        assert list(figures.run_figures(other, tmp_path)) == ["heatmap_J", "tasks_J"]
 
 
 def test_the_figures_of_a_joint_an_unfinished_and_a_long_run(tmp_path):
@@ -163,7 +180,7 @@ def evaluate(*words):
 
 
 def test_the_commands(til, tmp_path, capsys):
-    names = ["heatmap_J", "tasks_J", "masks"]
+    names = ["heatmap_J", "classes_J", "masks"]
     assert evaluate(til, "--figures") == 0
     assert sorted(p.name for p in (til / "figures").iterdir()) == sorted(f"{n}.{end}" for n in names for end in ("png", "pdf"))
     for seed in (0, 1):

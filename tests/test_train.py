@@ -1,6 +1,7 @@
 """The loop of train.py, in this process."""
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import train
 from atlas import runs
 from atlas.data import PackedClips
 from atlas.errors import AtlasError
+from atlas.metrics import class_names
 from atlas.protocols import PROTOCOLS, rounds, stages
 from atlas.results import read_results
 from atlas.runs import open_data, open_model
@@ -39,6 +41,30 @@ def test_no_past_train_clip_is_asked_for_while_a_task_is_learned(config, cache, 
             assert own[value] == t, f"while task {t} was learned, a train clip of task {own[value]} was asked for"
             asked[t].add(value)
     assert asked == {0: set()} | {k: set(task.train) for k, task in enumerate(tasks, 1)}
+
+
+@pytest.mark.parametrize("protocol", ["til", "tfcl"])
+def test_the_class_matrix_agrees_with_the_matrix(config, cache, tmp_path, protocol):
+    """In every row, the mean of J over classes, weighted by their test clips, is that of the tasks they are in. A stream has the classes of its segments together."""
+    stream = STREAM if protocol == "tfcl" else {}
+    train.main(replace(config, **{"protocol": protocol, "method": "lra"} | stream, name="run", out_dir=str(tmp_path)))
+    results = read_results(tmp_path / "run")
+    names, J = results["class_matrix"]["classes"], np.array(results["class_matrix"]["J"])
+    groups = [task["classes"] for task in results["tasks"]] if protocol == "til" else [names]
+    R, clips = np.array(results["matrix"]["J"]), np.array([task["clips"]["test"] for task in results["tasks"]])
+    of_groups = R if protocol == "til" else R @ clips[:, None] / clips.sum()
+    number = {name: len(cache.select("test", [name])) for name in names}
+    assert sorted(names) == sorted({clip["category"] for clip in cache.clips}) and sum(groups, []) == names and J.shape == (len(R), len(names))
+    for row, of_row in zip(J, of_groups):
+        value = dict(zip(names, row))
+        expected = [sum(number[name] * value[name] for name in group) / sum(number[name] for name in group) for group in groups]
+        np.testing.assert_allclose(expected, of_row, atol=1e-9)
+    assert len(set(J[0])) > 1  # not all the same
+
+
+def test_multi_source_clips_have_no_classes(cache):
+    assert class_names(SimpleNamespace(clips=[{"category": None}] * 3), [SimpleNamespace(classes=())]) is None
+    assert class_names(cache, [SimpleNamespace(classes=())]) == sorted({clip["category"] for clip in cache.clips})
 
 
 def test_a_closed_clip_cannot_be_had(config):
