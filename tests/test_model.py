@@ -3,10 +3,12 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from conftest import SHARED, real
+from conftest import ROOT, SHARED, real
 from peft import PeftModel
 from safetensors.torch import save_file
 
+from atlas.audio import VGGish
+from atlas.config import FIELDS, load_config
 from atlas.data import collate
 from atlas.errors import AtlasError, one_line_errors
 from atlas.lra import build_method
@@ -199,6 +201,28 @@ def test_a_checkpoint_brings_everything_back_and_opens_in_peft(config, cache, ba
     plain = build_model(replace(config, method="frozen"), cache.context_dim, cache.token_dim).eval()
     plain.encoder = PeftModel.from_pretrained(plain.encoder, tmp_path / "task_01").eval()
     assert all(torch.equal(a, b) for a, b in zip(plain.encode(batch["frames"]), model.encode(batch["frames"])))
+
+
+def test_the_paper_scale_configs_build_one_and_the_same_model():
+    """pvt_v2_b5 with LoRA on VGGish's features: the four configs load, agree on all that makes the model, and it sees and hears a clip."""
+    protocols = {"ss_til": "til", "ss_cil": "cil", "ss_dil": "dil", "ms_tfcl": "tfcl"}
+    configs = {name: load_config([ROOT / "configs" / f"{name}.yaml"], ["visual_weights=false"]) for name in protocols}
+    assert {name: config.protocol for name, config in configs.items()} == protocols
+    wanted = {"visual": "pvt_v2_b5", "audio": "vggish", "audio_weights": True, "image_size": 224, "amp": "auto", "method": "lra", "classify": False, "conditioning": "gate"}
+    makes = [*wanted, "visual_norm", "visual_pad", "width", "heads", "seed", *(key for key in FIELDS if key.startswith("lora_"))]
+    settings = [{key: getattr(config, key) for key in makes} for config in configs.values()]
+    assert all(each == settings[0] for each in settings) and wanted.items() <= settings[0].items() and settings[0]["lora_rank"] > 0
+    assert all(load_config([ROOT / "configs" / f"{name}.yaml"]).visual_weights is True for name in protocols)  # pretrained as they stand
+
+    model = build_model(configs["ss_cil"], VGGish.context_dim, VGGish.token_dim).eval()
+    sizes = count_parameters(model)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert 80e6 < frozen < 84e6 and 0 < sizes["lora"] < sizes["trainable"] < frozen / 5 and sizes["total"] == frozen + sizes["trainable"]
+    clip = {"frames": torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8), "clip": torch.zeros(5, dtype=torch.long), "second": torch.arange(5)}
+    heard = {"context": torch.rand(1, 5, VGGish.context_dim), "tokens": torch.rand(1, 5, VGGish.tokens, VGGish.token_dim)}
+    with torch.no_grad():
+        masks = model(clip | heard)["masks"]
+    assert masks.shape == (5, 64, 64) and masks.isfinite().all()
 
 
 @real
