@@ -1,7 +1,8 @@
 """LRA that keeps listening (`method: lra_plus`, ours): the anchor, and what the last model masks on today's frames when it hears the sounds of yesterday.
 
-A frame of a new task often shows, silent, what an earlier task has taught to hear. So for each clip of a batch the mean sound of one class learned before is drawn, and with
-y the mask probabilities of the model after the last task for (the clip's frames, that sound), z the present model's logits for the same and p = sigmoid(z),
+A frame of a new task often shows, silent, what an earlier task has taught to hear. So for each clip of a batch the model after the last task hears the mean sounds of a few classes
+learned before, drawn at random, and the one for which it masks most is taken. With y its mask probabilities for (the clip's frames, that sound), z the present model's logits for
+the same and p = sigmoid(z),
 
     L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2 + strength * mean over frames of  BCE(y, z) + 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1)
 
@@ -19,6 +20,9 @@ from torch.func import functional_call
 
 from atlas import parallel
 from atlas.lra import LowRankAnchor
+from atlas.model import clip_means
+
+CANDIDATES = 4  # sounds that the last model hears for each clip
 
 
 class LraPlus(LowRankAnchor):
@@ -29,7 +33,7 @@ class LraPlus(LowRankAnchor):
         super().__init__(groups, strength, gamma, power, plateau)
         self.listen, self.model, self.til, self.autocast = listen, [model], til, autocast  # the model in a list: not a submodule
         self.idle = not (strength or listen)
-        self.names = [name for parameters in groups.values() for name in parameters]
+        self.names = [f"model.{name}" for parameters in groups.values() for name in parameters]  # of _Answers
         for name in ("sounds", "head", "heard", "last_heard"):  # [K, S] the mean sounds; [K] whose head (TIL); task-free [S + 1] the sum since the last consolidation, and its clips
             self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
         self.noted = {}
@@ -77,32 +81,53 @@ class LraPlus(LowRankAnchor):
             return held
         (model,), decoder = self.model, self.model[0].decoder
         asked, active, training = self._ask(batch), decoder.active, model.training
-        last = [part.view_as(p) for part, p in zip(self.anchor.split([p.numel() for p in self.anchored]), self.anchored)]
         if self.til:
             decoder.use_head(int(asked.pop("head")))
+        last = [part.view_as(p) for part, p in zip(self.anchor.split([p.numel() for p in self.anchored]), self.anchored)]
         with torch.no_grad(), self.autocast():
-            y = functional_call(model.eval(), dict(zip(self.names, last)), (asked,))["masks"].float().sigmoid().flatten(1)
+            answers = functional_call(_Answers(model).eval(), dict(zip(self.names, last)), (batch, *asked.values()))  # [CANDIDATES, M, H, W]
         model.train(training)
+        y, chosen = most_heard(answers.float().sigmoid(), batch["clip"], len(batch["context"]))
+        asked = {name: sounds[chosen, torch.arange(len(chosen), device=chosen.device)] for name, sounds in asked.items()}
         with self.autocast():
-            z = model.segment(outputs["features"], batch["frames"].shape[-1], batch["clip"], batch["second"], asked["context"], asked["tokens"])["masks"].float().flatten(1)
+            z = model.segment(outputs["features"], batch["frames"].shape[-1], batch["clip"], batch["second"], **asked)["masks"]
         decoder.use_head(active)
-        return held + self.listen * distance(z, y)
+        return held + self.listen * distance(z.float().flatten(1), y.flatten(1))
 
     def _ask(self, batch):
-        """The batch with another sound for every clip, drawn from those remembered (TIL: from those of one task, `head`)."""
+        """CANDIDATES sounds for every clip, drawn from those remembered, {"context" [CANDIDATES, B, T, D_a], "tokens"} (TIL: from those of one task, whose is "head")."""
         (B, seconds), D = batch["context"].shape[:2], batch["context"].shape[2]
-        known = torch.arange(len(self.sounds))
+        known, head = torch.arange(len(self.sounds)), {}
         if self.til:
-            head = self.head[torch.randint(len(known), (1,))]
-            known = (self.head == head).nonzero()[:, 0].cpu()
-        drawn = self.sounds[known[torch.randint(len(known), (B,))]][:, None].expand(-1, seconds, -1)
-        return batch | {"context": drawn[..., :D], "tokens": drawn[..., D:].unflatten(-1, batch["tokens"].shape[2:])} | ({"head": head} if self.til else {})
+            head = {"head": self.head[torch.randint(len(known), (1,))]}
+            known = (self.head == head["head"]).nonzero()[:, 0].cpu()
+        drawn = self.sounds[known[torch.randint(len(known), (CANDIDATES, B))]][:, :, None].expand(-1, -1, seconds, -1)
+        return {"context": drawn[..., :D], "tokens": drawn[..., D:].unflatten(-1, batch["tokens"].shape[2:])} | head
 
     def load_state_dict(self, state, strict=True):
         """As many sounds as `state` has."""
         for name in ("sounds", "head", "heard", "last_heard"):
             setattr(self, name, torch.zeros_like(state[name], device=self.anchor.device))
         return super().load_state_dict(state, strict)
+
+
+class _Answers(torch.nn.Module):
+    """The masks of a model on the frames of a batch, for several sounds of each clip: context [R, B, T, D_a], tokens [R, B, T, N, D_u] -> logits [R, M, H, W]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, context, tokens):
+        features, size = self.model.encode(batch["frames"]), batch["frames"].shape[-1]
+        return torch.stack([self.model.segment(features, size, batch["clip"], batch["second"], *sounds)["masks"] for sounds in zip(context, tokens)])
+
+
+def most_heard(y, clip, B):
+    """Of the answers y [R, M, H, W] to R sounds of each clip, the one that masks most: (probabilities [M, H, W], its number for each clip [B])."""
+    area = torch.stack([clip_means(of_one.mean((1, 2)), clip, B) for of_one in y])  # [R, B]
+    chosen = area.argmax(0)
+    return y[chosen[clip], torch.arange(len(clip), device=clip.device)], chosen
 
 
 def sound_of(batch):
