@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from atlas.config import as_dict, load_config
+from atlas.config import Config, as_dict, load_config
 from atlas.errors import AtlasError, one_line_errors
 
 REPLICATES = ("seed", "data_root")  # what a row of the table is averaged over
@@ -41,7 +41,7 @@ def launch(point, given):
     """Train one point, or go on with it, or skip it where it is finished; its error line, or None."""
     folder, words = folder_of(point, given), words_of(point, given)
     if before := finished(folder):
-        error = None if before["config"] == as_dict(load_config(given.cfg, words)) else f"{folder} holds a run of other config files; choose another --out"
+        error = None if as_dict(Config()) | before["config"] == as_dict(load_config(given.cfg, words)) else f"{folder} holds a run of other config files; choose another --out"
     else:
         threads = str(max(1, (os.cpu_count() or 1) // given.jobs))
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--resume", "--cfg", *given.cfg, *words]

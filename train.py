@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=4 train.py --cfg ...                               the same on several GPUs; batch_size stays that of the whole batch
 
 Config files overlay left to right, then key=value; the command line wins. The run goes to OUT_DIR/NAME: config.yaml,
-log.jsonl (a line an epoch), results.json, task_NN/ (checkpoints). `python eval.py RUN` prints its table again.
+log.jsonl (a line an epoch, as on the terminal), results.json, task_NN/ (checkpoints). `python eval.py RUN` prints its table again.
 After a kill, the same command with --resume goes on from the last finished epoch, to the result it would have had.
 """
 from atlas.config import parse_arguments
@@ -28,12 +28,13 @@ from atlas import parallel, runs
 from atlas.baselines import build_method
 from atlas.data import ClipDataset, loader, swap_partners, to_device
 from atlas.errors import AtlasError, one_line_errors
-from atlas.metrics import class_names, score_disjoint, score_tasks
+from atlas.metrics import class_names, glance, score_disjoint, score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, rounds, stages
 from atlas.results import derived_metrics, new_results, read_joint, read_results, row_text, summary
 
 SENSITIVITY_BATCH = 8  # clips whose gradients are formed side by side; S does not depend on it
+WATCHED = 10  # watch: at most one validation clip for so many train clips of the epoch, which is some 4 % of its time
 
 
 def main(config, resume=False):
@@ -156,11 +157,22 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
                 cache.close(clips)
         raw = {name: totals[name] for name in terms} | {"penalty": totals["penalty"] / (method.strength or 1.0)}
         shares = weighted({name: totals[name] for name in terms}, config) | {"penalty": totals["penalty"]}
-        runs.log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=lr, seconds=time.time() - start)
-        spent += time.time() - start
+        seconds = time.time() - start
+        few = stage.val[:: max(1, -(-WATCHED * len(stage.val) // len(order)))]
+        seen = {"val_J": glance(model, cache, few, config, autocast, device)} if config.watch and few else {}
+        runs.log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=lr, seconds=seconds, **seen)
+        with bar.external_write_mode():
+            print(live_text(t, "stretch" if stream else "epoch", epoch, len(plan.rounds), totals, **seen), flush=True)
+        spent += seconds
         runs.save_progress(folder, t, epoch, spent, model, optimizer, scaler, method)
     bar.close()
     return spent
+
+
+def live_text(t, word, done, of, totals, val_J=None):
+    """What a watched terminal shows after an epoch: the task loss, the anchor's share of the whole loss, J on validation clips of the task (metrics.glance)."""
+    share = totals["penalty"] / (totals["loss"] or 1)
+    return f"task {t}, {word} {done}/{of}: loss {totals['task']:.3f}, anchor {share:.1%}" + ("" if val_J is None else f", val J {val_J:.3f}")
 
 
 def begin_stage(model, t, config):

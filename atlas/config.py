@@ -44,6 +44,7 @@ class Config:
     device: str = key("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     amp: str = key("auto", "mixed precision; auto: bf16 on a GPU that has it, else fp16; off on the CPU", choices=("auto", "bf16", "fp16", "off"))
     compile: bool = key(False, "torch.compile of the training step's forward pass; needs a GPU or a C++ compiler")
+    watch: bool = key(True, "after each epoch show J on validation clips of the task, of their middle frames; it decides nothing and costs some 4 %")
     workers: int = key(0, "loader processes; 0: load in the main process", low=0)
 
     # -- data

@@ -1,6 +1,7 @@
 """The loop of train.py, in this process."""
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 
 import train
 from atlas import runs
-from atlas.data import PackedClips
+from atlas.data import PackedClips, collate
 from atlas.errors import AtlasError
-from atlas.metrics import class_names
+from atlas.metrics import MaskMeter, class_names, glance
 from atlas.protocols import PROTOCOLS, rounds, stages
 from atlas.results import read_results
 from atlas.runs import open_data, open_model
@@ -60,6 +61,43 @@ def test_the_class_matrix_agrees_with_the_matrix(config, cache, tmp_path, protoc
         expected = [sum(number[name] * value[name] for name in group) / sum(number[name] for name in group) for group in groups]
         np.testing.assert_allclose(expected, of_row, atol=1e-9)
     assert len(set(J[0])) > 1  # not all the same
+
+
+@pytest.mark.parametrize("protocol", ["cil", "tfcl"])
+def test_a_watched_run_shows_J_on_validation_and_is_the_same_run(config, cache, tmp_path, capsys, protocol):
+    """A line an epoch on the terminal, with the J of log.jsonl; matrices and checkpoints are those of a run that is not watched, dropout and augmentation included."""
+    stream = STREAM | {"stream_epochs": 2} if protocol == "tfcl" else {}
+    config = replace(config, **{"protocol": protocol, "method": "lra", "lora_dropout": 0.3, "augment": True, "epochs": 2} | stream, out_dir=str(tmp_path))
+    printed = {}
+    for watch in (True, False):
+        train.main(replace(config, watch=watch, name=str(watch)))
+        printed[watch] = [line for line in capsys.readouterr().out.splitlines() if ": loss" in line]
+    logs = [[line for line in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) if "raw" in line] for name in ("True", "False")]
+    word = "stretch" if stream else "epoch"
+    assert len(printed[True]) == len(logs[0]) == (2 if stream else 5)
+    for line, plain, told in zip(printed[True], printed[False], logs[0]):
+        share = told["weighted"]["penalty"] / sum(told["weighted"].values())
+        assert line.startswith(f"task {told['task']}, {word} {told['epoch']}/") and line.endswith(f"anchor {share:.1%}, val J {told['val_J']:.3f}")
+        assert plain == line.rpartition(", val J")[0]
+    assert not any("val_J" in line for line in logs[1])
+    watched, alone = (read_results(tmp_path / name) for name in ("True", "False"))
+    assert all(watched[name] == alone[name] for name in ("matrix", "val_matrix", "class_matrix", "metrics", "consolidations"))
+    for path in (tmp_path / "True").glob("task_*/*.safetensors"):
+        assert path.read_bytes() == Path(str(path).replace("/True/", "/False/")).read_bytes()
+
+
+def test_a_glance_is_J_of_middle_frames_and_changes_nothing(config, cache, tasks):
+    model, _ = open_model(config, cache)
+    model.train()
+    before, few = torch.get_rng_state(), tasks[0].val
+    seen, meter = glance(model, cache, few, config, train.runs.autocast_of(config), "cpu"), MaskMeter(with_F=False)
+    assert model.training and torch.equal(before, torch.get_rng_state())
+    with torch.no_grad():
+        for i in few:
+            item = cache[i]
+            k = len(item["second"]) // 2
+            meter.update(model.eval()(collate([item]))["masks"][k][None, None], item["masks"][k][None, None], torch.ones(1, 1, dtype=torch.bool))
+    assert seen == pytest.approx(meter.compute()["J"], abs=1e-3) and 0 < seen < 1
 
 
 def test_multi_source_clips_have_no_classes(cache):
