@@ -23,8 +23,7 @@ The data are synthetic clips made in a temporary folder, the weights random: nei
 to half on both sides, as the cache stores them.
 
 What bounds a line that misses its target: evaluation, the two more passes through fusion and decoder, which all depend on the sound; by counted FLOPs alone they make it 1.69 at the tiny
-config and 1.54 at paper scale. penalty at the tiny config: autograd's cost of handing a gradient to each of 186 small tensors, not arithmetic. The loader hands out the annotated frame
-only, AVSBench's class all five; it decodes nothing, and its time is copies and the conversion of half to float.
+config and 1.54 at paper scale. The loader hands out the annotated frame only, AVSBench's class all five; it decodes nothing, and its time is copies and the conversion of half to float.
 """
 import argparse
 import json

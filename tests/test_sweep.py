@@ -39,5 +39,5 @@ def test_a_sweep_runs_skips_and_names_what_failed(tree, tmp_path):
     assert len(printed) == 2 and all(line.startswith("python train.py --resume --cfg ") for line in printed)
     again = run(*shlex.split(printed[1])[1:])
     assert again.returncode == 0 and "is finished" in again.stdout, again.stderr  # the very runs that the sweep made
-    failed = run(*words[:-1], "base=9")
+    failed = run(*words[:-2], "method=frozen", "base=9")
     assert failed.returncode == 1 and "base=9, but the data has 4 classes" in failed.stdout
