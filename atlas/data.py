@@ -111,14 +111,14 @@ def _cache_key(clips, root, size, encoder, encoder_name):
 
 
 class PackedClips:
-    """The cache, opened. `[i]` is the only way to a clip's data; it copies one clip's annotated frames out of the memory maps."""
+    """The cache, opened. `[i]` is the only way to a clip's data: views into the memory maps, of which `collate` makes the one copy. (What is written into them never reaches the files.)"""
 
     def __init__(self, folder):
         folder = Path(folder)
         index = json.loads((folder / "index.json").read_text())
         self.folder, self.size, self.clips = folder, index["size"], index["clips"]  # clips: dicts of id, source, split, category
         names = ("frames", "masks", "annotated", "context", "tokens", "mute_context", "mute_tokens")
-        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        self.arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in names}  # numpy's memmap class itself takes longer to index than to read
         self.closed = set()
 
     def close(self, indices):
@@ -147,21 +147,20 @@ class PackedClips:
         if i in self.closed:
             raise AtlasError(f"train clip {self.clips[i]['id']} was asked for after its task; no past clip may be used again; please report this")
         second = np.flatnonzero(self.arrays["annotated"][i])
-        masks = np.unpackbits(self.arrays["masks"][i, second], axis=-1, count=self.size**2).reshape(-1, self.size, self.size)
+        chosen = slice(second[0], second[-1] + 1) if len(second) and second[-1] - second[0] + 1 == len(second) else second  # a slice is not copied
+        masks = np.unpackbits(self.arrays["masks"][i, chosen], axis=-1, count=self.size**2).reshape(-1, self.size, self.size)
         return {
             "index": i,
             "category": self.clips[i]["category"],
-            "frames": torch.from_numpy(self.arrays["frames"][i, second]).permute(0, 3, 1, 2),
-            "masks": torch.from_numpy(masks).bool(),
+            "frames": torch.from_numpy(self.arrays["frames"][i, chosen]).permute(0, 3, 1, 2),
+            "masks": torch.from_numpy(masks.view(np.bool_)),
             "second": torch.from_numpy(second),
             **self.sound(i),
         }
 
     def sound(self, i):
-        """The frozen encoder's view of clip i's sound, or of a zero waveform (i = None): context [T, D_a], tokens [T, N, D_u], float32."""
-        names = ("mute_context", "mute_tokens") if i is None else ("context", "tokens")
-        context, tokens = (np.array(self.arrays[name] if i is None else self.arrays[name][i]) for name in names)
-        return {"context": torch.from_numpy(context).float(), "tokens": torch.from_numpy(tokens).float()}  # torch widens halves ten times as fast as numpy
+        """The frozen encoder's view of clip i's sound, or of a zero waveform (i = None), as stored: context [T, D_a], tokens [T, N, D_u], float16."""
+        return {name: torch.from_numpy(self.arrays[f"mute_{name}"] if i is None else self.arrays[name][i]) for name in ("context", "tokens")}
 
 
 class ClipDataset(torch.utils.data.Dataset):
@@ -194,9 +193,9 @@ def augmented(item, rng):
 
 
 def collate(items):
-    """Clips side by side. Frames are concatenated: `clip` [M] and `second` [M] say whose each of the M annotated frames is; `index`, `category`: lists."""
+    """Clips side by side, sounds in float32. Frames are concatenated: `clip` [M] and `second` [M] say whose each of the M annotated frames is; `index`, `category`: lists."""
     joined = {name: torch.cat([item[name] for item in items]) for name in ("frames", "masks", "second")}
-    stacked = {name: torch.stack([item[name] for item in items]) for name in ("context", "tokens")}
+    stacked = {name: torch.stack([item[name] for item in items]).float() for name in ("context", "tokens")}
     listed = {name: [item[name] for item in items] for name in ("index", "category")}
     counts = torch.tensor([len(item["second"]) for item in items])
     return joined | stacked | listed | {"clip": torch.repeat_interleave(torch.arange(len(items)), counts)}

@@ -94,6 +94,7 @@ class LowRankAnchor(nn.Module):
             self.register_buffer("last_theta", torch.zeros(size, device=device))
         self.idle = not strength  # then nothing is measured nor kept
         self.armed = False  # no task consolidated yet: the penalty is zero and costs nothing
+        self.stiffness = None  # lambda Omega, as long as it holds
 
     def folded(self):
         """{layer: (A, B)}: what was folded into the frozen weights, which a checkpoint's adapter must hold as well. Here: nothing."""
@@ -103,7 +104,7 @@ class LowRankAnchor(nn.Module):
         return torch.tensor([self.armed, *(self.plateau.state() if self.plateau else ())], dtype=torch.float64)
 
     def set_extra_state(self, state):
-        self.armed = bool(state[0])
+        self.armed, self.stiffness = bool(state[0]), None
         if self.plateau:
             self.plateau.restore(state[1:].tolist())
 
@@ -118,7 +119,9 @@ class LowRankAnchor(nn.Module):
         """(lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2, a scalar; its gradient is lambda Omega (theta - anchor). The batch and the model's outputs do not matter."""
         if not self.armed or not self.strength:
             return torch.zeros((), device=self.anchor.device)
-        return _Pull.apply(self.strength, self.sensitivity, self.anchor, *self._parts())
+        if self.stiffness is None:
+            self.stiffness = self.strength * self.sensitivity
+        return _Pull.apply(self.stiffness, self.anchor, *self._parts())
 
     def observe(self, loss, clips):
         """Task-free: take note of a step before its update; consolidate where a plateau has ended. Returns None, or at a window's end Plateau's report.
@@ -181,7 +184,7 @@ class LowRankAnchor(nn.Module):
         if new:
             self.sensitivity.mul_(self.gamma).add_(torch.cat(new))
             self.anchor.copy_(theta)
-            self.armed = True
+            self.armed, self.stiffness = True, None
         return {"mean_sensitivity": report}
 
     def _theta(self):
@@ -196,16 +199,16 @@ class _Pull(torch.autograd.Function):
     """The penalty with its gradient written out, lambda Omega (theta - anchor): one flat vector cut into the parameters' shapes. A third of the time of autograd's own way."""
 
     @staticmethod
-    def forward(ctx, strength, sensitivity, anchor, *parameters):
+    def forward(ctx, stiffness, anchor, *parameters):
         moved = _flatten_dense_tensors(parameters).float().sub_(anchor)
-        ctx.pull, ctx.parameters = (strength * sensitivity).mul_(moved), parameters
+        ctx.pull, ctx.parameters = stiffness * moved, parameters
         return torch.dot(ctx.pull, moved) / 2
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, outer):
         pull, ctx.pull = ctx.pull, None  # given away: a second backward pass fails
-        return None, None, None, *_unflatten_dense_tensors(pull.mul_(outer), ctx.parameters)
+        return None, None, *_unflatten_dense_tensors(pull.mul_(outer), ctx.parameters)
 
 
 class Plateau:

@@ -114,7 +114,7 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
     """
     model.eval()
     own, swapped, area, frames, hits = MaskMeter(), MaskMeter(with_F=False), 0.0, 0, []
-    mute = {name: value.to(device) for name, value in cache.sound(None).items()}
+    mute = {name: value.to(device).float() for name, value in cache.sound(None).items()}
     of_clips = torch.zeros(2, len(cache.clips), dtype=torch.float64)
     for batch in loader(ClipDataset(cache, parallel.mine(indices)), batch_size, workers=workers, device=device):
         batch = to_device(batch, device)
@@ -140,7 +140,7 @@ def score(model, cache, indices, partners=None, batch_size=8, device="cpu", work
             hits += torch.where(labels < 0, torch.nan, (outputs["classes"].argmax(1) == labels).float()).tolist()
         if partners is not None:
             other = [cache.sound(partners[i]) for i in batch["index"]]
-            swapped.update(segment(*(torch.stack([sound[name] for sound in other]).to(device) for name in ("context", "tokens")))["masks"], masks, annotated)
+            swapped.update(segment(*(torch.stack([sound[name] for sound in other]).to(device).float() for name in ("context", "tokens")))["masks"], masks, annotated)
             silent = segment(mute["context"].expand(B, -1, -1), mute["tokens"].expand(B, -1, -1, -1))["masks"]
             area += (silent > 0)[annotated].flatten(1).float().mean(1).sum().item()
             frames += int(annotated.sum())

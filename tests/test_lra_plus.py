@@ -26,7 +26,7 @@ def test_it_remembers_the_mean_sound_of_each_class_and_nothing_else(config, cach
     means = []
     for category in tasks[0].classes:
         items = [cache[i] for i in tasks[0].train if cache.clips[i]["category"] == category]
-        context, tokens = (torch.stack([item[name] for item in items]).mean((0, 1)) for name in ("context", "tokens"))
+        context, tokens = (torch.stack([item[name] for item in items]).float().mean((0, 1)) for name in ("context", "tokens"))
         means.append(torch.cat([context, tokens.flatten()]))
     torch.testing.assert_close(method.sounds.sort(0)[0], torch.stack(means).sort(0)[0])
     assert sum(v.numel() for v in method.state_dict().values()) == method.sounds.numel() + 2 + 2 * method.anchor.numel() + 1
