@@ -174,8 +174,8 @@ def glance(model, cache, indices, config, autocast, device):
 
 
 def options_of(config, autocast, device):
-    """How `score` runs: scored clips have T annotated frames, so fewer clips than in S4's training fill a batch."""
-    return dict(batch_size=max(1, config.batch_size // T), device=device, workers=config.workers, autocast=autocast)
+    """How `score` runs. A scored clip has T annotated frames, so a batch is up to T times a training step's, but keeps nothing for a backward pass."""
+    return dict(batch_size=config.batch_size, device=device, workers=config.workers, autocast=autocast)
 
 
 def score_tasks(model, cache, tasks, partners, config, autocast, device, learned):
