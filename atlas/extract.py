@@ -57,18 +57,18 @@ def extract(videos, out, table=None, dataset="s4", size=224, jobs=1, whole=False
         except OSError:
             raise AtlasError(f"another process is extracting into {own.parent}; wait for it") from None
         clips = [_clip(out, row, dataset) for row in rows]
-        todo = [i for i, clip in enumerate(clips) if not complete(clip, size)]
-        tasks = [(clips[i], find_video(videos, clips[i]), float(rows[i]["start"]) if whole else 0.0) for i in todo]
-        progress = functools.partial(tqdm, desc=f"extracting {dataset.upper()}", unit="clip", total=len(todo), disable=None)
+        missing = [i for i, clip in enumerate(clips) if not complete(clip, size)]
+        tasks = [(clips[i], find_video(videos, clips[i]), float(rows[i]["start"]) if whole else 0.0) for i in missing]
+        progress = functools.partial(tqdm, desc=f"extracting {dataset.upper()}", unit="clip", total=len(missing), disable=None)
         reasons = list(progress(_mapped(functools.partial(_extract_clip, size=size), tasks, jobs)))
-        bad = {i: reason for i, reason in zip(todo, reasons) if reason}
+        bad = {i: reason for i, reason in zip(missing, reasons) if reason}
         _extend_csv(own, dataset, [row for i, row in enumerate(rows) if i not in bad])
         report = own.parent / "bad_videos.txt"
         report.unlink(missing_ok=True)
         lines = [(str(find_video(videos, clips[i])), reason) for i, reason in bad.items()]
         if lines:
             _write(report, "".join(f"{video}: {reason}\n" for video, reason in lines).encode())
-    return {"extracted": len(todo) - len(bad), "kept": len(clips) - len(todo), "bad": lines, "list": report if lines else None}
+    return {"extracted": len(missing) - len(bad), "kept": len(clips) - len(missing), "bad": lines, "list": report if lines else None}
 
 
 def complete(clip, size):
