@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no network in a test
 import torch
 
 from atlas.config import load_config
+from atlas.lra import Delta
 from atlas.synth import CLASSES, synth_s4
 from atlas.synth_ms3 import synth_ms3
 
@@ -26,6 +27,12 @@ real = pytest.mark.skipif(not SHARED.exists(), reason="no real data beside the p
 torch.set_num_threads(1)
 
 TINY = ["visual=pvt_v2_b0", "visual_weights=false", "audio=logmel", "image_size=32", "width=16", "heads=2", "lora_rank=2", "base=2", "step=1"]
+
+
+def pair_of(rank=2, wide=4, out=3, seed=0):
+    """One LoRA layer of random factors, on a weight of zeros."""
+    draw = lambda *shape: torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+    return Delta(draw(rank, wide), draw(out, rank), torch.nn.Parameter(torch.zeros(out, wide), requires_grad=False), 0.5)
 
 
 def run(*words, preexec_fn=lambda: None, stop=lambda: None):
