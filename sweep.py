@@ -16,12 +16,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from atlas.config import Config, as_dict, load_config
 from atlas.errors import AtlasError, one_line_errors
 
 REPLICATES = ("seed", "data_root")  # what a row of the table is averaged over
+COLUMNS = {"val J final": lambda results: mean(results["val_matrix"]["J"][-1])}  # which decides
+COLUMNS |= {f"J {name}": lambda results, name=name: results["metrics"]["J"][name] for name in ("final", "incremental", "learning", "forgetting", "fwt")}
+COLUMNS |= {"J swap": lambda results: mean(results["matrix"]["J_swap"][-1]), "F final": lambda results: results["metrics"]["F"]["final"]}
+COLUMNS |= {"minutes": lambda results: sum(map(sum, results["seconds"].values())) / 60}
 
 
 def grid(words):
@@ -65,26 +69,16 @@ def finished(folder):
 
 def table(points, given):
     """Markdown, a row a setting, best validation J first."""
+    from atlas.compare import UNDEFINED, spread_text  # torch comes with it
+
     rows, varied = {}, [k for k in points[0] if len({point[k] for point in points}) > 1 and k not in REPLICATES]
     for point in points:
         if results := finished(folder_of(point, given)):
-            setting = " ".join(f"{k}={point[k]}" for k in varied) or "as configured"
-            scores = {"val J final": mean(results["val_matrix"]["J"][-1]), "J swap": mean(results["matrix"]["J_swap"][-1])}
-            scores |= {f"J {name}": results["metrics"]["J"][name] for name in ("final", "incremental", "learning", "forgetting", "fwt")}
-            scores |= {"F final": results["metrics"]["F"]["final"], "minutes": sum(map(sum, results["seconds"].values())) / 60}
-            rows.setdefault(setting, []).append(scores)
-    columns = ("val J final", "J final", "J incremental", "J learning", "J forgetting", "J fwt", "J swap", "F final", "minutes")
-    lines = [f"| setting | runs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-    for setting, runs in sorted(rows.items(), key=lambda item: -mean(s["val J final"] for s in item[1])):
-        lines.append(f"| {setting} | {len(runs)} | {' | '.join(cell([s[name] for s in runs], 1 if name == 'minutes' else 3) for name in columns)} |")
+            rows.setdefault(" ".join(f"{k}={point[k]}" for k in varied) or "as configured", []).append([score(results) for score in COLUMNS.values()])
+    lines = [f"| setting | runs | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for setting, runs in sorted(rows.items(), key=lambda item: -mean(scores[0] for scores in item[1])):
+        lines.append(f"| {setting} | {len(runs)} | {' | '.join(UNDEFINED if None in v else spread_text(v) for v in zip(*runs))} |")
     return "\n".join(lines)
-
-
-def cell(values, digits):
-    """Mean ± standard deviation, without the latter for a single run; a dash where a score is undefined."""
-    if None in values:
-        return "–"
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def main():
@@ -95,8 +89,8 @@ def main():
     parser.add_argument("--print", action="store_true", help="print the commands instead of running them")
     parser.add_argument("grid", nargs="*", metavar="key=v1,v2", help="values to combine")
     given = parser.parse_args()
-    given.grid, given.cfg = given.grid + [w for w in given.cfg if "=" in w], [w for w in given.cfg if "=" not in w]
-    points = grid(given.grid)
+    points = grid(given.grid + [w for w in given.cfg if "=" in w])
+    given.cfg = [w for w in given.cfg if "=" not in w]
     if given.print:
         print(*(shlex.join(["python", "train.py", "--resume", "--cfg", *given.cfg, *words_of(point, given)]) for point in points), sep="\n")
         return 0
