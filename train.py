@@ -106,7 +106,8 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
     peak = config.lr_first if t == 1 or stream else config.lr
     begin_stage(model, t, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay, fused=True)
+    parts, factors = rated(parameters, model, t, config)
+    optimizer = torch.optim.AdamW([{"params": part} for part in parts], lr=peak, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device, enabled=runs.pick_amp(config) == "fp16" and device == "cuda")
     done, spent = runs.load_progress(folder, t, stream, model, optimizer, scaler, method)
     runs.forget_log_after(folder, t, done)
@@ -136,8 +137,9 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
                 if not math.isfinite(losses["loss"]):
                     names = ", ".join(cache.clips[i]["id"] for i in clips)
                     raise AtlasError(f"the loss is not finite in task {t}, epoch {epoch}: {losses}; clips of the batch: {names}; lower lr or set amp=off")
-                for group in optimizer.param_groups:
-                    group["lr"] = lr = peak * rate(step, plan.steps, config.warmup, constant=stream)
+                lr = peak * rate(step, plan.steps, config.warmup, constant=stream)
+                for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                    group["lr"] = lr * factor
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(share * loss).backward()
                 parallel.sum_gradients(parameters)
@@ -183,6 +185,14 @@ def begin_stage(model, t, config):
     model.decoder.use_head(t - 1)
     if model.classifier:
         model.classifier.compete(t - 1 if til else 0, len(model.classifier.heads) if config.method == "joint" else t)
+
+
+def rated(parameters, model, t, config):
+    """(the parameters in parts, a factor on the rate for each): with lr_rest, LoRA and the rest apart."""
+    if config.lr_rest == 1:
+        return [parameters], [1.0]
+    lora = {id(p) for p in model.groups()["lora"].values()}
+    return [[p for p in parameters if (id(p) in lora) == of_lora] for of_lora in (True, False)], [1.0, config.lr_rest if t > 1 or config.protocol == "tfcl" else 1.0]
 
 
 def rate(step, steps, warmup, constant=False):

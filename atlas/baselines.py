@@ -176,7 +176,7 @@ def build_method(config, model):
         "ewc_lora": lambda: ewc({"lora": deltas(model)}, strength, plateau),
         "olora": lambda: OLora(deltas(model), strength, plateau),
         "inflora": lambda: InfLora(deltas(model), strength),
-        "lra_plus": lambda: LraPlus(groups, config.lra_lambda, strength, model, config.lra_gamma, config.lra_power, plateau, config.protocol == "til", autocast_of(config)),
+        "lra_plus": lambda: LraPlus(groups, config.lra_lambda, strength, model, config.lra_gamma, config.lra_power, plateau, config.protocol == "til", autocast_of(config), config.lra_rest),
         "frozen_lora": lambda: HeldLora(deltas(model), plateau),
     }
     return methods[config.method]()

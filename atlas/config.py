@@ -89,6 +89,7 @@ class Config:
     lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none", low=0)
     lra_power: float = key(1.0, "exponent on the sensitivity: 1 Fisher, 0.5 its root, 0 uniform (plain L2)", low=0)
     lra_scope: str = key("trainable", "what is anchored: the LoRA factors (as the paper names it), or fusion and decoder too", choices=("lora", "trainable"))
+    lra_rest: float = key(1.0, "trainable: factor on the sensitivity of fusion, decoder and classifier: how much firmer than LoRA they are held; 0: as lra_scope=lora", low=0)
     lra_space: str = key("factors", "what the LoRA part of theta is: A and B, or the update (alpha / r) B A", choices=("factors", "delta"))
     lra_trigger: str = key("boundary", "when to consolidate: at task boundaries, or where a plateau of the loss ends (task-free)", choices=("boundary", "plateau"))
     lra_window: int = key(12, "plateau: steps in a window", low=2)
@@ -101,6 +102,7 @@ class Config:
     batch_size: int = key(4, "clips", low=1)
     lr_first: float = key(1e-4, "AdamW's peak rate, first task; TF-CL: of the whole stream", low=0)
     lr: float = key(1e-4, "AdamW's peak rate, later tasks", low=0)
+    lr_rest: float = key(1.0, "factor on the rate of fusion, decoder and classifier after the first task (TF-CL: on the whole stream); 0: held", low=0)
     weight_decay: float = key(0.01, "AdamW's weight decay; 0: off", low=0)
     warmup: float = key(0.05, "share of a task's steps spent warming up, cosine decay after it (TF-CL: of the stream's, constant after it); 0: off", low=0, high=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: off", low=0)
@@ -141,6 +143,8 @@ def load_config(files=(), overrides=()):
         raise AtlasError(f"width={config.width} must be a multiple of heads={config.heads} and of 8 (the decoder's normalisation groups)")
     if config.dataset == "ms3" and config.protocol != "tfcl":
         raise AtlasError(f"protocol={config.protocol} needs categories, which dataset=ms3 does not have; use protocol=tfcl, or dataset=s4")
+    if config.protocol == "tfcl" and not config.lr_rest:
+        raise AtlasError("protocol=tfcl with lr_rest=0 would never teach fusion and decoder, for a stream has no first task; use a small lr_rest")
     if config.protocol == "tfcl" and config.classify:
         raise AtlasError("classify=true needs tasks of classes; protocol=tfcl has none")
     if config.protocol == "tfcl" and config.method not in (*PLAIN, "inflora") and config.lra_trigger == "boundary":

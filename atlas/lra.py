@@ -74,13 +74,13 @@ class LowRankAnchor(nn.Module):
     `anchor` and `sensitivity` are flat fp32 buffers over all anchored parameters: one copy each, whatever the number of tasks.
     """
 
-    def __init__(self, groups, strength=1.0, gamma=1.0, power=1.0, plateau=None, normalise=True):
+    def __init__(self, groups, strength=1.0, gamma=1.0, power=1.0, plateau=None, normalise=True, rest=1.0):
         """groups: {group name: {name: parameter or Delta}}, as of `Atlas.groups()`; strength is lambda; plateau: a Plateau where nobody tells boundaries.
 
-        normalise: divide S by its mean, as LRA does.
+        normalise: divide S by its mean, as LRA does. rest: a factor on the Omega of all groups but LoRA.
         """
         super().__init__()
-        self.strength, self.gamma, self.power, self.plateau, self.normalise = strength, gamma, power, plateau, normalise
+        self.strength, self.gamma, self.power, self.plateau, self.normalise, self.rest = strength, gamma, power, plateau, normalise, rest
         self.thetas = [p for parameters in groups.values() for p in parameters.values()]
         carrier = lambda p: p.weight if isinstance(p, Delta) else p  # of the gradient
         self.members = {group: [carrier(p) for p in parameters.values()] for group, parameters in groups.items() if parameters}  # in a dict: not submodules
@@ -180,7 +180,8 @@ class LowRankAnchor(nn.Module):
             measured = [part for part in mine if part.any()]
             report[group] = torch.cat(measured).mean().item() if measured else 0.0
             powered = torch.cat(measured).pow(self.power).mean() if measured and self.normalise else 1.0
-            new += [part.pow(self.power) / powered if part.any() else torch.zeros_like(part) for part in mine]
+            factor = 1.0 if group == "lora" else self.rest
+            new += [part.pow(self.power) / powered * factor if part.any() else torch.zeros_like(part) for part in mine]
         if new:
             self.sensitivity.mul_(self.gamma).add_(torch.cat(new))
             self.anchor.copy_(theta)
@@ -301,4 +302,4 @@ def build_method(config, model):
     if config.lra_space == "delta" and groups["lora"]:
         chosen = chosen | {"lora": deltas(model)}
     strength = config.lra_lambda if config.method == "lra" else 0.0
-    return LowRankAnchor(chosen, strength, config.lra_gamma, config.lra_power, plateau_of(config))
+    return LowRankAnchor(chosen, strength, config.lra_gamma, config.lra_power, plateau_of(config), rest=config.lra_rest)

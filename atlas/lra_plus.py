@@ -28,9 +28,9 @@ CANDIDATES = 4  # sounds that the last model hears for each clip
 class LraPlus(LowRankAnchor):
     """LowRankAnchor, and the distillation over remembered sounds. In TIL a sound is asked of its own task's head."""
 
-    def __init__(self, groups, strength, listen, model, gamma=1.0, power=1.0, plateau=None, til=False, autocast=nullcontext):
+    def __init__(self, groups, strength, listen, model, gamma=1.0, power=1.0, plateau=None, til=False, autocast=nullcontext, rest=1.0):
         """strength: lambda; listen: the factor of the distillation; autocast() -> the context of the run's precision, in which the last model runs as the present one does."""
-        super().__init__(groups, strength, gamma, power, plateau)
+        super().__init__(groups, strength, gamma, power, plateau, rest=rest)
         self.listen, self.model, self.til, self.autocast = listen, [model], til, autocast  # the model in a list: not a submodule
         self.idle = not (strength or listen)
         self.names = [f"model.{name}" for parameters in groups.values() for name in parameters]  # of _Answers

@@ -42,6 +42,7 @@ def test_every_shipped_config_loads():
         ("lora_dropout=1.5", "at most"),
         ("warmup=2", "at most 1"),
         ("lra_scope=lora lora_rank=0", "lra_scope=trainable"),
+        ("protocol=tfcl lr_rest=0 method=finetune", "small lr_rest"),
         ("justaword", "key=value"),
     ],
 )

@@ -150,6 +150,23 @@ def test_scope_chooses_what_is_anchored(cache, config, scope, groups):
     assert not list(method.parameters())
 
 
+def test_rest_makes_the_anchor_of_fusion_and_decoder_firmer_and_leaves_loras(cache, config):
+    """lra_rest is a factor on their Omega; at 0 the penalty is that of lra_scope=lora."""
+    model, _ = open_model(config, cache)
+    keys = ({}, {"lra_rest": 3.0}, {"lra_rest": 0.0}, {"lra_scope": "lora"})
+    plain, firmer, none, lora = methods = [build_method(replace(config, **chosen), model) for chosen in keys]
+    gradients = [torch.rand(2, *p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(plain.anchored)]
+    for method in methods:
+        method.consolidate([gradients[: len(method.anchored)]])
+    n = len(lora.sensitivity)
+    torch.testing.assert_close(firmer.sensitivity, torch.cat([plain.sensitivity[:n], 3 * plain.sensitivity[n:]]))
+    with torch.no_grad():
+        for p in plain.anchored:
+            p += 0.1
+    assert plain.penalty() > lora.penalty() > 0 and firmer.penalty() > plain.penalty()
+    torch.testing.assert_close(none.penalty(), lora.penalty())
+
+
 # ---- task-free
 
 

@@ -159,6 +159,21 @@ def test_rounds_of_a_task_are_shuffled_epochs_and_of_a_stream_its_order(config, 
     assert len(rounds([joint], 1, replace(stream, method="joint")).rounds) == 3
 
 
+@pytest.mark.parametrize("lr_rest", [0.0, 0.5])
+def test_a_lower_rate_for_fusion_and_decoder_begins_with_the_second_task(config, cache, tasks, tmp_path, lr_rest):
+    """One step of AdamW without decay moves every weight by the rate, whatever its gradient."""
+    here = replace(config, method="finetune", lr_rest=lr_rest, batch_size=8, weight_decay=0.0, warmup=0.0, watch=False)
+    model, _ = open_model(here, cache)
+    groups, moved = model.groups(), {}
+    for t in (1, 2):
+        before = {name: p.detach().clone() for members in groups.values() for name, p in members.items()}
+        first = replace(tasks[0], train=tasks[0].train[:8])  # one batch
+        train.fit(model, train.build_method(here, model), cache, [first, first], t, here, "cpu", train.runs.autocast_of(here), tmp_path)
+        moved[t] = {group: max((p - before[name]).abs().max().item() for name, p in members.items()) for group, members in groups.items() if members}
+    assert moved[1] == pytest.approx(dict.fromkeys(moved[1], config.lr), rel=1e-2)
+    assert moved[2] == pytest.approx({group: config.lr * (1.0 if group == "lora" else lr_rest) for group in moved[2]}, rel=1e-2)
+
+
 def test_the_rate_warms_up_and_falls_or_stays():
     assert train.rate(0, 100, 0.1) == pytest.approx(1 / 11) and train.rate(10, 100, 0.1) == 1 and train.rate(100, 100, 0.1) == pytest.approx(0)
     assert train.rate(90, 100, 0.1, constant=True) == 1 and train.rate(0, 100, 0.1, constant=True) == pytest.approx(1 / 11)
