@@ -2,10 +2,12 @@
 import copy
 
 import pytest
+from conftest import ROOT
 
 from atlas.compare import cell, comparison, joint_of, paired_p, problems, rows_of, two_sided_t, value_of, verdicts
 from atlas.errors import AtlasError
 from atlas.metrics import continual_metrics
+from atlas.results import read_results
 
 TASKS = [{"name": f"t{j}", "classes": [f"c{j}"], "clips": {"train": 4, "val": 2, "test": 2}} for j in range(3)]
 
@@ -100,3 +102,9 @@ def test_the_same_run_twice_is_an_error():
     with pytest.raises(AtlasError, match="two of the runs are lra, cil, seed 0 on data"):
         comparison([made(), made(name="again")])
     assert [r["label"] for r in rows_of("ewc", [made()])] == ["ewc"] and cell(rows_of("ewc", [])[0], ("J", "final"), {}, "") == "not run"
+
+
+def test_the_readmes_table_is_that_of_the_results_in_the_repository():
+    runs = [read_results(path.parent) for path in sorted(ROOT.glob("results/cil/*/results.json"))]
+    rows = [line for line in comparison(runs).splitlines() if line.startswith("|")]
+    assert len(rows) == 15 and "\n".join(rows) in (ROOT / "README.md").read_text()
