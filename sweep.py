@@ -5,6 +5,7 @@
 A comma separates the values of a key; every combination is a run in its own folder below OUT. What is finished is skipped, what
 was begun is resumed, so the same command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds (and over
 data_root, where several are given). Test scores stand beside it, mean ± standard deviation, and decide nothing.
+In a value {seed} is the run's seed: first_task=runs/first/seed={seed} takes over the first task that another sweep learned once for all methods.
 With --print it runs nothing and prints the commands, one a line, as a Slurm array takes them (README).
 """
 import argparse
@@ -37,8 +38,8 @@ def grid(words):
 
 
 def words_of(point, given):
-    """What follows --cfg's files on train.py's command line. The folder's name says the settings."""
-    return [*(f"{k}={v}" for k, v in point.items()), f"out_dir={given.out}", f"name={folder_of(point, given).name}"]
+    """What follows --cfg's files on train.py's command line, {seed} filled in. The folder's name says the settings."""
+    return [*(f"{k}={v.replace('{seed}', point.get('seed', '{seed}'))}" for k, v in point.items()), f"out_dir={given.out}", f"name={folder_of(point, given).name}"]
 
 
 def launch(point, given):
@@ -57,7 +58,7 @@ def launch(point, given):
 
 
 def folder_of(point, given):
-    return Path(given.out, ",".join(f"{k}={v.rstrip('/').rpartition('/')[2]}" for k, v in point.items()) or "as_configured")
+    return Path(given.out, ",".join(f"{k}={v.rstrip('/').rpartition('/')[2]}" for k, v in point.items() if k != "first_task") or "as_configured")
 
 
 def finished(folder):

@@ -15,10 +15,12 @@ from atlas.config import parse_arguments
 if __name__ == "__main__":
     config, resume = parse_arguments(__doc__)  # before the heavy imports, so that --help and a mistyped key answer at once
 
+import functools
 import math
 import resource
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from atlas.errors import AtlasError, one_line_errors
 from atlas.metrics import class_names, glance, score_disjoint, score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, rounds, stages
-from atlas.results import derived_metrics, new_results, read_joint, read_results, row_text, summary
+from atlas.results import add_scores, add_scores_of, derived_metrics, new_results, read_first_task, read_joint, read_results, row_text, summary
 
 SENSITIVITY_BATCH = 8  # clips whose gradients are formed side by side; S does not depend on it
 WATCHED = 10  # watch: at most one validation clip for so many train clips of the epoch, which is some 4 % of its time
@@ -68,14 +70,16 @@ def main(config, resume=False):
             print(f"NOTE: the {name} encoder has RANDOM weights ({name}_weights: false)")
     print(f"{folder}: {config.method}, {config.protocol}, {len(tasks)} tasks, {device}, {results['parameters']['trainable']:,} trainable parameters")
 
+    first = None if learned else read_first_task(config, results)
     if not results["matrix"]["J"]:
-        evaluate(model, cache, tasks, partners, config, autocast, device, results)
+        evaluate(model, cache, tasks, partners, config, autocast, device, results, first)
         runs.write_json(folder / "results.json", results)
     print(f"untrained      J: {row_text(results, 0)}", flush=True)
     sequence = stages(tasks, config.method)
     for t, stage in enumerate(sequence, start=1):
         if t > learned:
-            results["seconds"]["train"].append(fit(model, method, cache, sequence, t, config, device, autocast, folder))
+            learn = functools.partial(take_over, first) if first else fit
+            results["seconds"]["train"].append(learn(model, method, cache, sequence, t, config, device, autocast, folder))
 
             start = time.time()
             report = method.consolidate(clip_gradients(model, method, cache, stage, t, config, device))
@@ -83,7 +87,8 @@ def main(config, resume=False):
             results["seconds"]["consolidate"].append(time.time() - start)
 
             runs.save_checkpoint(folder / f"task_{t:02d}", model, method)
-            evaluate(model, cache, tasks, partners, config, autocast, device, results)
+            evaluate(model, cache, tasks, partners, config, autocast, device, results, first)
+            first = None
             runs.write_json(folder / "results.json", results)
         cache.close(stage.train)
         print(f"after task {t:<3} J: {row_text(results, t)}{'  (before this resume)' if t <= learned else ''}", flush=True)
@@ -171,6 +176,15 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
     return spent
 
 
+def take_over(first, model, method, cache, sequence, t, config, device, autocast, folder):
+    """In the place of `fit`: the first task as the run `first` learned it (config.first_task). The seconds are those that it took there."""
+    begin_stage(model, t, config)
+    runs.load_checkpoint(Path(config.first_task, f"task_{t:02d}"), model)
+    runs.forget_log_after(folder, t, 0)
+    runs.log(folder, task=t, taken_from=config.first_task)
+    return first["seconds"]["train"][0]
+
+
 def live_text(t, word, done, of, totals, val_J=None):
     """What a watched terminal shows after an epoch: the task loss, the anchor's share of the whole loss, J on validation clips of the task (metrics.glance)."""
     share = totals["penalty"] / (totals["loss"] or 1)
@@ -227,16 +241,14 @@ def clip_gradients(model, method, cache, stage, t, config, device):
     return method.measure(model, batches(), loss)
 
 
-def evaluate(model, cache, tasks, partners, config, autocast, device, results):
-    """Append one row to every matrix. Nothing is decided by it."""
-    start = time.time()
-    row = score_tasks(model, cache, tasks, partners, config, autocast, device, learned=len(results["matrix"]["J"]))
-    for matrix, split in (("matrix", "test"), ("val_matrix", "val")):
-        for name in results[matrix]:
-            results[matrix][name].append(row[split][name])
-    if results.get("class_matrix"):  # MS3 has no classes, and a run begun by an older version no such matrix
-        results["class_matrix"]["J"].append(row["classes"])
-    results["seconds"]["evaluate"].append(time.time() - start)
+def evaluate(model, cache, tasks, partners, config, autocast, device, results, first=None):
+    """Append one row to every matrix, or take it over from the run `first`, which learned just this. Nothing is decided by it."""
+    start, learned = time.time(), len(results["matrix"]["J"])
+    if first:
+        add_scores_of(results, first, learned)
+        return
+    row = score_tasks(model, cache, tasks, partners, config, autocast, device, learned)
+    add_scores(results, row["test"], row["val"]["J"], row["classes"], time.time() - start)
 
 
 def peak_memory_mb(device):

@@ -11,7 +11,7 @@ from atlas.errors import AtlasError
 from atlas.metrics import continual_metrics
 
 PROBLEM = ("protocol", "dataset", "image_size", "base", "step", "domains", "stream_blur", "stream_checkpoints")  # runs that differ here are not compared
-ELSEWHERE = ("name", "out_dir", "cache_dir", "data_root", "synth", "seed", "device", "workers", "watch", "compile", "joint_run", "method")  # no setting of a method
+ELSEWHERE = ("name", "out_dir", "cache_dir", "data_root", "synth", "seed", "device", "workers", "watch", "compile", "joint_run", "first_task", "method")  # no setting of a method
 OWN = ("lra_", "lora_", "strength")  # keys that start like this belong to a method: that methods differ in them goes without saying
 COLUMNS = [(score, name) for score in ("J", "F") for name in ("final", "incremental", "forgetting", "fwt", "intransigence")]
 COLUMNS.insert(4, ("J", "listening"))

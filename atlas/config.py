@@ -33,6 +33,7 @@ STRENGTHS = {  # what strength=null means: the method's public default, as the f
 }
 ON_LORA = ("ewc_lora", "olora", "inflora", "frozen_lora")
 PLAIN = ("finetune", "frozen", "joint")  # nothing to consolidate
+SAME_FIRST = ("lra", "finetune", "lwf", "ewc", "mas", "ewc_lora", "frozen_lora", "lra_plus")  # learn their first task alike, to the bit, and leave it as it was learned
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Config:
     base: int = key(11, "TIL, CIL: classes of the first task", low=1)
     step: int = key(2, "TIL, CIL: classes of each later task", low=1)
     class_order: list | None = key(None, "TIL, CIL: category names in learning order; null: drawn from seed", types=(list, type(None)))
+    first_task: str | None = key(None, "folder of a run whose first task is taken over as it was learned and scored, all else being equal; null: learn it", types=(str, type(None)))
     domains: dict | list | None = key(None, "DIL: null: human, animal, instrument, vehicle, tool; a list: their order; or a mapping", types=(dict, list, type(None)))
     stream_epochs: int = key(1, "TF-CL: times the current batch is used before it is gone; joint: passes over everything", low=1)
     stream_blur: float = key(0.5, "TF-CL: width of the zone in which neighbouring segments mix, in segments; 0: sharp drifts", low=0, high=2)
@@ -157,6 +159,9 @@ def load_config(files=(), overrides=()):
         raise AtlasError(f"method={config.method} is about LoRA, but lora_rank=0; give a rank, or another method")
     if config.method == "inflora" and (config.protocol == "tfcl" or config.lra_trigger == "plateau"):
         raise AtlasError("method=inflora chooses A from a task's inputs before it learns the task, which needs to be told where tasks begin; use another method without boundaries")
+    if config.first_task and (config.method not in (*SAME_FIRST, "olora") or config.protocol == "tfcl" or config.lra_trigger == "plateau"):
+        what = f"method={config.method}" if config.method not in (*SAME_FIRST, "olora") else "a stream" if config.protocol == "tfcl" else "lra_trigger=plateau"
+        raise AtlasError(f"first_task={config.first_task}: {what} does not begin with a first task that other methods would learn alike; leave first_task at null")
     if config.lra_trigger == "plateau" and (config.method == "ewc_lora" or (config.method == "lra" and config.lra_space == "delta")):
         key = "method=ewc_lora" if config.method == "ewc_lora" else "lra_space=delta"
         raise AtlasError(f"{key} needs the gradients of the frozen weights, which no training step forms, so it cannot be gathered task-free; use lra_trigger=boundary, or lra_space=factors")

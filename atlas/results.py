@@ -10,7 +10,7 @@ import timm
 import torch
 
 from atlas import parallel
-from atlas.config import as_dict
+from atlas.config import SAME_FIRST, Config, as_dict
 from atlas.errors import AtlasError
 from atlas.metrics import continual_metrics
 
@@ -66,6 +66,41 @@ def read_joint(folder, tasks):
     if joint["method"] != "joint" or not joint["complete"] or joint["tasks"] != tasks:
         raise AtlasError(f"joint_run={folder} is no finished joint run over the same tasks and clips; run method=joint with the same data, seed, base and step")
     return {name: rows[-1] for name, rows in joint["matrix"].items()}
+
+
+def read_first_task(config, results):
+    """The results of the run `first_task`, whose first task stands for this run's own; None without one. All that shapes a first task must be as in `config`.
+
+    `results`: this run's. What a method does after its first task may differ, and TIL and CIL begin alike where no classes compete.
+    """
+    if not config.first_task:
+        return None
+    first, own = read_results(config.first_task), as_dict(config)
+    free = {key for key in own if key.startswith("lra_")} | {"name", "out_dir", "cache_dir", "device", "workers", "watch", "joint_run", "first_task", "method", "strength", "epochs", "lr", "lr_rest"}
+    free |= {"protocol"} if {config.protocol, first["protocol"]} <= {"til", "cil"} and not config.classify else set()
+    differing = [key for key in own if key not in free and own[key] != (as_dict(Config()) | first["config"])[key]]
+    if first["method"] not in SAME_FIRST or first["config"]["lra_trigger"] == "plateau":
+        differing.append(f"method={first['method']}, which begins in a way of its own")
+    differing += [f"the {name}" for name in ("tasks", "weights") if first[name] != results[name]]
+    if differing or len(first["matrix"]["J"]) < 2:
+        raise AtlasError(f"first_task={config.first_task} cannot stand for the first task of this run: {', '.join(differing) or 'it has not been scored yet'}; learn it anew with first_task=null")
+    return first
+
+
+def add_scores(results, test, val, classes, seconds):
+    """Append a row to every matrix: {score: [one a task]}, J of the tasks on validation clips, J of each class on test clips (None: the data have none), and what they took."""
+    for name, row in test.items():
+        results["matrix"][name].append(row)
+    results["val_matrix"]["J"].append(val)
+    if results.get("class_matrix"):  # a run begun by an older version has no such matrix
+        results["class_matrix"]["J"].append(classes)
+    results["seconds"]["evaluate"].append(seconds)
+
+
+def add_scores_of(results, first, k):
+    """Append row k of another run's."""
+    test = {name: rows[k] for name, rows in first["matrix"].items()}
+    add_scores(results, test, first["val_matrix"]["J"][k], (first.get("class_matrix") or {"J": {k: None}})["J"][k], first["seconds"]["evaluate"][k])
 
 
 def derived_metrics(results, joint=None):

@@ -120,6 +120,26 @@ def test_lambda_zero_is_finetune_and_the_anchor_changes_later_tasks_only(lra, pl
     assert J["zero"] == J["finetune"] and J["lra"][:2] == J["finetune"][:2] and J["lra"][2:] != J["finetune"][2:]
 
 
+def test_a_first_task_taken_over_gives_the_run_that_learned_it(lra, place):
+    """first_task=RUN: the same bits in every matrix but for what was not learned anew, also after TIL's run from CIL's, whatever method it begins."""
+    call = lambda *words: run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, *words)
+    assert call("method=finetune", "name=giver").returncode == 0
+    told = {"lra": [], "olora": ["method=olora"], "til": ["protocol=til", "method=lra_plus"]}
+    for name, words in told.items():
+        for run_name, more in ((f"{name}_whole", []), (f"{name}_taken", [f"first_task={place[0] / 'giver'}"])):
+            done = call(*words, *more, f"name={run_name}")
+            assert done.returncode == 0, done.stderr
+        whole, taken = (json.loads((place[0] / f"{name}_{end}" / "results.json").read_text()) for end in ("whole", "taken"))
+        assert all(whole[key] == taken[key] for key in ("tasks", "matrix", "val_matrix", "class_matrix", "metrics")), name
+        logs = [[json.loads(line) for line in (place[0] / f"{name}_{end}" / "log.jsonl").read_text().splitlines()] for end in ("whole", "taken")]
+        assert logs[1][0] == {"task": 1, "taken_from": str(place[0] / "giver")}
+        consolidated = [[line for line in log if "consolidated" in line] for log in logs]
+        assert consolidated[0] == consolidated[1]
+    one_line(call("seed=5", "name=other", f"first_task={place[0] / 'giver'}"), "seed", "cannot stand")
+    one_line(call("name=grown", f"first_task={place[0] / 'olora_whole'}"), "olora")
+    one_line(call("method=si", "name=own", f"first_task={place[0] / 'giver'}"), "method=si")
+
+
 def test_joint_has_two_rows_and_serves_as_intransigence(lra, place):
     one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "name=no", f"joint_run={lra[0]}"), "no finished joint run")
     assert run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "method=joint", "name=joint").returncode == 0

@@ -14,6 +14,12 @@ def test_the_grid_is_every_combination():
         sweep.grid(["a=1", "lonely"])
 
 
+def test_a_first_task_is_that_of_the_seed_and_names_no_folder():
+    given = type("Given", (), {"out": "o"})
+    (point,) = sweep.grid(["seed=3", "first_task=runs/first/seed={seed}"])
+    assert sweep.words_of(point, given) == ["seed=3", "first_task=runs/first/seed=3", "out_dir=o", "name=seed=3"]
+
+
 def test_the_table_ranks_by_validation_and_averages_seeds(tmp_path):
     given = type("Given", (), {"out": tmp_path})
     points = sweep.grid(["lr=1,2", "seed=0,1"])
