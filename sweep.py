@@ -2,11 +2,10 @@
 
     python sweep.py --cfg configs/ss_cil.yaml configs/tiny.yaml --out runs/power --jobs 2 seed=0,1 lra_power=1,0.5,0 lra_lambda=0.3,1,3
 
-A comma separates the values of a key; every combination is a run in its own folder below OUT. What is finished is skipped, what
-was begun is resumed, so the same command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds (and over
-data_root, where several are given). Test scores stand beside it, mean ± standard deviation, and decide nothing.
-In a value {seed} is the run's seed: first_task=runs/first/seed={seed} takes over the first task that another sweep learned once for all methods.
-With --print it runs nothing and prints the commands, one a line, as a Slurm array takes them (README).
+A comma separates the values of a key; every combination is a run in its own folder below OUT. What is finished is skipped, what was begun is resumed, so the same
+command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds (and over data_root, where several are given).
+Test scores stand beside it, mean ± standard deviation, and decide nothing. In a value, {seed} is the run's seed: first_task=runs/first/seed={seed} takes over the first
+task that another sweep learned once for all methods. With --print it runs nothing and prints the commands, one a line, as a Slurm array takes them (README).
 """
 import argparse
 import concurrent.futures
@@ -23,18 +22,21 @@ from atlas.config import Config, as_dict, load_config
 from atlas.errors import AtlasError, one_line_errors
 
 REPLICATES = ("seed", "data_root")  # what a row of the table is averaged over
-COLUMNS = {"val J final": lambda results: mean(results["val_matrix"]["J"][-1])}  # which decides
-COLUMNS |= {f"J {name}": lambda results, name=name: results["metrics"]["J"][name] for name in ("final", "incremental", "learning", "forgetting", "fwt")}
-COLUMNS |= {"J swap": lambda results: mean(results["matrix"]["J_swap"][-1]), "F final": lambda results: results["metrics"]["F"]["final"]}
-COLUMNS |= {"minutes": lambda results: sum(map(sum, results["seconds"].values())) / 60}
+COLUMNS = {
+    "val J final": lambda results: mean(results["val_matrix"]["J"][-1]),  # which decides
+    **{f"J {name}": lambda results, name=name: results["metrics"]["J"][name] for name in ("final", "incremental", "learning", "forgetting", "fwt")},
+    "J swap": lambda results: mean(results["matrix"]["J_swap"][-1]),
+    "F final": lambda results: results["metrics"]["F"]["final"],
+    "minutes": lambda results: sum(map(sum, results["seconds"].values())) / 60,
+}
 
 
 def grid(words):
     """["a=1,2", "b=3"] -> [{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]"""
-    if any("=" not in word for word in words):
-        raise AtlasError(f"`{next(w for w in words if '=' not in w)}` is not key=value,value")
-    keys = [word.partition("=")[0] for word in words]
-    return [dict(zip(keys, values)) for values in itertools.product(*(word.partition("=")[2].split(",") for word in words))]
+    if wrong := [word for word in words if "=" not in word]:
+        raise AtlasError(f"`{wrong[0]}` is not key=value,value")
+    keys, values = zip(*(word.split("=", 1) for word in words)) if words else ((), ())
+    return [dict(zip(keys, chosen)) for chosen in itertools.product(*(value.split(",") for value in values))]
 
 
 def words_of(point, given):
@@ -46,7 +48,8 @@ def launch(point, given):
     """Train one point, or go on with it, or skip it where it is finished; its error line, or None."""
     folder, words = folder_of(point, given), words_of(point, given)
     if before := finished(folder):
-        error = None if as_dict(Config()) | before["config"] == as_dict(load_config(given.cfg, words)) else f"{folder} holds a run of other config files; choose another --out"
+        same = as_dict(Config()) | before["config"] == as_dict(load_config(given.cfg, words))
+        error = None if same else f"{folder} holds a run of other config files; choose another --out"
     else:
         threads = str(max(1, (os.cpu_count() or 1) // given.jobs))
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--resume", "--cfg", *given.cfg, *words]

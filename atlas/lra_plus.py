@@ -1,17 +1,23 @@
 """LRA that keeps listening (`method: lra_plus`, ours): the anchor, and what the last model masks on today's frames when it hears the sounds of yesterday.
 
-A frame of a new task often shows, silent, what an earlier task has taught to hear. So for each clip of a batch the model after the last task hears the mean sounds of a few classes
-learned before, drawn at random, and the one for which it masks most is taken. With y its mask probabilities for (the clip's frames, that sound), z the present model's logits for
-the same and p = sigmoid(z),
+A frame of a new task often shows, silent, what an earlier task has taught to hear. So for each clip of a batch the model after the last task hears CANDIDATES sounds of classes
+learned before, drawn at random, and the DISTILLED ones for which it masks most are taken. With y its mask probabilities for (the clip's frames, such a sound), z the present model's
+logits for the same and p = sigmoid(z),
 
-    L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2 + strength * mean over frames of  BCE(y, z) + 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1)
+    L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2 + strength * mean over sounds and frames of  BCE(y, z) + 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1)
 
 the sums over a frame's pixels: both terms are least at p = y. The last model is LRA's own anchor, run on the batch without gradients; the visual features are those of the step
-itself, so that only fusion and decoder run once more with gradients. What is kept is, a class, one mean over clips and seconds of the frozen audio encoder's features, D_a + N D_u
-numbers: no clip, no frame, and no sound that could be played. Task-free, where no class is told, it is one mean a consolidation, over the steps since the last one.
+itself, so that only fusion and decoder run once more with gradients. What is kept is, a class, a sketch of its sounds x (of a clip, the mean over seconds of the frozen audio encoder's
+features, D_a + N D_u numbers): their mean m and the r = DIRECTIONS largest principal directions, scaled, from which sounds are drawn:
 
-The distillation is Li & Hoiem's (2016, arXiv 1606.09282) on inputs that they do not have; a class mean instead of exemplars as in Zhu et al. 2021 (PASS, CVPR).
+    x = m + sum_k e_k d_k,    e_k ~ N(0, 1),    sum_k d_k d_k^T = the part of largest variance of  (1/n) sum_x (x - m)(x - m)^T
+
+No clip, no frame, and no sound that could be played. Task-free, where no class is told, it is one sketch a consolidation, of the steps since the last one.
+
+The distillation is Li & Hoiem's (2016, arXiv 1606.09282) on inputs that they do not have; a class's mean instead of exemplars as in Zhu et al. 2021 (PASS, CVPR), with directions of its
+spread, which are updated clip by clip without the clips (Ross et al. 2008, incremental principal components with an updated mean).
 """
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -22,7 +28,9 @@ from atlas import parallel
 from atlas.lra import LowRankAnchor
 from atlas.model import clip_means
 
-CANDIDATES = 4  # sounds that the last model hears for each clip
+CANDIDATES = 8  # sounds that the last model hears for each clip
+DISTILLED = 2  # of those, the ones that the present model hears too
+DIRECTIONS = 5  # r
 
 
 class LraPlus(LowRankAnchor):
@@ -34,7 +42,7 @@ class LraPlus(LowRankAnchor):
         self.listen, self.model, self.til, self.autocast = listen, [model], til, autocast  # the model in a list: not a submodule
         self.idle = not (strength or listen)
         self.names = [f"model.{name}" for parameters in groups.values() for name in parameters]  # of _Answers
-        for name in ("sounds", "head", "heard", "last_heard"):  # [K, S] the mean sounds; [K] whose head (TIL); task-free [S + 1] the sum since the last consolidation, and its clips
+        for name in ("sounds", "head", "heard", "last_heard"):  # [K, 1 + r, S] m and d; [K] whose head (TIL); task-free, sketches of this window and of those since the last consolidation
             self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
         self.noted = {}
 
@@ -42,41 +50,42 @@ class LraPlus(LowRankAnchor):
         return super().measure(model, self._noting(batches), loss)
 
     def _noting(self, batches):
-        """Pass the batches on; keep the sum of each class's sounds, and the number of clips."""
+        """Pass the batches on; keep a sketch of each class's sounds."""
         for batch in batches:
-            for category, sound in zip(batch["category"], sound_of(batch).cpu()):
-                self.noted[category] = self.noted.get(category, 0) + sound
+            for category, sound in zip(batch["category"], sounds_of(batch).cpu()):
+                self.noted[category] = joined(self.noted.get(category), sketch(sound[None]))
             yield batch
 
     def consolidate(self, measured):
         self.noted = {}
         report = super().consolidate(measured)
-        totals = {}
+        classes = {}
         for noted in parallel.gathered(self.noted):
-            totals |= {category: totals.get(category, 0) + total for category, total in noted.items()}
-        for total in totals.values():
-            self._remember(total.to(self.anchor.device))
+            classes |= {category: joined(classes.get(category), of_class) for category, of_class in noted.items()}
+        for of_class in classes.values():
+            self._remember(of_class.to(self.anchor.device))
         return report
 
     def observe(self, loss, clips):
         report = super().observe(loss, clips)
         if report:
-            if report["fired"] and len(self.last_heard):
-                self._remember(parallel.summed(self.last_heard))
-                self.heard = self.heard - self.last_heard
-            self.last_heard = self.heard.clone()
+            before = self.last_heard if len(self.last_heard) else None
+            if report["fired"] and before is not None:
+                self._remember(functools.reduce(joined, parallel.gathered(before)))
+                before = None
+            self.last_heard, self.heard = joined(before, self.heard), self.heard[:0]
         return report
 
-    def _remember(self, total):
-        """Add one mean sound, from a sum of sounds and their number."""
-        sound = (total[:-1] / total[-1])[None]
-        self.sounds = torch.cat([self.sounds.view(-1, sound.shape[1]), sound])
+    def _remember(self, sketched):
+        """Add the sounds of a sketch."""
+        sounds = torch.cat([sketched[:1, :-1], sketched[1:, :-1] / sketched[0, -1].sqrt()])[None]
+        self.sounds = torch.cat([self.sounds.view(-1, *sounds.shape[1:]), sounds])
         self.head = torch.cat([self.head, self.head.new_tensor([self.model[0].decoder.active])])
 
     def penalty(self, batch=None, outputs=None):
         held = super().penalty()
         if self.plateau:
-            self.heard = sound_of(batch).sum(0) + (self.heard if len(self.heard) else 0)
+            self.heard = joined(self.heard if len(self.heard) else None, sketch(sounds_of(batch)))
         if not len(self.sounds) or not self.listen:
             return held
         (model,), decoder = self.model, self.model[0].decoder
@@ -87,21 +96,25 @@ class LraPlus(LowRankAnchor):
         with torch.no_grad(), self.autocast():
             answers = functional_call(_Answers(model).eval(), dict(zip(self.names, last)), (batch, *asked.values()))  # [CANDIDATES, M, H, W]
         model.train(training)
-        y, chosen = most_heard(answers.float().sigmoid(), batch["clip"], len(batch["context"]))
-        asked = {name: sounds[chosen, torch.arange(len(chosen), device=chosen.device)] for name, sounds in asked.items()}
-        with self.autocast():
-            z = model.segment(outputs["features"], batch["frames"].shape[-1], batch["clip"], batch["second"], **asked)["masks"]
+        apart = 0.0
+        for y, chosen in most_heard(answers.float().sigmoid(), batch["clip"], len(batch["context"]), DISTILLED):
+            sounds = {name: drawn[chosen, torch.arange(len(chosen), device=chosen.device)] for name, drawn in asked.items()}
+            with self.autocast():
+                z = model.segment(outputs["features"], batch["frames"].shape[-1], batch["clip"], batch["second"], **sounds)["masks"]
+            apart = apart + distance(z.float().flatten(1), y.flatten(1)) / DISTILLED
         decoder.use_head(active)
-        return held + self.listen * distance(z.float().flatten(1), y.flatten(1))
+        return held + self.listen * apart
 
     def _ask(self, batch):
-        """CANDIDATES sounds for every clip, drawn from those remembered, {"context" [CANDIDATES, B, T, D_a], "tokens"} (TIL: from those of one task, whose is "head")."""
+        """CANDIDATES sounds for every clip, drawn from the sketches, {"context" [CANDIDATES, B, T, D_a], "tokens"} (TIL: from those of one task, whose is "head")."""
         (B, seconds), D = batch["context"].shape[:2], batch["context"].shape[2]
         known, head = torch.arange(len(self.sounds)), {}
         if self.til:
             head = {"head": self.head[torch.randint(len(known), (1,))]}
             known = (self.head == head["head"]).nonzero()[:, 0].cpu()
-        drawn = self.sounds[known[torch.randint(len(known), (CANDIDATES, B))]][:, :, None].expand(-1, -1, seconds, -1)
+        chosen = self.sounds[known[torch.randint(len(known), (CANDIDATES, B))]]  # [CANDIDATES, B, 1 + r, S]
+        e = torch.randn(CANDIDATES, B, 1, chosen.shape[2] - 1).to(chosen)
+        drawn = (chosen[:, :, :1] + e @ chosen[:, :, 1:]).expand(-1, -1, seconds, -1)
         return {"context": drawn[..., :D], "tokens": drawn[..., D:].unflatten(-1, batch["tokens"].shape[2:])} | head
 
     def load_state_dict(self, state, strict=True):
@@ -123,17 +136,41 @@ class _Answers(torch.nn.Module):
         return torch.stack([self.model.segment(features, size, batch["clip"], batch["second"], *sounds)["masks"] for sounds in zip(context, tokens)])
 
 
-def most_heard(y, clip, B):
-    """Of the answers y [R, M, H, W] to R sounds of each clip, the one that masks most: (probabilities [M, H, W], its number for each clip [B])."""
+def most_heard(y, clip, B, count):
+    """Of the answers y [R, M, H, W] to R sounds of each clip, the `count` that mask most, the largest first: [(probabilities [M, H, W], its number for each clip [B])]."""
     area = torch.stack([clip_means(of_one.mean((1, 2)), clip, B) for of_one in y])  # [R, B]
-    chosen = area.argmax(0)
-    return y[chosen[clip], torch.arange(len(clip), device=clip.device)], chosen
+    frames = torch.arange(len(clip), device=clip.device)
+    return [(y[chosen[clip], frames], chosen) for chosen in area.topk(count, 0)[1]]
 
 
-def sound_of(batch):
-    """The features of each clip's sound [B, S + 1]: the means over its seconds of context and tokens, one after the other, and a one, which counts clips."""
-    context, tokens = batch["context"].mean(1), batch["tokens"].mean(1).flatten(1)
-    return torch.cat([context, tokens, torch.ones_like(context[:, :1])], 1).float()
+def sounds_of(batch):
+    """The features of each clip's sound [B, S]: the means over its seconds of context and tokens, one after the other."""
+    return torch.cat([batch["context"].mean(1), batch["tokens"].mean(1).flatten(1)], 1).float()
+
+
+def sketch(x):
+    """n sounds x [n, S] -> [1 + r, S + 1]: the first row is their mean and n, the others (with 0) directions whose outer products add up to sum (x - m)(x - m)^T, as far as r can."""
+    m = x.mean(0)
+    return _packed(m, float(len(x)), x - m)
+
+
+def joined(a, b):
+    """The sketch of the sounds of two sketches; either may be None, of nothing."""
+    if a is None or b is None:
+        return a if b is None else b
+    n, k = a[0, -1], b[0, -1]
+    between = ((n * k / (n + k)).sqrt() * (a[0, :-1] - b[0, :-1]))[None]
+    return _packed((n * a[0, :-1] + k * b[0, :-1]) / (n + k), n + k, torch.cat([a[1:, :-1], b[1:, :-1], between]))
+
+
+def _packed(m, n, rows):
+    """The largest principal directions of `rows` [k, S], which add up as they do, below m and n."""
+    _, size, direction = torch.linalg.svd(rows, full_matrices=False)
+    out = m.new_zeros(1 + DIRECTIONS, len(m) + 1)
+    out[0, :-1], out[0, -1] = m, n
+    kept = min(DIRECTIONS, len(size))
+    out[1 : 1 + kept, :-1] = size[:kept, None] * direction[:kept]
+    return out
 
 
 def distance(z, y):

@@ -6,7 +6,7 @@ import torch
 from atlas.baselines import build_method
 from atlas.data import ClipDataset, loader
 from atlas.lra import Plateau
-from atlas.lra_plus import LraPlus, distance, most_heard, sound_of
+from atlas.lra_plus import CANDIDATES, DIRECTIONS, LraPlus, distance, joined, most_heard, sketch, sounds_of
 from atlas.runs import open_model
 
 
@@ -21,22 +21,37 @@ def begun(config, cache, tasks, **keys):
     return model.train(), method, first, next(iter(loader(ClipDataset(cache, tasks[1].train[:3]), 3)))
 
 
-def test_it_remembers_the_mean_sound_of_each_class_and_nothing_else(config, cache, tasks):
+def test_it_remembers_a_sketch_of_the_sounds_of_each_class_and_nothing_else(config, cache, tasks):
     model, method, first, _ = begun(config, cache, tasks)
-    means = []
-    for category in tasks[0].classes:
+    for category, (m, *d) in zip(dict.fromkeys(cache.clips[i]["category"] for i in tasks[0].train), method.sounds, strict=True):
         items = [cache[i] for i in tasks[0].train if cache.clips[i]["category"] == category]
-        context, tokens = (torch.stack([item[name] for item in items]).float().mean((0, 1)) for name in ("context", "tokens"))
-        means.append(torch.cat([context, tokens.flatten()]))
-    torch.testing.assert_close(method.sounds.sort(0)[0], torch.stack(means).sort(0)[0])
+        x = torch.stack([torch.cat([item["context"].float().mean(0), item["tokens"].float().mean(0).flatten()]) for item in items])
+        torch.testing.assert_close(m, x.mean(0), rtol=1e-4, atol=1e-4)
+        d = torch.stack(d)  # four clips have three directions, so nothing is left out
+        torch.testing.assert_close(d.T @ d, torch.cov(x.T, correction=0), rtol=1e-3, atol=1e-4 * x.var().item())
+    assert method.sounds.shape == (2, 1 + DIRECTIONS, x.shape[1])
     assert sum(v.numel() for v in method.state_dict().values()) == method.sounds.numel() + 2 + 2 * method.anchor.numel() + 1
+
+
+def test_a_sketch_is_the_same_however_its_sounds_came_and_keeps_the_largest_directions():
+    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 7, 5, 4, 3] + 25 * [0.0]) + 2
+    whole, parts = sketch(x), joined(joined(None, sketch(x[:3])), joined(sketch(x[3:31]), sketch(x[31:])))
+    for found in (whole, parts):
+        assert found[0, -1] == 40 and not found[1:, -1].any()
+        torch.testing.assert_close(found[0, :-1], x.mean(0))
+        torch.testing.assert_close(found[1:, :-1].T @ found[1:, :-1], (x - x.mean(0)).T @ (x - x.mean(0)), rtol=1e-4, atol=1e-2)
+    wide = torch.randn(40, 30, generator=torch.Generator().manual_seed(1))
+    kept = torch.linalg.svdvals(wide - wide.mean(0))[:DIRECTIONS]
+    torch.testing.assert_close(sketch(wide)[1:, :-1].norm(dim=1), kept)
+    assert joined(None, whole) is whole
 
 
 def test_at_the_last_model_the_distillation_is_least_and_elsewhere_it_is_its_formula(config, cache, tasks):
     model, method, _, batch = begun(config, cache, tasks, strength=3.0)
     gradients = torch.autograd.grad(method.penalty(batch, model(batch)), method.anchored, allow_unused=True)
     assert max(g.abs().max() for g in gradients if g is not None) < 1e-5
-    method.sounds = method.sounds[:1]  # one sound, so that nothing is drawn
+    method.sounds = method.sounds[:1].clone()
+    method.sounds[:, 1:] = 0  # one sound, so that nothing is drawn
     context, tokens = (sounds[0] for sounds in method._ask(batch).values())
     heard = batch | {"context": context, "tokens": tokens}
     y = model(heard)["masks"].detach().sigmoid().flatten(1)
@@ -55,17 +70,33 @@ def test_every_clip_is_asked_for_remembered_sounds_in_every_second(config, cache
     _, method, _, batch = begun(config, cache, tasks)
     asked = method._ask(batch)
     assert asked["context"].shape[1:] == batch["context"].shape and asked["tokens"].shape[1:] == batch["tokens"].shape
-    sounds = torch.cat([asked["context"], asked["tokens"].flatten(3)], 3).flatten(0, 2)  # [R B T, S]
-    distances = (sounds[:, None] - method.sounds).abs().sum(2)
-    assert distances.min(1)[0].max() == 0 and set(distances.argmin(1).tolist()) == {0, 1}
+    sounds = torch.cat([asked["context"], asked["tokens"].flatten(3)], 3)  # [R, B, T, S]
+    assert (sounds == sounds[:, :, :1]).all()
+    apart = sounds[:, :, 0].flatten(0, 1)[:, None] - method.sounds[:, 0]  # of each mean, [R B, K, S]
+    spread = method.sounds[:, 1:].transpose(1, 2)  # [K, S, r]
+    inside = spread @ torch.linalg.pinv(spread) @ apart.unsqueeze(-1)
+    rest = (apart - inside[..., 0]).norm(dim=2)  # what the directions of each class do not explain
+    assert rest.min(1)[0].max() < 1e-3 * apart.norm(dim=2).max() and set(rest.argmin(1).tolist()) == {0, 1}
 
 
-def test_of_the_answers_the_one_that_masks_most_is_taken(config):
+def test_the_sounds_drawn_have_the_mean_and_the_spread_of_the_sketch(config, cache, tasks):
+    _, method, _, batch = begun(config, cache, tasks)
+    method.sounds = method.sounds[:1]
+    drawn = torch.cat([torch.cat([a["context"][:, :, 0], a["tokens"][:, :, 0].flatten(2)], 2).flatten(0, 1) for a in (method._ask(batch) for _ in range(200))])
+    m, d = method.sounds[0, 0], method.sounds[0, 1:]
+    assert len(drawn) == 200 * CANDIDATES * 3
+    e = (drawn - m) @ torch.linalg.pinv(d[:3])
+    torch.testing.assert_close(e.mean(0), torch.zeros(3), rtol=0, atol=0.1)
+    torch.testing.assert_close(torch.cov(e.T), torch.eye(3), rtol=0, atol=0.15)
+
+
+def test_of_the_answers_those_that_mask_most_are_taken(config):
     """Two clips, of two frames and one; three sounds each."""
     y, clip = torch.zeros(3, 3, 4, 4), torch.tensor([0, 0, 1])
     y[1, 0, 0], y[2, 1, :2], y[0, 2] = 0.5, 0.4, 0.1  # clip 0: 0, 1/16, 1/10; clip 1: 1/10, 0, 0
-    best, chosen = most_heard(y, clip, 2)
+    (best, chosen), (next_best, second) = most_heard(y, clip, 2, 2)
     assert chosen.tolist() == [2, 0] and torch.equal(best, torch.stack([y[2, 0], y[2, 1], y[0, 2]]))
+    assert second[0] == 1 and torch.equal(next_best[:2], y[1, :2])
 
 
 def test_in_til_a_sound_is_asked_of_its_own_tasks_head(config, cache, tasks):
@@ -80,7 +111,7 @@ def test_in_til_a_sound_is_asked_of_its_own_tasks_head(config, cache, tasks):
     assert gradient is None
 
 
-def test_task_free_it_remembers_the_mean_sound_of_the_steps_before_the_last_window(config, cache, tasks):
+def test_task_free_it_remembers_the_sounds_of_the_steps_before_the_last_window(config, cache, tasks):
     model, _ = open_model(config, cache)
     method = LraPlus(model.groups(), 0.0, 1.0, model, plateau=Plateau(2, 0.5))
     batches, steps = list(loader(ClipDataset(cache, [i for task in tasks for i in task.train]), 2)), []
@@ -88,10 +119,10 @@ def test_task_free_it_remembers_the_mean_sound_of_the_steps_before_the_last_wind
         outputs = model(batch)
         method.penalty(batch, outputs)
         report = method.observe(loss, 2)
-        steps.append(sound_of(batch)[:, :-1])
-    assert report["fired"]
-    torch.testing.assert_close(method.sounds, torch.cat(steps[:4]).mean(0, keepdim=True))
-    torch.testing.assert_close(method.heard[:-1], torch.cat(steps[4:]).sum(0), rtol=1e-3, atol=1e-2)
+        steps.append(sounds_of(batch))
+    assert report["fired"] and len(method.sounds) == 1 and method.last_heard[0, -1] == len(torch.cat(steps[4:])) and not len(method.heard)
+    torch.testing.assert_close(method.sounds[0, 0], torch.cat(steps[:4]).mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(method.last_heard[0, :-1], torch.cat(steps[4:]).mean(0), rtol=1e-4, atol=1e-4)
     again = LraPlus(model.groups(), 0.0, 1.0, model, plateau=Plateau(2, 0.5))
     again.load_state_dict(method.state_dict())
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in method.state_dict().items())
