@@ -4,6 +4,7 @@
     python eval.py runs/cil_lra_seed0 --rescore    score its checkpoints again on the data, and compare with results.json
     python eval.py runs/cil_lra_seed0 --figures    draw R, its classes, masks and (task-free) consolidations into its figures/
     python eval.py runs/cil_*                      several runs: a table of the methods, in Markdown; --figures --out DIR draws them
+    python eval.py runs/*/* --brief                of several protocols, final J and forgetting alone, in one table
     python eval.py runs/cil_lra_seed0 --video clip.mp4 --out overlay.mp4        mask what its last model hears in your own video; --audio: in another sound
 """
 import argparse
@@ -15,6 +16,7 @@ def parse():
     parser.add_argument("--rescore", action="store_true", help="score every checkpoint again; exit 1 where a score differs by more than 1e-6")
     parser.add_argument("--figures", action="store_true", help="draw what there is to see of the run, or of the several, as .png and .pdf")
     parser.add_argument("--out", help="folder for the figures (one run: its figures/ where not given), and for several runs' comparison.md; --video: the video to write")
+    parser.add_argument("--brief", action="store_true", help="several runs: one table of final J and forgetting for all protocols")
     parser.add_argument("--score", choices=("J", "F"), default="J", help="--figures: of the heat-map and the bars of one run")
     parser.add_argument("--clips", metavar="ID,ID", help="--figures: test clips whose masks to draw; a few drawn with a fixed seed where not given")
     parser.add_argument("--video", metavar="FILE", help="draw the masks of the run's last model over this video, at its own size and rate, and keep its sound; written to --out (.mp4, .mov or .mkv)")
@@ -32,7 +34,7 @@ from pathlib import Path
 import torch
 
 from atlas.baselines import build_method
-from atlas.compare import comparison
+from atlas.compare import brief, comparison
 from atlas.data import swap_partners
 from atlas.errors import AtlasError, one_line_errors
 from atlas.metrics import score_tasks
@@ -95,7 +97,7 @@ def compare(given):
     if given.figures and not given.out:
         raise AtlasError("the figures of several runs need a folder: give --out DIR")
     runs = [read_results(run) for run in given.run]
-    table = comparison(runs)
+    table = (brief if given.brief else comparison)(runs)
     print(table)
     if given.figures:
         from atlas import figures
@@ -128,6 +130,8 @@ def main(given):
         return show(given.run[0], given)
     if len(given.run) > 1:
         return compare(given)
+    if given.brief:
+        raise AtlasError("--brief is a table of several runs; give more than one folder")
     run = given.run[0]
     results = read_results(run)
     print(summary(results))

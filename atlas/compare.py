@@ -15,6 +15,7 @@ ELSEWHERE = ("name", "out_dir", "cache_dir", "data_root", "synth", "seed", "devi
 OWN = ("lra_", "lora_", "strength")  # keys that start like this belong to a method: that methods differ in them goes without saying
 COLUMNS = [(score, name) for score in ("J", "F") for name in ("final", "incremental", "forgetting", "fwt", "intransigence")]
 COLUMNS.insert(4, ("J", "listening"))
+BRIEF = [("J", "final"), ("J", "forgetting")]
 LESS_IS_BETTER = ("forgetting", "intransigence")
 LEVEL, COMMON = 0.05, 3  # of the test; the fewest common seeds it is made with
 MARK, NONE, UNDEFINED = "†", "not run", "–"
@@ -138,19 +139,36 @@ def comparison(runs):
     return "\n\n".join(section(problem) for problem in problems(runs))
 
 
+def brief(runs):
+    """One table for all problems: a row a method, and of each problem final J and forgetting alone."""
+    found, told = problems(runs), {}
+    for k, problem in enumerate(found):
+        for row, cells in zip(problem["rows"], cells_of(problem, BRIEF)[0]):
+            told.setdefault(row["label"], [NONE] * len(BRIEF) * len(found))[len(BRIEF) * k : len(BRIEF) * (k + 1)] = cells
+    head = ["method", *(f"{problem['title']}: {score} {name}" for problem in found for score, name in BRIEF)]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join([label, *cells])} |" for label, cells in told.items())])
+
+
 def section(problem):
     rows, runs = problem["rows"], [results for row in problem["rows"] for results in row["runs"]]
-    values = {column: [values_of(row, column, runs) for row in rows] for column in COLUMNS}
-    marks, untested = {}, set()
-    for column in COLUMNS:
-        marks[column], few = verdicts(values[column], [row["method"] != "joint" for row in rows], column[1] in LESS_IS_BETTER)
-        untested |= {rows[i]["label"] for i in few}
+    cells, untested = cells_of(problem, COLUMNS)
     head = ["method", "runs", *(f"{score} {name}" for score, name in COLUMNS), "s train / consolidate / evaluate"]
     lines = [f"### {problem['title']}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for i, row in enumerate(rows):
-        cells = [cell(row, column, values[column][i], marks[column][i]) for column in COLUMNS]
-        lines.append(f"| {' | '.join([row['label'], str(len(row['runs'])), *cells, seconds(row)])} |")
+    lines += [f"| {' | '.join([row['label'], str(len(row['runs'])), *of_row, seconds(row)])} |" for row, of_row in zip(rows, cells)]
     return "\n".join(lines + [""] + notes(rows, runs, untested))
+
+
+def cells_of(problem, columns):
+    """([the cells of each row], the labels of rows with too few seeds in common with the best to be tested)."""
+    rows, runs = problem["rows"], [results for row in problem["rows"] for results in row["runs"]]
+    cells, untested = [[] for _ in rows], set()
+    for column in columns:
+        values = [values_of(row, column, runs) for row in rows]
+        marks, few = verdicts(values, [row["method"] != "joint" for row in rows], column[1] in LESS_IS_BETTER)
+        untested |= {rows[i]["label"] for i in few}
+        for row, own, of_row, mark in zip(rows, cells, values, marks):
+            own.append(cell(row, column, of_row, mark))
+    return cells, untested
 
 
 def verdicts(values, competes, less_is_better):

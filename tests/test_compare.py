@@ -4,7 +4,7 @@ import copy
 import pytest
 from conftest import ROOT
 
-from atlas.compare import cell, comparison, joint_of, paired_p, problems, rows_of, two_sided_t, value_of, verdicts
+from atlas.compare import brief, cell, comparison, joint_of, paired_p, problems, rows_of, two_sided_t, value_of, verdicts
 from atlas.errors import AtlasError
 from atlas.metrics import continual_metrics
 from atlas.results import read_results
@@ -84,6 +84,16 @@ def test_settings_of_a_method_are_rows_and_protocols_are_tables():
     til, cil = comparison(runs).split("### CIL")
     assert set(list(row(til, "finetune").values())[2:]) == {"not run"} == set(list(row(cil, "frozen").values())[2:])
     assert "Left out as unfinished: frozen (1)." in cil and "unfinished" not in til
+
+
+def test_the_brief_table_has_a_row_a_method_and_the_cells_of_the_long_one():
+    runs = [made(seed=s, shift=0.1 + 0.01 * s, protocol=p) for s in range(3) for p in ("til", "cil")] + [made("finetune", s, 0.011 * s) for s in range(3)] + [made("joint")]
+    til, cil = comparison(runs).split("### CIL")
+    for method in ("lra", "finetune", "joint"):
+        cells = row(brief(runs), method)
+        assert list(cells) == ["method", "TIL: J final", "TIL: J forgetting", "CIL: J final", "CIL: J forgetting"]
+        assert [cells[f"{p}: J {name}"] for p in ("TIL", "CIL") for name in ("final", "forgetting")] == [row(t, method)[f"J {name}"] for t in (til, cil) for name in ("final", "forgetting")]
+    assert brief(runs).splitlines()[-1].startswith("| joint | not run | not run |")
 
 
 def test_runs_over_other_classes_or_other_tasks_are_not_compared():
