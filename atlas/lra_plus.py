@@ -4,10 +4,12 @@ A frame of a new task often shows, silent, what an earlier task has taught to he
 learned before, drawn at random, and the DISTILLED ones for which it masks most are taken. With y its mask probabilities for (the clip's frames, such a sound), z the present model's
 logits for the same and p = sigmoid(z),
 
-    L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2 + strength * mean over sounds and frames of  BCE(y, z) + 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1)
+    L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2 + strength * (D + HEARING * H)
+    D = mean over sounds and frames of  BCE(y, z) + 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1)
+    H = mean over scales and over gate, keys and values of  mean (h - h_last)^2 / var(h_last),    h: what reaches the frames of a sound of each past class
 
-the sums over a frame's pixels: both terms are least at p = y. The last model is LRA's own anchor, run on the batch without gradients; the visual features are those of the step
-itself, so that only fusion and decoder run once more with gradients. What is kept is, a class, a sketch of its sounds x (of a clip, the mean over seconds of the frozen audio encoder's
+D's sums are over a frame's pixels: both its terms are least at p = y. H needs no frame: it holds how past sounds are heard where today's frames do not show what makes them. The last
+model is LRA's own anchor, run on the batch without gradients; the visual features are those of the step itself, so that only fusion and decoder run once more with gradients. What is kept is, a class, a sketch of its sounds x (of a clip, the mean over seconds of the frozen audio encoder's
 features, D_a + N D_u numbers): their mean m and the r = DIRECTIONS largest principal directions, scaled, from which sounds are drawn:
 
     x = m + sum_k e_k d_k,    e_k ~ N(0, 1),    sum_k d_k d_k^T = the part of largest variance of  (1/n) sum_x (x - m)(x - m)^T
@@ -31,6 +33,7 @@ from atlas.model import clip_means
 CANDIDATES = 8  # sounds that the last model hears for each clip
 DISTILLED = 2  # of those, the ones that the present model hears too
 DIRECTIONS = 5  # r
+HEARING = 10.0  # weight of H beside D
 
 
 class LraPlus(LowRankAnchor):
@@ -103,19 +106,37 @@ class LraPlus(LowRankAnchor):
                 z = model.segment(outputs["features"], batch["frames"].shape[-1], batch["clip"], batch["second"], **sounds)["masks"]
             apart = apart + distance(z.float().flatten(1), y.flatten(1)) / DISTILLED
         decoder.use_head(active)
-        return held + self.listen * apart
+        return held + self.listen * (apart + HEARING * self._misheard(batch, last))
+
+    def _misheard(self, batch, last):
+        """H, on a sound drawn of each class remembered; last: the last model's parameters."""
+        sounds, ears = self._split(self._draw(self.sounds), batch), _Ears(self.model[0])
+        with torch.no_grad():
+            before = functional_call(ears, dict(zip(self.names, last)), sounds)
+        return sum((h - h_last).square().mean() / (h_last.var() + 1e-6) for h, h_last in zip(ears(*sounds), before)) / len(before)
 
     def _ask(self, batch):
         """CANDIDATES sounds for every clip, drawn from the sketches, {"context" [CANDIDATES, B, T, D_a], "tokens"} (TIL: from those of one task, whose is "head")."""
-        (B, seconds), D = batch["context"].shape[:2], batch["context"].shape[2]
+        B, seconds = batch["context"].shape[:2]
         known, head = torch.arange(len(self.sounds)), {}
         if self.til:
             head = {"head": self.head[torch.randint(len(known), (1,))]}
             known = (self.head == head["head"]).nonzero()[:, 0].cpu()
         chosen = self.sounds[known[torch.randint(len(known), (CANDIDATES, B))]]  # [CANDIDATES, B, 1 + r, S]
-        e = torch.randn(CANDIDATES, B, 1, chosen.shape[2] - 1).to(chosen)
-        drawn = (chosen[:, :, :1] + e @ chosen[:, :, 1:]).expand(-1, -1, seconds, -1)
-        return {"context": drawn[..., :D], "tokens": drawn[..., D:].unflatten(-1, batch["tokens"].shape[2:])} | head
+        drawn = self._draw(chosen)[:, :, None].expand(-1, -1, seconds, -1)
+        return dict(zip(("context", "tokens"), self._split(drawn, batch))) | head
+
+    @staticmethod
+    def _draw(sounds):
+        """A sound of each sketch: m and d [..., 1 + r, S] -> [..., S]."""
+        e = torch.randn(*sounds.shape[:-2], 1, sounds.shape[-2] - 1).to(sounds)
+        return (sounds[..., :1, :] + e @ sounds[..., 1:, :])[..., 0, :]
+
+    @staticmethod
+    def _split(sounds, batch):
+        """Sounds [..., S] -> their context [..., D_a] and tokens [..., N, D_u]."""
+        D = batch["context"].shape[2]
+        return sounds[..., :D], sounds[..., D:].unflatten(-1, batch["tokens"].shape[2:])
 
     def load_state_dict(self, state, strict=True):
         """As many sounds as `state` has."""
@@ -134,6 +155,20 @@ class _Answers(torch.nn.Module):
     def forward(self, batch, context, tokens):
         features, size = self.model.encode(batch["frames"]), batch["frames"].shape[-1]
         return torch.stack([self.model.segment(features, size, batch["clip"], batch["second"], *sounds)["masks"] for sounds in zip(context, tokens)])
+
+
+class _Ears(torch.nn.Module):
+    """What of sounds reaches the frames: context [K, D_a], tokens [K, N, D_u] -> for every scale the gate, the keys and the values."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, context, tokens):
+        fusion = self.model.fusion
+        a, u = fusion.context_norm(context), fusion.token_norm(tokens)
+        gates = [torch.tanh(gate(a)) for gate in fusion.gates or ()]
+        return gates + [part for attend in fusion.attend for part in attend.key_value(attend.token(u)).chunk(2, -1)]
 
 
 def most_heard(y, clip, B, count):

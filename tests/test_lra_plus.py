@@ -1,4 +1,5 @@
 """LRA that keeps listening: what it remembers, what it asks, and where its distillation is least."""
+import copy
 from dataclasses import replace
 
 import torch
@@ -6,7 +7,7 @@ import torch
 from atlas.baselines import build_method
 from atlas.data import ClipDataset, loader
 from atlas.lra import Plateau
-from atlas.lra_plus import CANDIDATES, DIRECTIONS, LraPlus, distance, joined, most_heard, sketch, sounds_of
+from atlas.lra_plus import CANDIDATES, DIRECTIONS, HEARING, LraPlus, _Ears, distance, joined, most_heard, sketch, sounds_of
 from atlas.runs import open_model
 
 
@@ -54,11 +55,14 @@ def test_at_the_last_model_the_distillation_is_least_and_elsewhere_it_is_its_for
     method.sounds[:, 1:] = 0  # one sound, so that nothing is drawn
     context, tokens = (sounds[0] for sounds in method._ask(batch).values())
     heard = batch | {"context": context, "tokens": tokens}
-    y = model(heard)["masks"].detach().sigmoid().flatten(1)
+    y, last = model(heard)["masks"].detach().sigmoid().flatten(1), copy.deepcopy(model)
     for p in method.anchored:
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     z = model(heard)["masks"].flatten(1)
-    torch.testing.assert_close(method.penalty(batch, model(batch)), 3 * distance(z, y))
+    before, after = ([h.detach() for h in _Ears(m)(context[:1, 0], tokens[:1, 0])] for m in (last, model))
+    misheard = sum((b - a).square().mean() / (a.var() + 1e-6) for a, b in zip(before, after)) / len(after)
+    assert len(after) == 3 * len(model.channels) and misheard > 1e-4
+    torch.testing.assert_close(method.penalty(batch, model(batch)), 3 * (distance(z, y) + HEARING * misheard))
     p = z.sigmoid()
     bce = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
     dice = torch.stack([1 - (2 * (a * b).sum() + 1) / ((a * a).sum() + (b * b).sum() + 1) for a, b in zip(p, y)]).mean()
