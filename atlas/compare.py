@@ -7,6 +7,7 @@ there, and pairs it with a run of another row.
 import math
 from statistics import mean, stdev
 
+from atlas.config import Config, as_dict
 from atlas.errors import AtlasError
 from atlas.metrics import continual_metrics
 
@@ -17,6 +18,7 @@ COLUMNS = [(score, name) for score in ("J", "F") for name in ("final", "incremen
 COLUMNS.insert(4, ("J", "listening"))
 BRIEF = [("J", "final"), ("J", "forgetting")]
 LESS_IS_BETTER = ("forgetting", "intransigence")
+DEFAULTS = as_dict(Config())
 LEVEL, COMMON = 0.05, 3  # of the test; the fewest common seeds it is made with
 MARK, NONE, UNDEFINED = "†", "not run", "–"
 
@@ -51,14 +53,15 @@ def title(group, groups):
 
 
 def rows_of(method, group):
-    """The rows of one method: one for each setting that its runs differ in."""
+    """The rows of one method: one for each setting that its runs differ in, named by what in it is not the default."""
     runs = [results for results in group if results["method"] == method]
     if not runs:
         return [{"label": method, "method": method, "runs": [], "unfinished": 0}]
     varied = differing_keys(runs)
     rows = {}
     for results in runs:
-        label = " ".join([method, *(f"{key}={text(results['config'].get(key))}" for key in varied)])
+        setting = {key: results["config"].get(key, DEFAULTS.get(key)) for key in varied}
+        label = " ".join([method, *(f"{key}={text(value)}" for key, value in setting.items() if value != DEFAULTS.get(key))])
         row = rows.setdefault(label, {"label": label, "method": method, "runs": [], "unfinished": 0})
         if not results["complete"]:
             row["unfinished"] += 1
@@ -72,7 +75,7 @@ def rows_of(method, group):
 def differing_keys(runs):
     """The config keys, other than ELSEWHERE and PROBLEM, whose values differ among the runs."""
     keys = dict.fromkeys(key for results in runs for key in results["config"])
-    return [key for key in keys if key not in (*ELSEWHERE, *PROBLEM) and len({repr(results["config"].get(key)) for results in runs}) > 1]
+    return [key for key in keys if key not in (*ELSEWHERE, *PROBLEM) and len({repr(results["config"].get(key, DEFAULTS.get(key))) for results in runs}) > 1]  # an older version's runs lack keys
 
 
 def replicate(results):
