@@ -5,6 +5,7 @@ method, or a method at one setting where its runs differ in other keys than thos
 there, and pairs it with a run of another row.
 """
 import math
+from collections import Counter
 from statistics import mean, stdev
 
 from atlas.config import Config, as_dict
@@ -53,15 +54,15 @@ def title(group, groups):
 
 
 def rows_of(method, group):
-    """The rows of one method: one for each setting that its runs differ in, named by what in it is not the default."""
+    """The rows of one method: one for each setting that its runs differ in, named by what in it is not what most runs of the group have."""
     runs = [results for results in group if results["method"] == method]
     if not runs:
         return [{"label": method, "method": method, "runs": [], "unfinished": 0}]
-    varied = differing_keys(runs)
+    usual = {key: Counter(text(value_in(results, key)) for results in group).most_common(1)[0][0] for key in differing_keys(runs)}
     rows = {}
     for results in runs:
-        setting = {key: results["config"].get(key, DEFAULTS.get(key)) for key in varied}
-        label = " ".join([method, *(f"{key}={text(value)}" for key, value in setting.items() if value != DEFAULTS.get(key))])
+        setting = {key: text(value_in(results, key)) for key in usual}
+        label = " ".join([method, *(f"{key}={value}" for key, value in setting.items() if value != usual[key])])
         row = rows.setdefault(label, {"label": label, "method": method, "runs": [], "unfinished": 0})
         if not results["complete"]:
             row["unfinished"] += 1
@@ -75,7 +76,12 @@ def rows_of(method, group):
 def differing_keys(runs):
     """The config keys, other than ELSEWHERE and PROBLEM, whose values differ among the runs."""
     keys = dict.fromkeys(key for results in runs for key in results["config"])
-    return [key for key in keys if key not in (*ELSEWHERE, *PROBLEM) and len({repr(results["config"].get(key, DEFAULTS.get(key))) for results in runs}) > 1]  # an older version's runs lack keys
+    return [key for key in keys if key not in (*ELSEWHERE, *PROBLEM) and len({repr(value_in(results, key)) for results in runs}) > 1]
+
+
+def value_in(results, key):
+    """Of a config; an older version's runs lack keys."""
+    return results["config"].get(key, DEFAULTS.get(key))
 
 
 def replicate(results):
