@@ -4,8 +4,8 @@
 
 A comma separates the values of a key; every combination is a run in its own folder below OUT. What is finished is skipped, what was begun is resumed, so the same
 command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds (and over data_root, where several are given).
-Test scores stand beside it, mean ± standard deviation, and decide nothing. In a value, {seed} is the run's seed: first_task=runs/first/seed={seed} takes over the first
-task that another sweep learned once for all methods. With --print it runs nothing and prints the commands, one a line, as a Slurm array takes them (README).
+Test scores stand beside it, mean ± standard deviation, and decide nothing. In a value, {seed} is the run's seed: first_task=runs/first/method=finetune,seed={seed}
+takes over the first task that another sweep learned once for all methods. With --print it runs nothing and prints the commands, one a line, as a Slurm array takes them (README).
 """
 import argparse
 import concurrent.futures
@@ -35,8 +35,9 @@ def grid(words):
     """["a=1,2", "b=3"] -> [{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]"""
     if wrong := [word for word in words if "=" not in word]:
         raise AtlasError(f"`{wrong[0]}` is not key=value,value")
-    keys, values = zip(*(word.split("=", 1) for word in words)) if words else ((), ())
-    return [dict(zip(keys, chosen)) for chosen in itertools.product(*(value.split(",") for value in values))]
+    given = dict(word.split("=", 1) for word in words)
+    values = [[value] if key == "first_task" else value.split(",") for key, value in given.items()]  # the name of a sweep's folder has commas
+    return [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
 
 
 def words_of(point, given):

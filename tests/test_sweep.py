@@ -16,8 +16,8 @@ def test_the_grid_is_every_combination():
 
 def test_a_first_task_is_that_of_the_seed_and_names_no_folder():
     given = type("Given", (), {"out": "o"})
-    (point,) = sweep.grid(["seed=3", "first_task=runs/first/seed={seed}"])
-    assert sweep.words_of(point, given) == ["seed=3", "first_task=runs/first/seed=3", "out_dir=o", "name=seed=3"]
+    (point,) = sweep.grid(["seed=3", "first_task=runs/first/method=finetune,seed={seed}"])
+    assert sweep.words_of(point, given) == ["seed=3", "first_task=runs/first/method=finetune,seed=3", "out_dir=o", "name=seed=3"]
 
 
 def test_the_table_ranks_by_validation_and_averages_seeds(tmp_path):
