@@ -9,8 +9,9 @@ logits for the same and p = sigmoid(z),
     H = mean over scales and over gate, keys and values of  mean (h - h_last)^2 / var(h_last),    h: what reaches the frames of a sound of each past class
 
 D's sums are over a frame's pixels: both its terms are least at p = y. H needs no frame: it holds how past sounds are heard where today's frames do not show what makes them. The last
-model is LRA's own anchor, run on the batch without gradients; the visual features are those of the step itself, so that only fusion and decoder run once more with gradients. What is kept is, a class, a sketch of its sounds x (of a clip, the mean over seconds of the frozen audio encoder's
-features, D_a + N D_u numbers): their mean m and the r = DIRECTIONS largest principal directions, scaled, from which sounds are drawn:
+model is LRA's own anchor, run on the batch without gradients; the visual features are those of the step itself, so that only fusion and decoder run again with gradients. What is kept
+is, a class, a sketch of its sounds x (of a clip, the mean over seconds of the frozen audio encoder's features, D_a + N D_u numbers): their mean m and the r = DIRECTIONS largest
+principal directions, scaled, from which sounds are drawn:
 
     x = m + sum_k e_k d_k,    e_k ~ N(0, 1),    sum_k d_k d_k^T = the part of largest variance of  (1/n) sum_x (x - m)(x - m)^T
 
@@ -74,7 +75,7 @@ class LraPlus(LowRankAnchor):
         if report:
             before = self.last_heard if len(self.last_heard) else None
             if report["fired"] and before is not None:
-                self._remember(functools.reduce(joined, parallel.gathered(before)))
+                self._remember(functools.reduce(joined, parallel.gathered(before.cpu())).to(before.device))
                 before = None
             self.last_heard, self.heard = joined(before, self.heard), self.heard[:0]
         return report
