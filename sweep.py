@@ -36,7 +36,7 @@ def grid(words):
     if wrong := [word for word in words if "=" not in word]:
         raise AtlasError(f"`{wrong[0]}` is not key=value,value")
     given = dict(word.split("=", 1) for word in words)
-    values = [[value] if key == "first_task" else value.split(",") for key, value in given.items()]  # the name of a sweep's folder has commas
+    values = [[value] if key in ("first_task", "joint_run") else value.split(",") for key, value in given.items()]  # the name of a sweep's folder has commas
     return [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
 
 
@@ -49,7 +49,7 @@ def launch(point, given):
     """Train one point, or go on with it, or skip it where it is finished; its error line, or None."""
     folder, words = folder_of(point, given), words_of(point, given)
     if before := finished(folder):
-        same = as_dict(Config()) | before["config"] == as_dict(load_config(given.cfg, words))
+        same = as_dict(Config()) | before["config"] | {"first_task": None} == as_dict(load_config(given.cfg, words)) | {"first_task": None}
         error = None if same else f"{folder} holds a run of other config files; choose another --out"
     else:
         threads = str(max(1, (os.cpu_count() or 1) // given.jobs))

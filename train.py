@@ -52,14 +52,14 @@ def main(config, resume=False):
     model.to(device, memory_format=torch.channels_last if device == "cuda" else torch.preserve_format)
     method = build_method(config, model)
 
+    results = new_results(config, tasks, class_names(cache, tasks), count_parameters(model), {"visual": visual_sha, "audio": audio_sha}, device, runs.pick_amp(config))
+    first = None if resume else read_first_task(config, results)  # refuses before there is a folder
     folder, _lock = runs.open_run(config, resume)
     if resume and (folder / "results.json").is_file():
         results = read_results(folder)
         if results["complete"]:
             print(f"{folder} is finished\n\n{summary(results)}")
             return
-    else:
-        results = new_results(config, tasks, class_names(cache, tasks), count_parameters(model), {"visual": visual_sha, "audio": audio_sha}, device, runs.pick_amp(config))
     parallel.wait()  # all have read what there was, before the first writes
     joint = read_joint(config.joint_run, results["tasks"])
     learned = max(0, len(results["matrix"]["J"]) - 1)
@@ -70,7 +70,7 @@ def main(config, resume=False):
             print(f"NOTE: the {name} encoder has RANDOM weights ({name}_weights: false)")
     print(f"{folder}: {config.method}, {config.protocol}, {len(tasks)} tasks, {device}, {results['parameters']['trainable']:,} trainable parameters")
 
-    first = None if learned else read_first_task(config, results)
+    first = None if learned else first or read_first_task(config, results)
     if not results["matrix"]["J"]:
         evaluate(model, cache, tasks, partners, config, autocast, device, results, first)
         runs.write_json(folder / "results.json", results)
@@ -162,7 +162,7 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
                     totals[name] = totals.get(name, 0.0) + value * len(clips) / len(dataset) / plan.repeats
             if stream:
                 cache.close(clips)
-        raw = {name: totals[name] for name in terms} | {"penalty": totals["penalty"] / (method.strength or 1.0)}
+        raw = {name: totals[name] for name in terms} | {"penalty": totals["penalty"] / method.unit}
         shares = weighted({name: totals[name] for name in terms}, config) | {"penalty": totals["penalty"]}
         seconds = time.time() - start
         few = stage.val[:: max(1, -(-WATCHED * len(stage.val) // len(order)))]

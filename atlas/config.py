@@ -155,6 +155,8 @@ def load_config(files=(), overrides=()):
         raise AtlasError("method=lra anchors LoRA, but lora_rank=0; give a rank, or lra_scope=trainable, or method=finetune")
     if config.method == "lra_plus" and (config.lra_scope, config.lra_space) != ("trainable", "factors"):
         raise AtlasError("method=lra_plus runs the last model again, so it must keep all of it; use lra_scope=trainable and lra_space=factors")
+    if config.method == "lra_plus" and config.protocol == "til" and config.lra_trigger == "plateau":
+        raise AtlasError("method=lra_plus keeps a sound with its task's head, which a plateau does not tell; use lra_trigger=boundary with protocol=til")
     if config.method in ON_LORA and not config.lora_rank:
         raise AtlasError(f"method={config.method} is about LoRA, but lora_rank=0; give a rank, or another method")
     if config.method == "inflora" and (config.protocol == "tfcl" or config.lra_trigger == "plateau"):

@@ -96,6 +96,11 @@ class LowRankAnchor(nn.Module):
         self.armed = False  # no task consolidated yet: the penalty is zero and costs nothing
         self.stiffness = None  # lambda Omega, as long as it holds
 
+    @property
+    def unit(self):
+        """What the penalty is divided by for the raw value in the log."""
+        return self.strength or 1.0
+
     def folded(self):
         """{layer: (A, B)}: what was folded into the frozen weights, which a checkpoint's adapter must hold as well. Here: nothing."""
         return {}

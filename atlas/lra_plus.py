@@ -6,21 +6,22 @@ logits for the same and p = sigmoid(z),
 
     L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2 + strength * (D + HEARING * H)
     D = mean over sounds and frames of  BCE(y, z) + 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1)
-    H = mean over scales and over gate, keys and values of  mean (h - h_last)^2 / var(h_last),    h: what reaches the frames of a sound of each past class
+    H = mean over scales and over gate, keys and values of  mean (h - h_last)^2 / (var(h_last) + 1e-6),    h: what of a sound of each past class reaches the frames
 
-D's sums are over a frame's pixels: both its terms are least at p = y. H needs no frame: it holds how past sounds are heard where today's frames do not show what makes them. The last
+D's sums are over a frame's pixels: both its terms are least at p = y. H needs no frame: it holds how past sounds are heard where today's frames do not show what makes them; mean and
+variance are over sounds and channels, keys and values without the embedding of a second's distance. The last
 model is LRA's own anchor, run on the batch without gradients; the visual features are those of the step itself, so that only fusion and decoder run again with gradients. What is kept
 is, a class, a sketch of its sounds x (of a clip, the mean over seconds of the frozen audio encoder's features, D_a + N D_u numbers): their mean m and the r = DIRECTIONS largest
 principal directions, scaled, from which sounds are drawn:
 
     x = m + sum_k e_k d_k,    e_k ~ N(0, 1),    sum_k d_k d_k^T = the part of largest variance of  (1/n) sum_x (x - m)(x - m)^T
 
-No clip, no frame, and no sound that could be played. Task-free, where no class is told, it is one sketch a consolidation, of the steps since the last one.
+No clip, no frame, and no sound that could be played. It is of the clips whose gradients are measured (`lra_clips`). Task-free, where no class is told, it is one sketch a consolidation,
+of the steps since the last one. What more than r directions would say is lost with each clip that is added.
 
 The distillation is Li & Hoiem's (2016, arXiv 1606.09282) on inputs that they do not have; a class's mean instead of exemplars as in Zhu et al. 2021 (PASS, CVPR), with directions of its
 spread, which are updated clip by clip without the clips (Ross et al. 2008, incremental principal components with an updated mean).
 """
-import functools
 from contextlib import nullcontext
 
 import torch
@@ -40,11 +41,13 @@ HEARING = 10.0  # weight of H beside D
 class LraPlus(LowRankAnchor):
     """LowRankAnchor, and the distillation over remembered sounds. In TIL a sound is asked of its own task's head."""
 
+    unit = 1.0  # the penalty is two terms
+
     def __init__(self, groups, strength, listen, model, gamma=1.0, power=1.0, plateau=None, til=False, autocast=nullcontext, rest=1.0):
         """strength: lambda; listen: the factor of the distillation; autocast() -> the context of the run's precision, in which the last model runs as the present one does."""
         super().__init__(groups, strength, gamma, power, plateau, rest=rest)
         self.listen, self.model, self.til, self.autocast = listen, [model], til, autocast  # the model in a list: not a submodule
-        self.idle = not (strength or listen)
+        self.idle, self.distilled = not (strength or listen), 0.0  # the gradient of the distillation, task-free
         self.names = [f"model.{name}" for parameters in groups.values() for name in parameters]  # of _Answers
         for name in ("sounds", "head", "heard", "last_heard"):  # [K, 1 + r, S] m and d; [K] whose head (TIL); task-free, sketches of this window and of those since the last consolidation
             self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
@@ -75,10 +78,18 @@ class LraPlus(LowRankAnchor):
         if report:
             before = self.last_heard if len(self.last_heard) else None
             if report["fired"] and before is not None:
-                self._remember(functools.reduce(joined, parallel.gathered(before.cpu())).to(before.device))
+                self._remember(before)
                 before = None
             self.last_heard, self.heard = joined(before, self.heard), self.heard[:0]
         return report
+
+    def _note(self, theta, clips):
+        """The sensitivity is that of the task loss: the distillation's own gradient is taken off, as the anchor's is."""
+        self.distilled = parallel.summed(parallel.share(clips) * self.distilled)
+        super()._note(theta, clips)
+
+    def _gradient(self, theta):
+        return super()._gradient(theta) - self.distilled
 
     def _remember(self, sketched):
         """Add the sounds of a sketch."""
@@ -88,8 +99,10 @@ class LraPlus(LowRankAnchor):
 
     def penalty(self, batch=None, outputs=None):
         held = super().penalty()
-        if self.plateau:
-            self.heard = joined(self.heard if len(self.heard) else None, sketch(sounds_of(batch)))
+        if self.plateau and self.listen:
+            heard = {index: sound for of_one in parallel.gathered(dict(zip(batch["index"], sounds_of(batch).cpu()))) for index, sound in of_one.items()}  # of the whole batch
+            self.heard = joined(self.heard if len(self.heard) else None, sketch(torch.stack(list(heard.values())).to(self.anchor.device)))
+            self.distilled = torch.zeros_like(self.anchor)
         if not len(self.sounds) or not self.listen:
             return held
         (model,), decoder = self.model, self.model[0].decoder
@@ -107,7 +120,11 @@ class LraPlus(LowRankAnchor):
                 z = model.segment(outputs["features"], batch["frames"].shape[-1], batch["clip"], batch["second"], **sounds)["masks"]
             apart = apart + distance(z.float().flatten(1), y.flatten(1)) / DISTILLED
         decoder.use_head(active)
-        return held + self.listen * (apart + HEARING * self._misheard(batch, last))
+        distillation = self.listen * (apart + HEARING * self._misheard(batch, last))
+        if self.plateau:
+            found = torch.autograd.grad(distillation, self.anchored, retain_graph=True, allow_unused=True)
+            self.distilled = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(found, self.anchored)]).float()
+        return held + distillation
 
     def _misheard(self, batch, last):
         """H, on a sound drawn of each class remembered; last: the last model's parameters."""

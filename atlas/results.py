@@ -76,14 +76,17 @@ def read_first_task(config, results):
     if not config.first_task:
         return None
     first, own = read_results(config.first_task), as_dict(config)
+    defaults = as_dict(Config())
     free = {key for key in own if key.startswith("lra_")} | {"name", "out_dir", "cache_dir", "device", "workers", "watch", "joint_run", "first_task", "method", "strength", "epochs", "lr", "lr_rest"}
     free |= {"protocol"} if {config.protocol, first["protocol"]} <= {"til", "cil"} and not config.classify else set()
-    differing = [key for key in own if key not in free and own[key] != (as_dict(Config()) | first["config"])[key]]
-    if first["method"] not in SAME_FIRST or first["config"]["lra_trigger"] == "plateau":
+    differing = [key for key in own if key not in free and own[key] != (defaults | first["config"])[key]]
+    if first["method"] not in SAME_FIRST or (defaults | first["config"])["lra_trigger"] == "plateau":
         differing.append(f"method={first['method']}, which begins in a way of its own")
     differing += [f"the {name}" for name in ("tasks", "weights") if first[name] != results[name]]
-    if differing or len(first["matrix"]["J"]) < 2:
-        raise AtlasError(f"first_task={config.first_task} cannot stand for the first task of this run: {', '.join(differing) or 'it has not been scored yet'}; learn it anew with first_task=null")
+    differing += [f"{name} ({first['environment'][name]} there)" for name in ("device", "amp") if first["environment"][name] != results["environment"][name]]
+    differing += [] if bool(first.get("class_matrix")) == bool(results["class_matrix"]) else ["its results are of an older version"]
+    if differing or len(first["matrix"]["J"]) < 2 or not Path(config.first_task, "task_01", "model.safetensors").is_file():
+        raise AtlasError(f"first_task={config.first_task} cannot stand for the first task of this run: {', '.join(differing) or 'it has no checkpoint or no scores yet'}; learn it anew with first_task=null")
     return first
 
 

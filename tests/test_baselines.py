@@ -256,6 +256,7 @@ def test_task_free_each_consolidates_where_a_plateau_ends(config, tmp_path, monk
     (["method=olora", "lora_rank=0"], "lora_rank=0"),
     (["method=lra", "strength=1"], "lra_lambda"),
     (["method=lra_plus", "lra_scope=lora"], "must keep all of it"),
+    (["method=lra_plus", "protocol=til", "lra_trigger=plateau"], "its task's head"),
     (["method=inflora", "strength=1.5"], "at most 1"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_reason(words, why):

@@ -132,6 +132,30 @@ def test_task_free_it_remembers_the_sounds_of_the_steps_before_the_last_window(c
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in method.state_dict().items())
 
 
+def test_task_free_the_sensitivity_is_of_the_task_loss_alone(config, cache, tasks):
+    """What observe sees in the parameters is task loss + anchor + distillation; what it gathers is the first alone."""
+    model, _ = open_model(config, cache)
+    model.train()
+    method = LraPlus(model.groups(), 0.7, 2.0, model, plateau=Plateau(2, 0.5))
+    batches = list(loader(ClipDataset(cache, [i for task in tasks for i in task.train]), 2))[:5]
+    for batch, loss in zip(batches, (1.0, 1.2, 9.0, 9.1, 9.0)):
+        outputs = model(batch)
+        task, penalty = outputs["masks"].square().mean(), method.penalty(batch, outputs)
+        wanted = torch.autograd.grad(task, method.anchored, retain_graph=True, allow_unused=True)
+        model.zero_grad()
+        (task + penalty).backward()
+        before = method.window.clone()
+        method.observe(loss, 2)
+        with torch.no_grad():
+            for p in method.anchored:
+                p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    assert len(method.sounds) == 1 and method.armed and not before.any() and penalty > 0.1  # the last step is the first of a window, after a consolidation
+    wanted = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(wanted, method.anchored)])
+    torch.testing.assert_close(method.window, 2 * wanted.square(), rtol=1e-2, atol=1e-4 * wanted.square().max().item())
+    whole = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in method.anchored])
+    assert (whole - wanted).norm() > 0.1 * wanted.norm()
+
+
 def test_without_either_strength_nothing_is_kept(config, cache, tasks):
     model, method, first, batch = begun(config, cache, tasks, strength=0.0)
     assert method.idle and method.penalty(batch, model(batch)).item() == 0 and not method.armed and not len(method.sounds)

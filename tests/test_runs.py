@@ -136,6 +136,7 @@ def test_a_first_task_taken_over_gives_the_run_that_learned_it(lra, place):
         consolidated = [[line for line in log if "consolidated" in line] for log in logs]
         assert consolidated[0] == consolidated[1]
     one_line(call("seed=5", "name=other", f"first_task={place[0] / 'giver'}"), "seed", "cannot stand")
+    assert not (place[0] / "other").exists()
     one_line(call("name=grown", f"first_task={place[0] / 'olora_whole'}"), "olora")
     one_line(call("method=si", "name=own", f"first_task={place[0] / 'giver'}"), "method=si")
 
