@@ -114,7 +114,7 @@ def test_the_same_run_twice_is_an_error():
     assert [r["label"] for r in rows_of("ewc", [made()])] == ["ewc"] and cell(rows_of("ewc", [])[0], ("J", "final"), {}, "") == "not run"
 
 
-@pytest.mark.parametrize("group", ["cil", "open_cil"])
+@pytest.mark.parametrize("group", ["cil", "tfcl", "open_cil"])
 def test_the_readmes_tables_are_those_of_the_results_in_the_repository(group):
     runs = [read_results(path.parent) for path in sorted(ROOT.glob(f"results/{group}/*/results.json"))]
     assert len(brief(runs).splitlines()) > 10 and brief(runs) in (ROOT / "README.md").read_text()
