@@ -53,7 +53,7 @@ def main(config, resume=False):
     method = build_method(config, model)
 
     results = new_results(config, tasks, class_names(cache, tasks), count_parameters(model), {"visual": visual_sha, "audio": audio_sha}, device, runs.pick_amp(config))
-    first = None if resume else read_first_task(config, results)  # refuses before there is a folder
+    first = None if runs.begun(config) else read_first_task(config, results)  # refuses before there is a folder
     folder, _lock = runs.open_run(config, resume)
     if resume and (folder / "results.json").is_file():
         results = read_results(folder)
@@ -157,7 +157,7 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
                 scaler.update()
                 step += 1
                 bar.update()
-                bar.set_postfix(loss=f"{losses['task']:.3f}", anchor=f"{losses['penalty'] / (losses['loss'] or 1):.0%}", refresh=False)
+                bar.set_postfix(loss=f"{losses['task']:.3f}", penalty=f"{losses['penalty'] / (losses['loss'] or 1):.0%}", refresh=False)
                 for name, value in losses.items():
                     totals[name] = totals.get(name, 0.0) + value * len(clips) / len(dataset) / plan.repeats
             if stream:
@@ -186,9 +186,9 @@ def take_over(first, model, method, cache, sequence, t, config, device, autocast
 
 
 def live_text(t, word, done, of, totals, val_J=None):
-    """What a watched terminal shows after an epoch: the task loss, the anchor's share of the whole loss, J on validation clips of the task (metrics.glance)."""
+    """What a watched terminal shows after an epoch: the task loss, the method's penalty as a share of the whole loss, J on validation clips of the task (metrics.glance)."""
     share = totals["penalty"] / (totals["loss"] or 1)
-    return f"task {t}, {word} {done}/{of}: loss {totals['task']:.3f}, anchor {share:.1%}" + ("" if val_J is None else f", val J {val_J:.3f}")
+    return f"task {t}, {word} {done}/{of}: loss {totals['task']:.3f}, penalty {share:.1%}" + ("" if val_J is None else f", val J {val_J:.3f}")
 
 
 def begin_stage(model, t, config):

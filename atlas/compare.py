@@ -236,4 +236,7 @@ def notes(rows, runs, untested):
     machines = sorted({f"{results['environment']['device']} ({results['environment']['threads']} threads)" for results in runs})
     if machines:
         lines.append(f"Seconds on {' and '.join(machines)}.")
+    commits = Counter(f"{(results['commit'] or 'unknown')[:8]}{' with changes' if results['dirty'] else ''}" for results in runs)
+    if len(commits) > 1:
+        lines.append(f"Runs of several commits: {', '.join(f'{commit} ({count})' for commit, count in commits.most_common())}.")
     return ["  \n".join(lines)]

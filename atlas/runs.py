@@ -71,6 +71,11 @@ def refuse_used_folder(config):
         raise AtlasError(f"the run folder {folder} is not empty and is never overwritten; choose another name=..., go on with --resume, or remove it")
 
 
+def begun(config):
+    """Whether there is a run to resume."""
+    return Path(config.out_dir, run_name(config), "config.yaml").is_file()
+
+
 def open_run(config, resume):
     """(folder, lock) of a run; hold on to the lock. New: an empty folder with the resolved config.yaml, and one that holds anything is refused.
 

@@ -22,7 +22,7 @@ def made(method="lra", seed=0, shift=0.0, complete=True, protocol="cil", tasks=T
     config = {"name": None, "seed": seed, "data_root": "data", "protocol": protocol, "dataset": "s4", "base": 1, "step": 1, "lra_lambda": 1.0, "lr": 1e-3, "joint_run": None} | keys
     return copy.deepcopy({
         "method": method, "protocol": protocol, "seed": seed, "complete": complete, "config": config | {"method": method}, "tasks": tasks, "drifts": [], "metrics": metrics,
-        "matrix": {"J": R, "F": R}, "seconds": {"train": [1.0, 2.0], "consolidate": [0.5], "evaluate": [4.0]}, "environment": {"device": "cpu", "threads": 1},
+        "matrix": {"J": R, "F": R}, "seconds": {"train": [1.0, 2.0], "consolidate": [0.5], "evaluate": [4.0]}, "environment": {"device": "cpu", "threads": 1}, "commit": "0123456789abcdef", "dirty": False,
     })  # fmt: skip
 
 
@@ -106,6 +106,8 @@ def test_what_else_differs_is_said():
     assert "CAUTION: the methods also differ in lr." in comparison([made(), made("finetune", lr=1.0)])
     assert "CAUTION" not in comparison([made(), made("finetune", lra_lambda=2.0, joint_run="x", name="y")])
     assert "another seed" in comparison([made(), made(data_root="other")])
+    newer = made("finetune") | {"commit": "f" * 40, "dirty": True}
+    assert "Runs of several commits: 01234567 (2), ffffffff with changes (1)." in comparison([made(), made(seed=1), newer]) and "commits" not in comparison([made(), made(seed=1)])
 
 
 def test_the_same_run_twice_is_an_error():

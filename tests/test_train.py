@@ -77,7 +77,7 @@ def test_a_watched_run_shows_J_on_validation_and_is_the_same_run(config, cache, 
     assert len(printed[True]) == len(logs[0]) == (2 if stream else 5)
     for line, plain, told in zip(printed[True], printed[False], logs[0]):
         share = told["weighted"]["penalty"] / sum(told["weighted"].values())
-        assert line.startswith(f"task {told['task']}, {word} {told['epoch']}/") and line.endswith(f"anchor {share:.1%}, val J {told['val_J']:.3f}")
+        assert line.startswith(f"task {told['task']}, {word} {told['epoch']}/") and line.endswith(f"penalty {share:.1%}, val J {told['val_J']:.3f}")
         assert plain == line.rpartition(", val J")[0]
     assert not any("val_J" in line for line in logs[1])
     watched, alone = (read_results(tmp_path / name) for name in ("True", "False"))
