@@ -78,12 +78,13 @@ def rescore(run, results):
 def draw(run, results, given):
     """Save the figures of one run. The strip of masks needs checkpoints and data; without them, and unless --clips asks for it, it is left out with a line."""
     from atlas import figures  # matplotlib takes a second to load
+    from atlas.strip import strip
 
     out, ids = given.out or Path(run, "figures"), given.clips.split(",") if given.clips else []
     for name, figure in figures.run_figures(results, run, given.score).items():
         print(*figures.save(figure, out, name))
     try:
-        print(*figures.save(figures.strip(run, results, ids), out, "masks"))
+        print(*figures.save(strip(run, results, ids), out, "masks"))
     except AtlasError as error:
         if ids:
             raise

@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no network in a test
 
 import torch
 
-from atlas.config import load_config
+from atlas.config import as_dict, load_config
 from atlas.lra import Delta
 from atlas.synth import CLASSES, synth_s4
 from atlas.synth_ms3 import synth_ms3
@@ -116,3 +116,13 @@ def tasks(cache, config):
     from atlas.protocols import class_incremental
 
     return class_incremental(cache, config)
+
+
+@pytest.fixture(scope="session")
+def til_run(config, tree, tmp_path_factory):
+    """The folder of a tiny TIL run of 3 tasks, with a head each."""
+    where = tmp_path_factory.mktemp("til")
+    words = [f"{key}={'null' if value is None else value}" for key, value in as_dict(config).items() if key not in ("name", "out_dir", "protocol")]
+    done = run("train.py", *words, "protocol=til", f"out_dir={where}", "name=run")
+    assert done.returncode == 0, done.stderr
+    return where / "run"

@@ -6,14 +6,11 @@ from unittest.mock import patch
 import eval as script
 import numpy as np
 import pytest
-from conftest import run
 from matplotlib.colors import to_hex
 from PIL import Image
 from test_compare import TASKS, made
 
 from atlas import figures
-from atlas.config import as_dict
-from atlas.data import swap_partners
 from atlas.errors import AtlasError
 
 
@@ -143,51 +140,21 @@ def test_a_figure_is_written_as_png_and_pdf_and_a_large_png_is_made_small(tmp_pa
         figures.save(figure, png, "x")
 
 
-@pytest.fixture(scope="module")
-def til(config, tree, tmp_path_factory):
-    """The folder of a tiny TIL run of 3 tasks, with a head each."""
-    where = tmp_path_factory.mktemp("til")
-    words = [f"{key}={'null' if value is None else value}" for key, value in as_dict(config).items() if key not in ("name", "out_dir", "protocol")]
-    done = run("train.py", *words, "protocol=til", f"out_dir={where}", "name=run")
-    assert done.returncode == 0, done.stderr
-    return where / "run"
-
-
-def test_the_strip_shows_each_task_with_its_own_head_and_the_partners_sound(til, cache):
-    from atlas.protocols import PROTOCOLS
-    from atlas.runs import read_run_config
-
-    results = json.loads((til / "results.json").read_text())
-    drawn = figures.predictions(til, results)
-    assert sorted(clip["task"] for clip in drawn) == [0, 1, 2] and drawn == sorted(drawn, key=lambda clip: clip["task"])
-    tasks = PROTOCOLS["til"](cache, read_run_config(til))
-    partners, place = swap_partners(cache, tasks), {clip["id"]: i for i, clip in enumerate(cache.clips)}
-    for clip in drawn:
-        assert clip["partner"] == cache.clips[partners[place[clip["id"]]]]["category"] != clip["name"]
-        assert all(clip[name].shape == (32, 32) and clip[name].dtype == bool for name in ("truth", "own", "last", "swap")) and set(clip["J"]) == {"own", "last", "swap"}
-    assert (drawn[-1]["own"] == drawn[-1]["last"]).all()
-    figure = figures.strip(til, results, [drawn[1]["id"], drawn[0]["id"]])
-    assert len(figure.axes) == 2 * 5 and all(len(ax.images) == 1 for ax in figure.axes) and inside(figure)
-    assert [ax.get_title() for ax in figure.axes[:5]] == ["frame", "truth", "after its own task", "after the last task", "hearing another sound"]
-    with pytest.raises(AtlasError, match="no test clip of this run; the nearest is"):
-        figures.strip(til, results, [drawn[0]["id"] + "x"])
-
-
 def evaluate(*words):
     """eval.py in this process (torch takes seconds to load)."""
     with patch.object(sys, "argv", ["eval.py", *map(str, words)]):
         return script.main(script.parse())
 
 
-def test_the_commands(til, tmp_path, capsys):
+def test_the_commands(til_run, tmp_path, capsys):
     names = ["heatmap_J", "classes_J", "masks"]
-    assert evaluate(til, "--figures") == 0
-    assert sorted(p.name for p in (til / "figures").iterdir()) == sorted(f"{n}.{end}" for n in names for end in ("png", "pdf"))
+    assert evaluate(til_run, "--figures") == 0
+    assert sorted(p.name for p in (til_run / "figures").iterdir()) == sorted(f"{n}.{end}" for n in names for end in ("png", "pdf"))
     for seed in (0, 1):
         (tmp_path / f"finetune{seed}").mkdir()
-        results = json.loads((til / "results.json").read_text()) | {"method": "finetune", "seed": seed}
+        results = json.loads((til_run / "results.json").read_text()) | {"method": "finetune", "seed": seed}
         (tmp_path / f"finetune{seed}" / "results.json").write_text(json.dumps(results))
-    several = [til, tmp_path / "finetune0", tmp_path / "finetune1"]
+    several = [til_run, tmp_path / "finetune0", tmp_path / "finetune1"]
     assert evaluate(*several, "--figures", "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "comparison.md").read_text() in printed and "| finetune | 2 |" in printed
