@@ -149,13 +149,16 @@ def comparison(runs):
 
 
 def brief(runs):
-    """One table for all problems: a row a method, and of each problem final J and forgetting alone."""
+    """One table for all problems: a row a method (or setting of one), and of each problem final J and forgetting alone."""
     found, told = problems(runs), {}
+    methods = list(dict.fromkeys(row["method"] for row in found[0]["rows"]))  # the same in every problem
     for k, problem in enumerate(found):
         for row, cells in zip(problem["rows"], cells_of(problem, BRIEF)[0]):
-            told.setdefault(row["label"], [NONE] * len(BRIEF) * len(found))[len(BRIEF) * k : len(BRIEF) * (k + 1)] = cells
+            place = methods.index(row["method"]), row["label"]
+            told.setdefault(place, [NONE] * len(BRIEF) * len(found))[len(BRIEF) * k : len(BRIEF) * (k + 1)] = cells
     head = ["method", *(f"{problem['title']}: {score} {name}" for problem in found for score, name in BRIEF)]
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join([label, *cells])} |" for label, cells in told.items())])
+    rows = [[label, *told[place, label]] for place, label in sorted(told)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def section(problem):

@@ -94,6 +94,8 @@ def test_the_brief_table_has_a_row_a_method_and_the_cells_of_the_long_one():
         assert list(cells) == ["method", "TIL: J final", "TIL: J forgetting", "CIL: J final", "CIL: J forgetting"]
         assert [cells[f"{p}: J {name}"] for p in ("TIL", "CIL") for name in ("final", "forgetting")] == [row(t, method)[f"J {name}"] for t in (til, cil) for name in ("final", "forgetting")]
     assert brief(runs).splitlines()[-1].startswith("| joint | not run | not run |")
+    more = runs + [made(lra_lambda=3.0)]  # a setting stands beside its method
+    assert [line.split(" | ")[0] for line in brief(more).splitlines()[2:]] == ["| lra", "| lra lra_lambda=3.0", "| finetune", "| joint"]
 
 
 def test_runs_over_other_classes_or_other_tasks_are_not_compared():
