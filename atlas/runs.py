@@ -64,16 +64,20 @@ def frozen_fingerprint(model):
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
+def folder_of(config):
+    return Path(config.out_dir, run_name(config))
+
+
 def refuse_used_folder(config):
     """A cheap look before the heavy work: open_run is what decides."""
-    folder = Path(config.out_dir, run_name(config))
+    folder = folder_of(config)
     if folder.is_dir() and {p.name for p in folder.iterdir()} - {".lock"}:
         raise AtlasError(f"the run folder {folder} is not empty and is never overwritten; choose another name=..., go on with --resume, or remove it")
 
 
 def begun(config):
     """Whether there is a run to resume."""
-    return Path(config.out_dir, run_name(config), "config.yaml").is_file()
+    return (folder_of(config) / "config.yaml").is_file()
 
 
 def open_run(config, resume):
@@ -81,7 +85,7 @@ def open_run(config, resume):
 
     With `resume`, a folder that holds this very run is opened as it is; another config is refused by the keys that differ.
     """
-    folder = Path(config.out_dir, run_name(config))
+    folder = folder_of(config)
     if parallel.rank():
         return folder, None
     folder.mkdir(parents=True, exist_ok=True)
