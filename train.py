@@ -10,10 +10,13 @@ Config files overlay left to right, then key=value; the command line wins. The r
 log.jsonl (a line an epoch, as on the terminal), results.json, task_NN/ (checkpoints). `python eval.py RUN` prints its table again.
 After a kill, the same command with --resume goes on from the last finished epoch, to the result it would have had.
 """
+
 from atlas.config import parse_arguments
 
 if __name__ == "__main__":
-    config, resume = parse_arguments(__doc__)  # before the heavy imports, so that --help and a mistyped key answer at once
+    config, resume = parse_arguments(
+        __doc__
+    )  # before the heavy imports, so that --help and a mistyped key answer at once
 
 import functools
 import math
@@ -27,13 +30,23 @@ import torch
 from tqdm import tqdm
 
 from atlas import parallel, runs
-from atlas.baselines import build_method
 from atlas.data import ClipDataset, loader, swap_partners, to_device
 from atlas.errors import AtlasError, one_line_errors
+from atlas.methods.baselines import build_method
 from atlas.metrics import class_names, glance, score_disjoint, score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, rounds, stages
-from atlas.results import add_scores, add_scores_of, derived_metrics, new_results, read_first_task, read_joint, read_results, row_text, summary
+from atlas.results import (
+    add_scores,
+    add_scores_of,
+    derived_metrics,
+    new_results,
+    read_first_task,
+    read_joint,
+    read_results,
+    row_text,
+    summary,
+)
 
 SENSITIVITY_BATCH = 8  # clips whose gradients are formed side by side; S does not depend on it
 WATCHED = 10  # watch: at most one validation clip for so many train clips of the epoch, which is some 4 % of its time
@@ -45,15 +58,29 @@ def main(config, resume=False):
         runs.refuse_used_folder(config)
     device, autocast = runs.pick_device(config), runs.autocast_of(config)
     parallel.start(device)
-    cache, audio_sha = parallel.in_turn(lambda: runs.open_data(config))  # the first makes the data and packs, the others find the cache
+    cache, audio_sha = parallel.in_turn(
+        lambda: runs.open_data(config)
+    )  # the first makes the data and packs, the others find the cache
     tasks = PROTOCOLS[config.protocol](cache, config)
     partners = swap_partners(cache, tasks)
     model, visual_sha = runs.open_model(config, cache, tasks)
-    model.to(device, memory_format=torch.channels_last if device == "cuda" else torch.preserve_format)
+    model.to(
+        device, memory_format=torch.channels_last if device == "cuda" else torch.preserve_format
+    )
     method = build_method(config, model)
 
-    results = new_results(config, tasks, class_names(cache, tasks), count_parameters(model), {"visual": visual_sha, "audio": audio_sha}, device, runs.pick_amp(config))
-    first = None if runs.begun(config) else read_first_task(config, results)  # refuses before there is a folder
+    results = new_results(
+        config,
+        tasks,
+        class_names(cache, tasks),
+        count_parameters(model),
+        {"visual": visual_sha, "audio": audio_sha},
+        device,
+        runs.pick_amp(config),
+    )
+    first = (
+        None if runs.begun(config) else read_first_task(config, results)
+    )  # refuses before there is a folder
     folder, _lock = runs.open_run(config, resume)
     if resume and (folder / "results.json").is_file():
         results = read_results(folder)
@@ -68,7 +95,9 @@ def main(config, resume=False):
     for name, weights in results["weights"].items():
         if weights["source"] == "random":
             print(f"NOTE: the {name} encoder has RANDOM weights ({name}_weights: false)")
-    print(f"{folder}: {config.method}, {config.protocol}, {len(tasks)} tasks, {device}, {results['parameters']['trainable']:,} trainable parameters")
+    print(
+        f"{folder}: {config.method}, {config.protocol}, {len(tasks)} tasks, {device}, {results['parameters']['trainable']:,} trainable parameters"
+    )
 
     first = None if learned else first or read_first_task(config, results)
     if not results["matrix"]["J"]:
@@ -79,10 +108,14 @@ def main(config, resume=False):
     for t, stage in enumerate(sequence, start=1):
         if t > learned:
             learn = functools.partial(take_over, first) if first else fit
-            results["seconds"]["train"].append(learn(model, method, cache, sequence, t, config, device, autocast, folder))
+            results["seconds"]["train"].append(
+                learn(model, method, cache, sequence, t, config, device, autocast, folder)
+            )
 
             start = time.time()
-            report = method.consolidate(clip_gradients(model, method, cache, stage, t, config, device))
+            report = method.consolidate(
+                clip_gradients(model, method, cache, stage, t, config, device)
+            )
             runs.log(folder, task=t, consolidated=report)
             results["seconds"]["consolidate"].append(time.time() - start)
 
@@ -91,10 +124,21 @@ def main(config, resume=False):
             first = None
             runs.write_json(folder / "results.json", results)
         cache.close(stage.train)
-        print(f"after task {t:<3} J: {row_text(results, t)}{'  (before this resume)' if t <= learned else ''}", flush=True)
-    disjoint = score_disjoint(model, cache, config, autocast, device) if config.dataset == "ms3" else None
-    results |= {"consolidations": runs.consolidations(folder), "peak_memory_mb": peak_memory_mb(device)}
-    results |= {"metrics": derived_metrics(results, joint) | {"source_disjoint": disjoint}, "complete": True}
+        print(
+            f"after task {t:<3} J: {row_text(results, t)}{'  (before this resume)' if t <= learned else ''}",
+            flush=True,
+        )
+    disjoint = (
+        score_disjoint(model, cache, config, autocast, device) if config.dataset == "ms3" else None
+    )
+    results |= {
+        "consolidations": runs.consolidations(folder),
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+    results |= {
+        "metrics": derived_metrics(results, joint) | {"source_disjoint": disjoint},
+        "complete": True,
+    }
     runs.write_json(folder / "results.json", results)
     runs.forget_progress(folder)
     print(f"\n{summary(results)}\n\n{folder}/results.json")
@@ -112,36 +156,61 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
     begin_stage(model, t, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     parts, factors = rated(parameters, model, t, config)
-    optimizer = torch.optim.AdamW([{"params": part} for part in parts], lr=peak, weight_decay=config.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device, enabled=runs.pick_amp(config) == "fp16" and device == "cuda")
+    optimizer = torch.optim.AdamW(
+        [{"params": part} for part in parts], lr=peak, weight_decay=config.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(
+        device, enabled=runs.pick_amp(config) == "fp16" and device == "cuda"
+    )
     done, spent = runs.load_progress(folder, t, stream, model, optimizer, scaler, method)
     runs.forget_log_after(folder, t, done)
     if not done:
         method.begin(clip_gradients(model, method, cache, stage, t, config, device))
     plan = rounds(sequence, t, config)
     step = plan.before + sum(map(plan.steps_of, plan.rounds[:done]))
-    bar = tqdm(total=plan.before + sum(map(plan.steps_of, plan.rounds)), initial=step, desc=f"task {t}: {stage.name}", unit="step", leave=False, dynamic_ncols=True, disable=parallel.quiet())
+    bar = tqdm(
+        total=plan.before + sum(map(plan.steps_of, plan.rounds)),
+        initial=step,
+        desc=f"task {t}: {stage.name}",
+        unit="step",
+        leave=False,
+        dynamic_ncols=True,
+        disable=parallel.quiet(),
+    )
     for epoch, order in enumerate(plan.rounds[done:], start=done + 1):
         start, totals = time.time(), {}
         rng = np.random.default_rng([config.seed, t, epoch])
         torch.manual_seed(int(rng.integers(2**63)) + parallel.rank())  # for LoRA's dropout
         model.train()
         dataset = ClipDataset(cache, order, (config.seed, t, epoch) if config.augment else None)
-        for first, batch in enumerate(loader(dataset, config.batch_size, config.workers, device, shared=True)):
+        for first, batch in enumerate(
+            loader(dataset, config.batch_size, config.workers, device, shared=True)
+        ):
             batch = labelled(to_device(batch, device), model)
-            clips = order[first * config.batch_size :][: config.batch_size]  # of the whole batch; `batch` holds this process's share of them
+            clips = order[first * config.batch_size :][
+                : config.batch_size
+            ]  # of the whole batch; `batch` holds this process's share of them
             share = parallel.share(len(clips))
             for _ in range(plan.repeats):
                 with autocast():
                     outputs = forward(batch)
                 terms = clip_losses(outputs, batch)
-                task, penalty = sum(weighted(terms, config).values()).mean(), method.penalty(batch, outputs)
+                task, penalty = (
+                    sum(weighted(terms, config).values()).mean(),
+                    method.penalty(batch, outputs),
+                )
                 loss = task + penalty
-                losses = {name: value.mean().item() for name, value in terms.items()} | {"task": task.item(), "penalty": penalty.item(), "loss": loss.item()}
+                losses = {name: value.mean().item() for name, value in terms.items()} | {
+                    "task": task.item(),
+                    "penalty": penalty.item(),
+                    "loss": loss.item(),
+                }
                 losses = {name: parallel.summed(share * value) for name, value in losses.items()}
                 if not math.isfinite(losses["loss"]):
                     names = ", ".join(cache.clips[i]["id"] for i in clips)
-                    raise AtlasError(f"the loss is not finite in task {t}, epoch {epoch}: {losses}; clips of the batch: {names}; lower lr or set amp=off")
+                    raise AtlasError(
+                        f"the loss is not finite in task {t}, epoch {epoch}: {losses}; clips of the batch: {names}; lower lr or set amp=off"
+                    )
                 lr = peak * rate(step, plan.steps, config.warmup, constant=stream)
                 for group, factor in zip(optimizer.param_groups, factors, strict=True):
                     group["lr"] = lr * factor
@@ -157,19 +226,38 @@ def fit(model, method, cache, sequence, t, config, device, autocast, folder):
                 scaler.update()
                 step += 1
                 bar.update()
-                bar.set_postfix(loss=f"{losses['task']:.3f}", penalty=f"{losses['penalty'] / (losses['loss'] or 1):.0%}", refresh=False)
+                bar.set_postfix(
+                    loss=f"{losses['task']:.3f}",
+                    penalty=f"{losses['penalty'] / (losses['loss'] or 1):.0%}",
+                    refresh=False,
+                )
                 for name, value in losses.items():
-                    totals[name] = totals.get(name, 0.0) + value * len(clips) / len(dataset) / plan.repeats
+                    totals[name] = (
+                        totals.get(name, 0.0) + value * len(clips) / len(dataset) / plan.repeats
+                    )
             if stream:
                 cache.close(clips)
         raw = {name: totals[name] for name in terms} | {"penalty": totals["penalty"] / method.unit}
-        shares = weighted({name: totals[name] for name in terms}, config) | {"penalty": totals["penalty"]}
+        shares = weighted({name: totals[name] for name in terms}, config) | {
+            "penalty": totals["penalty"]
+        }
         seconds = time.time() - start
         few = stage.val[:: max(1, -(-WATCHED * len(stage.val) // len(order)))]
-        seen = {"val_J": glance(model, cache, few, config, autocast, device)} if config.watch and few else {}
-        runs.log(folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=lr, seconds=seconds, **seen)
+        seen = (
+            {"val_J": glance(model, cache, few, config, autocast, device)}
+            if config.watch and few
+            else {}
+        )
+        runs.log(
+            folder, task=t, epoch=epoch, raw=raw, weighted=shares, lr=lr, seconds=seconds, **seen
+        )
         with bar.external_write_mode():
-            print(live_text(t, "stretch" if stream else "epoch", epoch, len(plan.rounds), totals, **seen), flush=True)
+            print(
+                live_text(
+                    t, "stretch" if stream else "epoch", epoch, len(plan.rounds), totals, **seen
+                ),
+                flush=True,
+            )
         spent += seconds
         runs.save_progress(folder, t, epoch, spent, model, optimizer, scaler, method)
     bar.close()
@@ -188,7 +276,9 @@ def take_over(first, model, method, cache, sequence, t, config, device, autocast
 def live_text(t, word, done, of, totals, val_J=None):
     """What a watched terminal shows after an epoch: the task loss, the method's penalty as a share of the whole loss, J on validation clips of the task (metrics.glance)."""
     share = totals["penalty"] / (totals["loss"] or 1)
-    return f"task {t}, {word} {done}/{of}: loss {totals['task']:.3f}, penalty {share:.1%}" + ("" if val_J is None else f", val J {val_J:.3f}")
+    return f"task {t}, {word} {done}/{of}: loss {totals['task']:.3f}, penalty {share:.1%}" + (
+        "" if val_J is None else f", val J {val_J:.3f}"
+    )
 
 
 def begin_stage(model, t, config):
@@ -198,7 +288,9 @@ def begin_stage(model, t, config):
         model.decoder.add_head()
     model.decoder.use_head(t - 1)
     if model.classifier:
-        model.classifier.compete(t - 1 if til else 0, len(model.classifier.heads) if config.method == "joint" else t)
+        model.classifier.compete(
+            t - 1 if til else 0, len(model.classifier.heads) if config.method == "joint" else t
+        )
 
 
 def rated(parameters, model, t, config):
@@ -206,7 +298,10 @@ def rated(parameters, model, t, config):
     if config.lr_rest == 1:
         return [parameters], [1.0]
     lora = {id(p) for p in model.groups()["lora"].values()}
-    return [[p for p in parameters if (id(p) in lora) == of_lora] for of_lora in (True, False)], [1.0, config.lr_rest if t > 1 or config.protocol == "tfcl" else 1.0]
+    return [[p for p in parameters if (id(p) in lora) == of_lora] for of_lora in (True, False)], [
+        1.0,
+        config.lr_rest if t > 1 or config.protocol == "tfcl" else 1.0,
+    ]
 
 
 def rate(step, steps, warmup, constant=False):
@@ -219,7 +314,11 @@ def rate(step, steps, warmup, constant=False):
 
 def labelled(batch, model):
     """The batch with the position of each clip's class among the competing ones, where there is a classifier."""
-    return batch | {"label": model.classifier.labels(batch["category"]).to(batch["context"].device)} if model.classifier else batch
+    return (
+        batch | {"label": model.classifier.labels(batch["category"]).to(batch["context"].device)}
+        if model.classifier
+        else batch
+    )
 
 
 def clip_gradients(model, method, cache, stage, t, config, device):
@@ -227,17 +326,29 @@ def clip_gradients(model, method, cache, stage, t, config, device):
     model.eval()
     chosen = list(stage.train)
     if 0 < config.lra_clips < len(chosen):
-        chosen = np.random.default_rng([config.seed, t]).choice(chosen, config.lra_clips, replace=False).tolist()
+        chosen = (
+            np.random.default_rng([config.seed, t])
+            .choice(chosen, config.lra_clips, replace=False)
+            .tolist()
+        )
     chosen = parallel.mine(chosen)
     counts = cache.arrays["annotated"].sum(1)[chosen]
 
     def batches():
         for m in sorted(set(counts.tolist())):  # clips with equally many frames side by side
             alike = [i for i, count in zip(chosen, counts) if count == m]
-            for batch in tqdm(loader(ClipDataset(cache, alike), SENSITIVITY_BATCH), "sensitivity", unit="batch", leave=False, disable=parallel.quiet()):
+            for batch in tqdm(
+                loader(ClipDataset(cache, alike), SENSITIVITY_BATCH),
+                "sensitivity",
+                unit="batch",
+                leave=False,
+                disable=parallel.quiet(),
+            ):
                 yield labelled(to_device(batch, device), model)
 
-    loss = lambda outputs, clip: sum(weighted(clip_losses(outputs, clip), config).values()).squeeze(0)
+    loss = lambda outputs, clip: sum(weighted(clip_losses(outputs, clip), config).values()).squeeze(
+        0
+    )
     return method.measure(model, batches(), loss)
 
 
@@ -255,7 +366,9 @@ def peak_memory_mb(device):
     """Peak memory in MB: allocated on the GPU, or the process's resident set on the CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 An encoder maps what its `front_end` makes of a clip's wave (log-mel patches [T, 1, 96, 64]; AudioMAE: filter-bank frames) to, per second, a context a [T, D_a] and
 tokens U [T, N, D_u].
 """
+
 import functools
 import hashlib
 from pathlib import Path
@@ -19,12 +20,16 @@ from atlas.clips import RATE, T
 from atlas.errors import AtlasError
 
 WINDOW, HOP, FFT, BANDS, PATCH = 400, 160, 512, 64, 96  # samples, samples, bins, mel bands, frames
-_resampler = functools.lru_cache(torchaudio.transforms.Resample)  # its kernel costs more than its use
+_resampler = functools.lru_cache(
+    torchaudio.transforms.Resample
+)  # its kernel costs more than its use
 AUDIBLE = 0.1  # a second in which a recording falls below this share of its own loudness (-20 dB) is silent
 FADE = 0.02  # seconds
 AUDIOMAE_MEAN, AUDIOMAE_STD = -4.2677393, 4.5689974  # of its filter banks over AudioSet
 AUDIOMAE_HUB = "hf_hub:gaunernst/vit_base_patch16_1024_128.audiomae_as2m_ft_as20k"
-VGGISH_ADDRESS = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
+VGGISH_ADDRESS = (
+    "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
+)
 
 
 def read_wave(path):
@@ -57,7 +62,10 @@ def gate(schedule):
     steps = np.diff(schedule.astype(int), prepend=0, append=0)
     time = (np.arange(T * RATE) + 0.5) / RATE
     stretches = zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0))
-    return sum((np.clip(np.minimum(time - start, stop - time) / FADE, 0, 1) for start, stop in stretches), np.zeros(T * RATE))
+    return sum(
+        (np.clip(np.minimum(time - start, stop - time) / FADE, 0, 1) for start, stop in stretches),
+        np.zeros(T * RATE),
+    )
 
 
 def mel_filters():
@@ -66,7 +74,9 @@ def mel_filters():
     bins = mel(np.linspace(0, RATE / 2, FFT // 2 + 1))[:, None]
     edges = np.linspace(mel(125.0), mel(7500.0), BANDS + 2)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
-    filters = np.maximum(0, np.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre)))
+    filters = np.maximum(
+        0, np.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre))
+    )
     filters[0] = 0
     return torch.from_numpy(filters)
 
@@ -79,7 +89,9 @@ def log_mel(wave, seconds, offset=0.01):
     """
     shortest = WINDOW + HOP * (PATCH - 1)
     wave = nn.functional.pad(wave.double(), (0, max(0, shortest - len(wave))))
-    frames = wave.unfold(0, WINDOW, HOP) * torch.hann_window(WINDOW, periodic=True, dtype=torch.float64)
+    frames = wave.unfold(0, WINDOW, HOP) * torch.hann_window(
+        WINDOW, periodic=True, dtype=torch.float64
+    )
     mel = torch.log(torch.fft.rfft(frames, FFT).abs() @ mel_filters() + offset)
     count = min(seconds, len(mel) // PATCH)
     patches = mel[: count * PATCH].reshape(count, 1, PATCH, BANDS).float()
@@ -94,7 +106,14 @@ def fbank(wave, seconds):
     """
     wave = wave[: seconds * RATE].double()
     wave = nn.functional.pad(wave, (0, max(0, WINDOW - len(wave))))
-    options = {"htk_compat": True, "sample_frequency": RATE, "window_type": "hanning", "num_mel_bins": 128, "use_energy": False, "dither": 0.0}
+    options = {
+        "htk_compat": True,
+        "sample_frequency": RATE,
+        "window_type": "hanning",
+        "num_mel_bins": 128,
+        "use_energy": False,
+        "dither": 0.0,
+    }
     return torchaudio.compliance.kaldi.fbank(wave[None], **options).float()
 
 
@@ -128,10 +147,19 @@ class VGGish(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
         self.features = nn.Sequential(*layers)
-        self.embeddings = nn.Sequential(nn.Linear(512 * 4 * 6, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 128), nn.ReLU())
+        self.embeddings = nn.Sequential(
+            nn.Linear(512 * 4 * 6, 4096),
+            nn.ReLU(),
+            nn.Linear(4096, 4096),
+            nn.ReLU(),
+            nn.Linear(4096, 128),
+            nn.ReLU(),
+        )
 
     def forward(self, patches):
-        grid = self.features(patches).permute(0, 2, 3, 1)  # [T, 6, 4, 512]: TensorFlow's order, as the embedding expects
+        grid = self.features(patches).permute(
+            0, 2, 3, 1
+        )  # [T, 6, 4, 512]: TensorFlow's order, as the embedding expects
         return self.embeddings(grid.flatten(1)), grid.flatten(1, 2)
 
 
@@ -143,7 +171,9 @@ class YAMNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = timm.create_model("mobilenetv1_100", in_chans=1, num_classes=521, act_layer=nn.ReLU, pad_type="same")
+        self.net = timm.create_model(
+            "mobilenetv1_100", in_chans=1, num_classes=521, act_layer=nn.ReLU, pad_type="same"
+        )
 
     def forward(self, patches):
         grid = self.net.forward_features(patches)  # [T, 1024, 3, 2]
@@ -162,17 +192,27 @@ class AudioMAE(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = timm.create_model("vit_base_patch16_224", img_size=(1024, 128), in_chans=1, num_classes=0, global_pool="avg")
+        self.net = timm.create_model(
+            "vit_base_patch16_224",
+            img_size=(1024, 128),
+            in_chans=1,
+            num_classes=0,
+            global_pool="avg",
+        )
 
     def forward(self, mel):
         """mel [frames, 128] of fbank -> a [T, 768], U [T, 48, 768]."""
         mel = mel[:1024]
         x = nn.functional.pad(mel, (0, 0, 0, 1024 - len(mel)))
         x = (x - AUDIOMAE_MEAN) / (2 * AUDIOMAE_STD)
-        columns = self.net.forward_features(x[None, None])[0, self.net.num_prefix_tokens :].unflatten(0, (64, 8))  # [time, pitch, 768]
+        columns = self.net.forward_features(x[None, None])[
+            0, self.net.num_prefix_tokens :
+        ].unflatten(0, (64, 8))  # [time, pitch, 768]
         first = [25 * t // 4 for t in range(T)]
         heard = max(1, sum(16 * (column + 5) < len(mel) for column in first))
-        tokens = torch.stack([columns[first[min(t, heard - 1)] :][:6].flatten(0, 1) for t in range(T)])
+        tokens = torch.stack(
+            [columns[first[min(t, heard - 1)] :][:6].flatten(0, 1) for t in range(T)]
+        )
         return tokens.mean(1), tokens
 
 
@@ -188,20 +228,37 @@ def build_audio_encoder(name, weights):
         return encoder
     if weights is True and name == "audiomae":
         try:
-            encoder.net = timm.create_model(AUDIOMAE_HUB, pretrained=True, num_classes=0).eval().requires_grad_(False)
+            encoder.net = (
+                timm.create_model(AUDIOMAE_HUB, pretrained=True, num_classes=0)
+                .eval()
+                .requires_grad_(False)
+            )
         except OSError as error:
-            raise AtlasError(f"cannot fetch AudioMAE from {AUDIOMAE_HUB}: {error}; download it and set audio_weights to the file") from None
+            raise AtlasError(
+                f"cannot fetch AudioMAE from {AUDIOMAE_HUB}: {error}; download it and set audio_weights to the file"
+            ) from None
         return encoder
     if weights is True:
         if name != "vggish":
-            raise AtlasError(f"audio={name} has no published address that ATLAS knows; set audio_weights to a file")
+            raise AtlasError(
+                f"audio={name} has no published address that ATLAS knows; set audio_weights to a file"
+            )
         try:
-            state = torch.hub.load_state_dict_from_url(VGGISH_ADDRESS, map_location="cpu", weights_only=True)
+            state = torch.hub.load_state_dict_from_url(
+                VGGISH_ADDRESS, map_location="cpu", weights_only=True
+            )
         except OSError as error:
-            raise AtlasError(f"cannot fetch VGGish from {VGGISH_ADDRESS}: {error}; download it and set audio_weights to the file") from None
+            raise AtlasError(
+                f"cannot fetch VGGish from {VGGISH_ADDRESS}: {error}; download it and set audio_weights to the file"
+            ) from None
     else:
         state = read_weights(weights, "audio_weights")
-    load_strictly(getattr(encoder, "net", encoder), state, weights, surplus={"yamnet": ("classifier.",), "audiomae": ("head.",)}.get(name, ()))
+    load_strictly(
+        getattr(encoder, "net", encoder),
+        state,
+        weights,
+        surplus={"yamnet": ("classifier.",), "audiomae": ("head.",)}.get(name, ()),
+    )
     return encoder
 
 
@@ -210,24 +267,41 @@ def read_weights(path, key):
     if not Path(path).is_file():
         raise AtlasError(f"{key}: no file {path}")
     try:
-        state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            load_file(path)
+            if str(path).endswith(".safetensors")
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # whatever a broken file makes the two readers raise
         raise AtlasError(f"{key}: {path} is not a readable weights file: {error}") from None
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-        raise AtlasError(f"{key}: {path} holds no state dict (names and tensors, by itself or under `state_dict` or `model`)")
-    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+        raise AtlasError(
+            f"{key}: {path} holds no state dict (names and tensors, by itself or under `state_dict` or `model`)"
+        )
+    return {
+        name: value.float() if value.is_floating_point() else value for name, value in state.items()
+    }
 
 
 def load_strictly(module, state, path, surplus):
     """Load `state`; a missing key is an error, and only keys that begin with one of `surplus` may be left over."""
-    missing, unexpected = module.state_dict().keys() - state.keys(), state.keys() - module.state_dict().keys()
-    unexpected = {name for name in unexpected if not name.startswith(tuple(surplus))} if surplus else unexpected
+    missing, unexpected = (
+        module.state_dict().keys() - state.keys(),
+        state.keys() - module.state_dict().keys(),
+    )
+    unexpected = (
+        {name for name in unexpected if not name.startswith(tuple(surplus))}
+        if surplus
+        else unexpected
+    )
     if missing or unexpected:
         example = sorted(missing or unexpected)[0]
-        raise AtlasError(f"{path} does not fit: {len(missing)} keys missing, {len(unexpected)} unknown (`{example}`, for one); is it another model's file?")
+        raise AtlasError(
+            f"{path} does not fit: {len(missing)} keys missing, {len(unexpected)} unknown (`{example}`, for one); is it another model's file?"
+        )
     try:
         module.load_state_dict({name: state[name] for name in module.state_dict()})
     except RuntimeError as error:
@@ -238,13 +312,19 @@ def fingerprint(module):
     """SHA-256 over a module's weights, names and values: what a cache key and a checkpoint name a frozen encoder by."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + str(tuple(value.shape)).encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(
+            name.encode()
+            + str(tuple(value.shape)).encode()
+            + value.detach().cpu().contiguous().numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
 def encode_clip(encoder, path, seconds):
     """(a [T, D_a], U [T, N, D_u]) as float16 arrays; `path` None: of a zero waveform."""
-    return encode_wave(encoder, torch.zeros(seconds * RATE) if path is None else read_wave(path), seconds)
+    return encode_wave(
+        encoder, torch.zeros(seconds * RATE) if path is None else read_wave(path), seconds
+    )
 
 
 @torch.inference_mode()

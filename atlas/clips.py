@@ -12,6 +12,7 @@ Shapes: T seconds (= frames, 5), H W pixels. Masks are 1 on the sounding object.
     DATA_ROOT/Multi-sources/ms3_data/gt_masks/SPLIT/VIDEO/VIDEO_{1..5}.png              (train: all five)
     DATA_ROOT/Multi-sources/ms3_data/audio_wav/SPLIT/VIDEO.wav
 """
+
 import contextlib
 import csv
 import os
@@ -123,18 +124,26 @@ def built_beside(final, inside="."):
 
 def read_s4(root):
     """All clips named by s4_meta_data.csv below `root`, in the file's order. Files are not opened here."""
-    return [s4_clip(root, row["name"], row["category"], row["split"]) for row in _read_csv(root, "s4", ("name", "category", "split"))]
+    return [
+        s4_clip(root, row["name"], row["category"], row["split"])
+        for row in _read_csv(root, "s4", ("name", "category", "split"))
+    ]
 
 
 def read_ms3(root):
     """All clips named by ms3_meta_data.csv below `root`, in the file's order. Files are not opened here."""
-    return [ms3_clip(root, row["video_id"], row["split"]) for row in _read_csv(root, "ms3", ("video_id", "split"))]
+    return [
+        ms3_clip(root, row["video_id"], row["split"])
+        for row in _read_csv(root, "ms3", ("video_id", "split"))
+    ]
 
 
 def _read_csv(root, dataset, columns):
     path = Path(root, CSVS[dataset])
     if not path.is_file():
-        raise AtlasError(f"no {dataset.upper()} tree in {root}: {path} is missing; set data_root to the folder that holds {path.parent.name}/, or synth=true")
+        raise AtlasError(
+            f"no {dataset.upper()} tree in {root}: {path} is missing; set data_root to the folder that holds {path.parent.name}/, or synth=true"
+        )
     return read_rows(path, columns)
 
 
@@ -146,7 +155,9 @@ def read_rows(path, columns):
         raise AtlasError(f"{path} does not hold the columns {','.join(columns)}")
     strange = [row for row in rows if row["split"] not in SPLITS]
     if strange:
-        raise AtlasError(f"{path}: clip {strange[0][columns[0]]} is in split {strange[0]['split']!r}, not train, val or test")
+        raise AtlasError(
+            f"{path}: clip {strange[0][columns[0]]} is in split {strange[0]['split']!r}, not train, val or test"
+        )
     return rows
 
 
@@ -165,7 +176,9 @@ def read_mask(path):
         grey = np.asarray(image.convert("L"))
     values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
     if not (set(values) <= {0, 255} or set(values) <= {0, 1}):
-        raise AtlasError(f"the mask {path} holds the values {values[:6].tolist()}; a mask holds 0 and 255 only, without smoothing")
+        raise AtlasError(
+            f"the mask {path} holds the values {values[:6].tolist()}; a mask holds 0 and 255 only, without smoothing"
+        )
     return grey > 127 if values[-1] > 1 else grey > 0
 
 
@@ -191,11 +204,17 @@ def load_clip(clip, size):
         if mask_path:
             mask = read_mask(mask_path)
             if mask.shape != frame.shape[:2]:
-                raise AtlasError(f"the mask {mask_path} is {mask.shape[1]}x{mask.shape[0]}, its frame {frame.shape[1]}x{frame.shape[0]}; they must be equal")
+                raise AtlasError(
+                    f"the mask {mask_path} is {mask.shape[1]}x{mask.shape[0]}, its frame {frame.shape[1]}x{frame.shape[0]}; they must be equal"
+                )
             masks[t] = resized(mask.astype(np.uint8), size, Image.Resampling.NEAREST)
     return frames, masks
 
 
 def resized(array, size, how=Image.Resampling.BILINEAR):
     """A picture [H, W, ...] at size x size."""
-    return array if array.shape[:2] == (size, size) else np.asarray(Image.fromarray(array).resize((size, size), how))
+    return (
+        array
+        if array.shape[:2] == (size, size)
+        else np.asarray(Image.fromarray(array).resize((size, size), how))
+    )

@@ -1,4 +1,5 @@
 """The one exception that means "your input, not our bug": scripts print its message as a single line and exit with 2."""
+
 import contextlib
 import errno
 import os
@@ -17,14 +18,24 @@ def one_line_errors():
     except AtlasError as error:
         sys.exit(_line(str(error), 2))
     except KeyboardInterrupt:
-        sys.exit(_line("stopped by Ctrl-C; what was finished is kept, and train.py goes on from there with --resume", 130))
+        sys.exit(
+            _line(
+                "stopped by Ctrl-C; what was finished is kept, and train.py goes on from there with --resume",
+                130,
+            )
+        )
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        sys.exit(_line(f"no room to write {error.filename or 'a file'} ({error.strerror}); free some space and run again (train.py: with --resume)", 1))
+        sys.exit(
+            _line(
+                f"no room to write {error.filename or 'a file'} ({error.strerror}); free some space and run again (train.py: with --resume)",
+                1,
+            )
+        )
 
 
 def _line(text, code):

@@ -22,6 +22,7 @@ as it was at the end of the window before the rise, with the sensitivity gathere
 which is the per-clip one where the mean gradient vanishes, and `batch` in the results. What is kept of the window is one theta and one S, no clip (Aljundi et al. 2019,
 arXiv 1812.03596, keep a buffer of clips, and consolidate when a plateau begins).
 """
+
 import math
 import statistics
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atlas import parallel
 from atlas.errors import AtlasError
 
-SIDE_BY_SIDE = 2**27  # entries of the gradients of single clips that are formed at once: half a gigabyte
+SIDE_BY_SIDE = (
+    2**27
+)  # entries of the gradients of single clips that are formed at once: half a gigabyte
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +64,17 @@ def deltas(model):
         if isinstance(layer, BaseTunerLayer):
             (adapter,) = layer.active_adapters
             weight = layer.get_base_layer().weight
-            found[name] = Delta(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, weight, layer.scaling[adapter], layer)
+            found[name] = Delta(
+                layer.lora_A[adapter].weight,
+                layer.lora_B[adapter].weight,
+                weight,
+                layer.scaling[adapter],
+                layer,
+            )
             if getattr(layer.get_base_layer(), "groups", 1) != 1:
-                raise AtlasError(f"{name} is a grouped convolution, whose update is no product B A; choose other lora_targets, or a method on the factors")
+                raise AtlasError(
+                    f"{name} is a grouped convolution, whose update is no product B A; choose other lora_targets, or a method on the factors"
+                )
     return found
 
 
@@ -74,23 +85,43 @@ class LowRankAnchor(nn.Module):
     `anchor` and `sensitivity` are flat fp32 buffers over all anchored parameters: one copy each, whatever the number of tasks.
     """
 
-    def __init__(self, groups, strength=1.0, gamma=1.0, power=1.0, plateau=None, normalise=True, rest=1.0):
+    def __init__(
+        self, groups, strength=1.0, gamma=1.0, power=1.0, plateau=None, normalise=True, rest=1.0
+    ):
         """groups: {group name: {name: parameter or Delta}}, as of `Atlas.groups()`; strength is lambda; plateau: a Plateau where nobody tells boundaries.
 
         normalise: divide S by its mean, as LRA does. rest: a factor on the Omega of all groups but LoRA.
         """
         super().__init__()
-        self.strength, self.gamma, self.power, self.plateau, self.normalise, self.rest = strength, gamma, power, plateau, normalise, rest
+        self.strength, self.gamma, self.power, self.plateau, self.normalise, self.rest = (
+            strength,
+            gamma,
+            power,
+            plateau,
+            normalise,
+            rest,
+        )
         self.thetas = [p for parameters in groups.values() for p in parameters.values()]
         carrier = lambda p: p.weight if isinstance(p, Delta) else p  # of the gradient
-        self.members = {group: [carrier(p) for p in parameters.values()] for group, parameters in groups.items() if parameters}  # in a dict: not submodules
+        self.members = {
+            group: [carrier(p) for p in parameters.values()]
+            for group, parameters in groups.items()
+            if parameters
+        }  # in a dict: not submodules
         self.anchored = [p for parameters in self.members.values() for p in parameters]
-        size, device = sum(p.numel() for p in self.anchored), self.anchored[0].device if self.anchored else "cpu"
+        size, device = (
+            sum(p.numel() for p in self.anchored),
+            self.anchored[0].device if self.anchored else "cpu",
+        )
         self.register_buffer("anchor", torch.zeros(size, device=device))
         self.register_buffer("sensitivity", torch.zeros(size, device=device))
         if plateau:
-            self.register_buffer("window", torch.zeros(size, device=device))  # sum of B g^2 over the current window
-            self.register_buffer("last_sensitivity", torch.zeros(size, device=device))  # of the window before, and theta at its end
+            self.register_buffer(
+                "window", torch.zeros(size, device=device)
+            )  # sum of B g^2 over the current window
+            self.register_buffer(
+                "last_sensitivity", torch.zeros(size, device=device)
+            )  # of the window before, and theta at its end
             self.register_buffer("last_theta", torch.zeros(size, device=device))
         self.idle = not strength  # then nothing is measured nor kept
         self.armed = False  # no task consolidated yet: the penalty is zero and costs nothing
@@ -106,7 +137,9 @@ class LowRankAnchor(nn.Module):
         return {}
 
     def get_extra_state(self):
-        return torch.tensor([self.armed, *(self.plateau.state() if self.plateau else ())], dtype=torch.float64)
+        return torch.tensor(
+            [self.armed, *(self.plateau.state() if self.plateau else ())], dtype=torch.float64
+        )
 
     def set_extra_state(self, state):
         self.armed, self.stiffness = bool(state[0]), None
@@ -172,9 +205,18 @@ class LowRankAnchor(nn.Module):
 
     def _gradient(self, theta):
         """The gradient of the task loss that backward left in the parameters, flat: the penalty's own is taken off."""
-        gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.anchored]).float()
+        gradient = torch.cat(
+            [
+                torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                for p in self.anchored
+            ]
+        ).float()
         gradient.nan_to_num_(0.0, 0.0, 0.0)  # fp16: the scaler skips a step that has overflowed
-        return gradient.addcmul_(self.sensitivity, theta - self.anchor, value=-self.strength) if self.armed else gradient
+        return (
+            gradient.addcmul_(self.sensitivity, theta - self.anchor, value=-self.strength)
+            if self.armed
+            else gradient
+        )
 
     def _absorb(self, S, theta):
         """Omega <- gamma Omega + S^power / mean(S^power), group by group (S as it is, where not `normalise`); anchor <- theta. S: flat, zero throughout a parameter that received no gradient."""
@@ -184,9 +226,14 @@ class LowRankAnchor(nn.Module):
             mine = [next(parts) for _ in parameters]
             measured = [part for part in mine if part.any()]
             report[group] = torch.cat(measured).mean().item() if measured else 0.0
-            powered = torch.cat(measured).pow(self.power).mean() if measured and self.normalise else 1.0
+            powered = (
+                torch.cat(measured).pow(self.power).mean() if measured and self.normalise else 1.0
+            )
             factor = 1.0 if group == "lora" else self.rest
-            new += [part.pow(self.power) / powered * factor if part.any() else torch.zeros_like(part) for part in mine]
+            new += [
+                part.pow(self.power) / powered * factor if part.any() else torch.zeros_like(part)
+                for part in mine
+            ]
         if new:
             self.sensitivity.mul_(self.gamma).add_(torch.cat(new))
             self.anchor.copy_(theta)
@@ -253,7 +300,9 @@ class Plateau:
         if self.means:
             level = min(self.means)
             fired = m > level + self.peak * self.noise
-            reason = f"{m:.3f} {'>' if fired else '<='} {level:.3f} + {self.peak:g} x {self.noise:.3f}"
+            reason = (
+                f"{m:.3f} {'>' if fired else '<='} {level:.3f} + {self.peak:g} x {self.noise:.3f}"
+            )
         self.means = [m] if fired else [*self.means, m][-self.memory :]
         self.noise = s if math.isnan(self.noise) else (self.noise + s) / 2
         self.losses = []
@@ -269,7 +318,9 @@ def per_clip_gradients(model, parameters, batches, loss):
     kept = ("frames", "masks", "second", "context", "tokens", "label")
 
     def of_one(values, clip):
-        clip = clip | {name: clip[name][None] for name in ("context", "tokens", "label") if name in clip}
+        clip = clip | {
+            name: clip[name][None] for name in ("context", "tokens", "label") if name in clip
+        }
         clip["clip"] = torch.zeros_like(clip["second"])
         return loss(functional_call(model, values, (clip,)), clip)
 
@@ -278,11 +329,22 @@ def per_clip_gradients(model, parameters, batches, loss):
     beside = max(1, SIDE_BY_SIDE // max(1, sum(p.numel() for p in parameters)))
     for batch in batches:
         n = len(batch["context"])
-        clips = {name: batch[name].unflatten(0, (n, -1)) if name in ("frames", "masks", "second") else batch[name] for name in kept if name in batch}
+        clips = {
+            name: batch[name].unflatten(0, (n, -1))
+            if name in ("frames", "masks", "second")
+            else batch[name]
+            for name in kept
+            if name in batch
+        }
         for first in range(0, n, beside):
             some = {name: value[first : first + beside] for name, value in clips.items()}
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # no graph of the parameters left out; the fused kernels have no rule for vmap
-                gradients = vmap(grad(of_one), in_dims=(None, 0), randomness="different")(values, some)
+            with (
+                torch.no_grad(),
+                sdpa_kernel(SDPBackend.MATH),
+            ):  # no graph of the parameters left out; the fused kernels have no rule for vmap
+                gradients = vmap(grad(of_one), in_dims=(None, 0), randomness="different")(
+                    values, some
+                )
             yield [gradients[name] for name in values]
 
 
@@ -290,7 +352,11 @@ def learned_groups(config, model):
     """The trainables by group; of TIL without the heads, which are a task's own and are left alone after it."""
     groups = model.groups()
     if config.protocol == "til":
-        groups["decoder"] = {name: p for name, p in groups["decoder"].items() if not name.startswith("decoder.heads.")}
+        groups["decoder"] = {
+            name: p
+            for name, p in groups["decoder"].items()
+            if not name.startswith("decoder.heads.")
+        }
         groups["classifier"] = {}
     return groups
 
@@ -301,10 +367,17 @@ def plateau_of(config):
 
 
 def build_method(config, model):
-    """The anchor of a config, or one of strength 0 for what needs none (finetune, frozen, joint); of the other methods see atlas.baselines.build_method."""
+    """The anchor of a config, or one of strength 0 for what needs none (finetune, frozen, joint); of the other methods see atlas.methods.baselines.build_method."""
     groups = learned_groups(config, model)
     chosen = groups if config.lra_scope == "trainable" else {"lora": groups["lora"]}
     if config.lra_space == "delta" and groups["lora"]:
         chosen = chosen | {"lora": deltas(model)}
     strength = config.lra_lambda if config.method == "lra" else 0.0
-    return LowRankAnchor(chosen, strength, config.lra_gamma, config.lra_power, plateau_of(config), rest=config.lra_rest)
+    return LowRankAnchor(
+        chosen,
+        strength,
+        config.lra_gamma,
+        config.lra_power,
+        plateau_of(config),
+        rest=config.lra_rest,
+    )

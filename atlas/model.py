@@ -3,6 +3,7 @@
 Shapes: B clips, T seconds (= frames), M annotated frames of a batch, C channels, H W pixels, L scales, N audio tokens a second, D width.
 A logit is positive on the sounding object.
 """
+
 import contextlib
 import copy
 import re
@@ -23,7 +24,17 @@ from atlas.errors import AtlasError
 class Atlas(nn.Module):
     """frames, sound -> mask logits, and class logits with a classifier. Groups of trainables: `lora` (in the encoder), `fusion`, `decoder`, `classifier`."""
 
-    def __init__(self, encoder, context_dim, token_dim, width=64, heads=4, conditioning="gate", norm="timm", classes=None):
+    def __init__(
+        self,
+        encoder,
+        context_dim,
+        token_dim,
+        width=64,
+        heads=4,
+        conditioning="gate",
+        norm="timm",
+        classes=None,
+    ):
         """classes: the category names of every task, in learning order, for the classification branch; None: no such branch."""
         super().__init__()
         self.encoder = encoder
@@ -33,7 +44,11 @@ class Atlas(nn.Module):
         self.decoder = Decoder(len(self.channels), width)
         self.fusion = Fusion(self.channels, context_dim, token_dim, width, heads, conditioning)
         self.classifier = Classifier(width + context_dim, classes) if classes else None
-        mean, std = (base.pretrained_cfg["mean"], base.pretrained_cfg["std"]) if norm == "timm" else ((0.5,) * 3, (0.5,) * 3)
+        mean, std = (
+            (base.pretrained_cfg["mean"], base.pretrained_cfg["std"])
+            if norm == "timm"
+            else ((0.5,) * 3, (0.5,) * 3)
+        )
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -50,7 +65,9 @@ class Atlas(nn.Module):
         """frames [M, 3, H, W] uint8 -> list of L feature maps [M, C_l, H_l, W_l]. They do not depend on the sound."""
         features = self.encoder((frames - self.mean) / self.std)
         features = [features[i] for i in self.scales]
-        return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.channels)]  # Swin's are channels-last
+        return [
+            f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.channels)
+        ]  # Swin's are channels-last
 
     def segment(self, features, size, clip, second, context, tokens):
         """features of encode -> {"masks": logits [M, size, size], "classes": logits [B, K] of the competing classes, with a classifier}.
@@ -59,28 +76,45 @@ class Atlas(nn.Module):
         """
         fused, a = self.fusion(features, clip, second, context, tokens)
         logits = self.decoder(fused)  # [M, 1, H_1, W_1]
-        outputs = {"masks": F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)[:, 0]}
+        outputs = {
+            "masks": F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)[
+                :, 0
+            ]
+        }
         if self.classifier and self.classifier.last > self.classifier.first:
-            outputs["classes"] = clip_means(self.classifier(torch.cat([fused[-1].mean((2, 3)), a], 1)), clip, len(context))
+            outputs["classes"] = clip_means(
+                self.classifier(torch.cat([fused[-1].mean((2, 3)), a], 1)), clip, len(context)
+            )
         return outputs
 
     def forward(self, batch):
         """A batch of data.collate -> {"masks": logits [M, H, W], "features": of encode, and "classes" [B, K]}."""
         features = self.encode(batch["frames"])
-        return {"features": features} | self.segment(features, batch["frames"].shape[-1], batch["clip"], batch["second"], batch["context"], batch["tokens"])
+        return {"features": features} | self.segment(
+            features,
+            batch["frames"].shape[-1],
+            batch["clip"],
+            batch["second"],
+            batch["context"],
+            batch["tokens"],
+        )
 
     def groups(self):
         """The trainable parameters by group, {"lora" | "fusion" | "decoder" | "classifier": {name: parameter}}; what LRA may anchor."""
         groups = {"lora": {}, "fusion": {}, "decoder": {}, "classifier": {}}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups["lora" if name.startswith("encoder.") else name.split(".")[0]][name] = parameter
+                groups["lora" if name.startswith("encoder.") else name.split(".")[0]][name] = (
+                    parameter
+                )
         return groups
 
 
 def clip_means(values, clip, B):
     """Per-frame values [M, ...] -> the mean over each clip's frames [B, ...]."""
-    total = lambda x: torch.zeros(B, *x.shape[1:], device=x.device, dtype=x.dtype).index_add(0, clip, x)
+    total = lambda x: torch.zeros(B, *x.shape[1:], device=x.device, dtype=x.dtype).index_add(
+        0, clip, x
+    )
     return total(values) / total(torch.ones_like(values))
 
 
@@ -92,7 +126,11 @@ class Fusion(nn.Module):
         self.context_norm, self.token_norm = nn.LayerNorm(context_dim), nn.LayerNorm(token_dim)
         self.project = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
         self.attend = nn.ModuleList([CrossAttention(token_dim, width, heads) for _ in channels])
-        self.gates = nn.ModuleList([nn.Linear(context_dim, c) for c in channels]) if conditioning == "gate" else None
+        self.gates = (
+            nn.ModuleList([nn.Linear(context_dim, c) for c in channels])
+            if conditioning == "gate"
+            else None
+        )
         for gate in self.gates or []:  # zero: the first step sees the plain encoder
             nn.init.zeros_(gate.weight)
             nn.init.zeros_(gate.bias)
@@ -120,9 +158,13 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.norm, self.query = nn.LayerNorm(width), nn.Linear(width, width)
         self.token = nn.Linear(token_dim, width)
-        self.distance = nn.Embedding(2 * T - 1, width)  # index 0: the token's second is T - 1 before the frame's
+        self.distance = nn.Embedding(
+            2 * T - 1, width
+        )  # index 0: the token's second is T - 1 before the frame's
         self.key_value, self.out = nn.Linear(width, 2 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         nn.init.normal_(self.distance.weight, std=0.02)
 
     def forward(self, x, u, second):
@@ -131,7 +173,9 @@ class CrossAttention(nn.Module):
         seconds = torch.arange(u.shape[1], device=u.device)
         distance = seconds[None] - second[:, None] + T - 1  # [M, T]
         u = (self.token(u) + self.distance(distance)[:, :, None]).flatten(1, 2)  # [M, T N, D]
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [M, heads, tokens, D / heads]
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(
+            1, 2
+        )  # [M, heads, tokens, D / heads]
         x = x.flatten(2).transpose(1, 2)  # [M, h w, D]
         q = split(self.query(self.norm(x)))
         k, v = map(split, self.key_value(u).chunk(2, -1))
@@ -150,7 +194,12 @@ class Decoder(nn.Module):
     def __init__(self, levels, width):
         super().__init__()
         self.smooth = nn.ModuleList(
-            [nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()) for _ in range(levels)]
+            [
+                nn.Sequential(
+                    nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()
+                )
+                for _ in range(levels)
+            ]
         )
         self.heads, self.active = nn.ModuleList([nn.Conv2d(width, 1, 1)]), 0
 
@@ -191,7 +240,9 @@ class Classifier(nn.Module):
     def labels(self, categories):
         """The position of each category among the competing classes, [B]; -1 for one that does not compete."""
         names = [name for task in self.classes[self.first : self.last] for name in task]
-        return torch.tensor([names.index(category) if category in names else -1 for category in categories])
+        return torch.tensor(
+            [names.index(category) if category in names else -1 for category in categories]
+        )
 
     def forward(self, x):
         """x [M, D + D_a] -> [M, K]."""
@@ -209,10 +260,27 @@ def build_model(config, context_dim, token_dim, classes=None):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = build_visual_encoder(config.visual, config.visual_weights, config.visual_pad)
-        torch.manual_seed(config.seed)  # what follows does not depend on where the encoder's weights came from
-        model = Atlas(encoder, context_dim, token_dim, config.width, config.heads, config.conditioning, config.visual_norm, classes)
+        torch.manual_seed(
+            config.seed
+        )  # what follows does not depend on where the encoder's weights came from
+        model = Atlas(
+            encoder,
+            context_dim,
+            token_dim,
+            config.width,
+            config.heads,
+            config.conditioning,
+            config.visual_norm,
+            classes,
+        )
         if config.lora_rank and config.method != "frozen":
-            model.encoder = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+            model.encoder = add_lora(
+                encoder,
+                config.lora_rank,
+                config.lora_alpha,
+                config.lora_dropout,
+                config.lora_targets,
+            )
         return model
 
 
@@ -229,9 +297,13 @@ def build_visual_encoder(name, weights, pad="default"):
     try:
         encoder = timm.create_model(name, features_only=True, **options, **hub)
     except OSError as error:
-        raise AtlasError(f"cannot fetch the weights of {name} from timm's hub: {error}; set visual_weights to a file") from None
+        raise AtlasError(
+            f"cannot fetch the weights of {name} from timm's hub: {error}; set visual_weights to a file"
+        ) from None
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise AtlasError(f"visual={name} does not build in timm as a feature pyramid: {error}") from None
+        raise AtlasError(
+            f"visual={name} does not build in timm as a feature pyramid: {error}"
+        ) from None
     if path:
         load_visual_weights(encoder, name, options, path)
     encoder.pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
@@ -251,7 +323,9 @@ def load_visual_weights(encoder, name, options, path):
     missing, unknown = want.keys() - have.keys(), have.keys() - want.keys() - full.keys()
     if missing or unknown:
         example = sorted(missing or unknown)[0]
-        raise AtlasError(f"{path} does not fit {name}: {len(missing)} keys missing, {len(unknown)} unknown (`{example}`, for one)")
+        raise AtlasError(
+            f"{path} does not fit {name}: {len(missing)} keys missing, {len(unknown)} unknown (`{example}`, for one)"
+        )
     try:
         encoder.load_state_dict({key: state[have[flat]] for flat, key in want.items()})
     except RuntimeError as error:
@@ -261,18 +335,38 @@ def load_visual_weights(encoder, name, options, path):
 def add_lora(encoder, rank, alpha, dropout=0.0, targets="auto"):
     """peft's LoRA on the frozen encoder: W x + (alpha / r) B A x, B = 0 at the start (Hu et al. 2021, arXiv 2106.09685)."""
     if targets == "auto":
-        fits = [name for name, m in encoder.named_modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1)]
+        fits = [
+            name
+            for name, m in encoder.named_modules()
+            if isinstance(m, nn.Linear)
+            or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1)
+        ]
     else:
         try:
-            fits = [name for name, m in encoder.named_modules() if re.fullmatch(targets, name) and isinstance(m, (nn.Linear, nn.Conv2d))]
+            fits = [
+                name
+                for name, m in encoder.named_modules()
+                if re.fullmatch(targets, name) and isinstance(m, (nn.Linear, nn.Conv2d))
+            ]
         except re.error as error:
-            raise AtlasError(f"lora_targets={targets!r} is not a regular expression: {error}") from None
+            raise AtlasError(
+                f"lora_targets={targets!r} is not a regular expression: {error}"
+            ) from None
     if not fits:
-        raise AtlasError(f"lora_targets={targets!r} matches no linear layer or convolution of the visual encoder")
-    exactly = "|".join(re.escape(name) for name in fits)  # peft would match a list by its endings too
+        raise AtlasError(
+            f"lora_targets={targets!r} matches no linear layer or convolution of the visual encoder"
+        )
+    exactly = "|".join(
+        re.escape(name) for name in fits
+    )  # peft would match a list by its endings too
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.get_peft_model(encoder, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=exactly, bias="none"))
+        return peft.get_peft_model(
+            encoder,
+            peft.LoraConfig(
+                r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=exactly, bias="none"
+            ),
+        )
 
 
 def base_encoder(encoder):
@@ -299,8 +393,14 @@ def merged(model):
 
 def count_parameters(model):
     """{"total", "trainable", "lora"}: numbers of parameters, the frozen visual encoder in the total."""
-    sizes = {group: sum(p.numel() for p in members.values()) for group, members in model.groups().items()}
-    return {"total": sum(p.numel() for p in model.parameters()), "trainable": sum(sizes.values()), "lora": sizes["lora"]}
+    sizes = {
+        group: sum(p.numel() for p in members.values()) for group, members in model.groups().items()
+    }
+    return {
+        "total": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(sizes.values()),
+        "lora": sizes["lora"],
+    }
 
 
 # ---- the task loss ---------------------------------------------------------------------------------------------------
@@ -321,7 +421,9 @@ def clip_losses(outputs, batch):
     }  # each [M]
     terms = {name: clip_means(x, batch["clip"], len(batch["context"])) for name, x in terms.items()}
     if "classes" in outputs:
-        terms["class"] = F.cross_entropy(outputs["classes"].float(), batch["label"], reduction="none")
+        terms["class"] = F.cross_entropy(
+            outputs["classes"].float(), batch["label"], reduction="none"
+        )
     return terms
 
 

@@ -6,6 +6,7 @@
 are summed at once after the backward pass, in one flat all-reduce, instead of by DistributedDataParallel's hooks: heads that a task does not use and a last batch
 that is smaller than the number of processes then need no special care. Process 0 alone writes. Without torchrun there is one process, and every function here does nothing.
 """
+
 import functools
 import os
 import sys
@@ -24,7 +25,9 @@ def start(device):
     local = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise AtlasError(f"process {local} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}; lower --nproc_per_node, or set device=cpu")
+            raise AtlasError(
+                f"process {local} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}; lower --nproc_per_node, or set device=cpu"
+            )
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if rank():
@@ -62,7 +65,9 @@ def in_turn(work):
 
 def first_only(function):
     """A function that only process 0 carries out; the others get None."""
-    return functools.wraps(function)(lambda *words, **named: None if rank() else function(*words, **named))
+    return functools.wraps(function)(
+        lambda *words, **named: None if rank() else function(*words, **named)
+    )
 
 
 def mine(items):

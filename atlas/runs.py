@@ -1,4 +1,5 @@
 """A run: its data and model, its folder, its checkpoints, its device."""
+
 import contextlib
 import fcntl
 import json
@@ -20,8 +21,8 @@ from atlas.config import as_dict, load_config, run_name
 from atlas.data import PackedClips, pack
 from atlas.errors import AtlasError
 from atlas.model import Atlas, base_encoder, build_model
-from atlas.synth import synth_s4
-from atlas.synth_ms3 import synth_ms3
+from atlas.prepare.synth import synth_s4
+from atlas.prepare.synth_ms3 import synth_ms3
 
 SYNTHETIC = {"s4": synth_s4, "ms3": synth_ms3}
 
@@ -33,7 +34,15 @@ def open_data(config):
         SYNTHETIC[config.dataset](config.data_root)
     clips = READERS[config.dataset](config.data_root)
     encoder = build_audio_encoder(config.audio, config.audio_weights)
-    folder = pack(clips, config.data_root, config.cache_dir, config.image_size, encoder, config.audio, config.dataset)
+    folder = pack(
+        clips,
+        config.data_root,
+        config.cache_dir,
+        config.image_size,
+        encoder,
+        config.audio,
+        config.dataset,
+    )
     return PackedClips(folder), fingerprint(encoder)
 
 
@@ -48,13 +57,19 @@ def refuse_other_encoders(run, results, visual_sha, audio_sha):
     """The scores of a run hold for its own frozen encoders only."""
     for name, sha in (("visual", visual_sha), ("audio", audio_sha)):
         if sha != results["weights"][name]["sha256"]:
-            raise AtlasError(f"the {name} encoder is not the one of the run {run}: its weights differ ({name}_weights in config.yaml, or another torch)")
+            raise AtlasError(
+                f"the {name} encoder is not the one of the run {run}: its weights differ ({name}_weights in config.yaml, or another torch)"
+            )
 
 
 def frozen_fingerprint(model):
     """The SHA-256 of the visual encoder without LoRA."""
     encoder = base_encoder(model.encoder)
-    kept = {name.replace(".base_layer", ""): value for name, value in encoder.state_dict().items() if "lora_" not in name}
+    kept = {
+        name.replace(".base_layer", ""): value
+        for name, value in encoder.state_dict().items()
+        if "lora_" not in name
+    }
     holder = torch.nn.Module()
     for i, name in enumerate(sorted(kept)):
         holder.register_buffer(f"{i:05d}", kept[name])
@@ -72,7 +87,9 @@ def refuse_used_folder(config):
     """A cheap look before the heavy work: open_run is what decides."""
     folder = folder_of(config)
     if folder.is_dir() and {p.name for p in folder.iterdir()} - {".lock"}:
-        raise AtlasError(f"the run folder {folder} is not empty and is never overwritten; choose another name=..., go on with --resume, or remove it")
+        raise AtlasError(
+            f"the run folder {folder} is not empty and is never overwritten; choose another name=..., go on with --resume, or remove it"
+        )
 
 
 def begun(config):
@@ -93,16 +110,24 @@ def open_run(config, resume):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise AtlasError(f"the run folder {folder} is in use by another process; wait for it, or choose another name=...") from None
+        raise AtlasError(
+            f"the run folder {folder} is in use by another process; wait for it, or choose another name=..."
+        ) from None
     if {p.name for p in folder.iterdir()} - {".lock"}:
         if not resume:
             refuse_used_folder(config)
         if not (folder / "config.yaml").is_file():
-            raise AtlasError(f"{folder} is not empty and holds no config.yaml, so it is no run to resume; choose another name=...")
+            raise AtlasError(
+                f"{folder} is not empty and holds no config.yaml, so it is no run to resume; choose another name=..."
+            )
         old, new = as_dict(read_run_config(folder)), as_dict(config)
-        differing = [f"{key} ({old[key]} there, {new[key]} here)" for key in new if old[key] != new[key]]
+        differing = [
+            f"{key} ({old[key]} there, {new[key]} here)" for key in new if old[key] != new[key]
+        ]
         if differing:
-            raise AtlasError(f"{folder} was made with another config, so it cannot be resumed: {', '.join(differing)}")
+            raise AtlasError(
+                f"{folder} was made with another config, so it cannot be resumed: {', '.join(differing)}"
+            )
     else:
         write_text(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
     return folder, lock
@@ -121,7 +146,9 @@ def forget_log_after(folder, task, epoch):
     path = folder / "log.jsonl"
     if path.is_file():
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if (line["task"], line.get("epoch", math.inf)) <= (task, epoch)]
+        kept = [
+            line for line in lines if (line["task"], line.get("epoch", math.inf)) <= (task, epoch)
+        ]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -129,8 +156,16 @@ def consolidations(folder):
     """The consolidations of a task-free run, from its log: [{"step", "reason"}]."""
     if parallel.rank():  # the first one's log
         return []
-    windows = [line["window"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "window" in line]
-    return [{"step": window["step"], "reason": window["reason"]} for window in windows if window["fired"]]
+    windows = [
+        line["window"]
+        for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        if "window" in line
+    ]
+    return [
+        {"step": window["step"], "reason": window["reason"]}
+        for window in windows
+        if window["fired"]
+    ]
 
 
 @parallel.first_only
@@ -158,21 +193,32 @@ def writing(folder):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise AtlasError(f"cannot write to {folder}: {error}; make room there and go on with --resume") from None
+        raise AtlasError(
+            f"cannot write to {folder}: {error}; make room there and go on with --resume"
+        ) from None
 
 
 @parallel.first_only
 def save_checkpoint(folder, model, method):
     """`folder` (task_NN/): LoRA in PEFT's own format, for the encoder as timm makes it; fusion and decoder in model.safetensors, the method's state in method.safetensors."""
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed between this and its scores
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # of a run that was killed between this and its scores
     with built_beside(folder) as build, writing(folder):
         if isinstance(model.encoder, peft.PeftModel):
             model.encoder.save_pretrained(build)
             (build / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
             _widen_adapter(build, method.folded())
-        rest = {name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+        rest = {
+            name: value.contiguous()
+            for name, value in model.state_dict().items()
+            if not name.startswith("encoder.")
+        }
         save_file(rest, build / "model.safetensors")
-        save_file({name: value.contiguous() for name, value in method.state_dict().items()}, build / "method.safetensors")
+        save_file(
+            {name: value.contiguous() for name, value in method.state_dict().items()},
+            build / "method.safetensors",
+        )
 
 
 def _widen_adapter(folder, past):
@@ -184,11 +230,20 @@ def _widen_adapter(folder, past):
     state, total = load_file(folder / "adapter_model.safetensors"), own["r"]
     for name, (A, B) in past.items():
         state[f"{name}.lora_A.weight"] = torch.cat([A.cpu(), state[f"{name}.lora_A.weight"]])
-        state[f"{name}.lora_B.weight"] = torch.cat([B.cpu(), state[f"{name}.lora_B.weight"]], 1).contiguous()
+        state[f"{name}.lora_B.weight"] = torch.cat(
+            [B.cpu(), state[f"{name}.lora_B.weight"]], 1
+        ).contiguous()
         total = own["r"] + len(A)
     if total > own["r"]:
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_text(folder / "adapter_config.json", json.dumps(own | {"r": total, "lora_alpha": own["lora_alpha"] * total / own["r"]}, indent=2, sort_keys=True))
+        write_text(
+            folder / "adapter_config.json",
+            json.dumps(
+                own | {"r": total, "lora_alpha": own["lora_alpha"] * total / own["r"]},
+                indent=2,
+                sort_keys=True,
+            ),
+        )
 
 
 def _own_adapter(folder, rank):
@@ -197,20 +252,29 @@ def _own_adapter(folder, rank):
     with safe_open(folder / "method.safetensors", "pt") as file:
         past = file.get_slice("A0").get_shape()[0] if "A0" in file.keys() else 0
     dim = lambda name: 1 if "lora_B" in name else 0
-    return {name: value.narrow(dim(name), past, rank) if value.shape[dim(name)] == past + rank else value for name, value in state.items()}
+    return {
+        name: value.narrow(dim(name), past, rank)
+        if value.shape[dim(name)] == past + rank
+        else value
+        for name, value in state.items()
+    }
 
 
 def load_checkpoint(folder, model, method=None):
     """Load a checkpoint into the model (and the method) that were built from the run's config."""
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
-        raise AtlasError(f"no checkpoint in {folder}; the run stopped before it was written, or the folder was moved")
+        raise AtlasError(
+            f"no checkpoint in {folder}; the run stopped before it was written, or the folder was moved"
+        )
     try:
         wrong = _load_parts(folder, model)
     except RuntimeError as error:  # shapes that differ
         wrong = [str(error).splitlines()[1].strip()]
     if wrong:
-        raise AtlasError(f"the checkpoint {folder} is of another model than the run's config.yaml describes ({wrong[0]}, for one)")
+        raise AtlasError(
+            f"the checkpoint {folder} is of another model than the run's config.yaml describes ({wrong[0]}, for one)"
+        )
     if method is not None:
         method.load_state_dict(load_file(folder / "method.safetensors"))
 
@@ -218,7 +282,9 @@ def load_checkpoint(folder, model, method=None):
 def _load_parts(folder, model):
     """Load what save_checkpoint wrote of the model; the names that do not fit."""
     if isinstance(model.encoder, peft.PeftModel):
-        found = peft.set_peft_model_state_dict(model.encoder, _own_adapter(folder, model.encoder.peft_config["default"].r))
+        found = peft.set_peft_model_state_dict(
+            model.encoder, _own_adapter(folder, model.encoder.peft_config["default"].r)
+        )
         wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
     else:
         wrong = []
@@ -226,7 +292,11 @@ def _load_parts(folder, model):
     while f"decoder.heads.{len(model.decoder.heads)}.weight" in rest:
         model.decoder.add_head()
     found = model.load_state_dict(rest, strict=False)
-    return [*wrong, *found.unexpected_keys, *(name for name in found.missing_keys if not name.startswith("encoder."))]
+    return [
+        *wrong,
+        *found.unexpected_keys,
+        *(name for name in found.missing_keys if not name.startswith("encoder.")),
+    ]
 
 
 @parallel.first_only
@@ -240,14 +310,26 @@ def save_progress(folder, task, epoch, seconds, *parts):
     """progress.pt: where a run is, and the state of `parts` (model, optimiser, ...) there; one file, replaced as a whole."""
     beside = folder / ".progress.tmp"
     with writing(folder):
-        torch.save({"task": task, "epoch": epoch, "seconds": seconds, "parts": [trainable_state(part) for part in parts]}, beside)
+        torch.save(
+            {
+                "task": task,
+                "epoch": epoch,
+                "seconds": seconds,
+                "parts": [trainable_state(part) for part in parts],
+            },
+            beside,
+        )
     os.replace(beside, folder / "progress.pt")
 
 
 def load_progress(folder, task, stream, model, optimizer, scaler, method):
     """(rounds done, seconds spent) of this very task, its state loaded into the four; or (0, 0). On a stream the optimiser also comes from the share before."""
     path = folder / "progress.pt"
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {"task": None}
+    state = (
+        torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_file()
+        else {"task": None}
+    )
     here = state["task"] == task
     if here or (stream and state["task"] == task - 1):
         weights, *others = state["parts"]
@@ -292,7 +374,13 @@ def autocast_of(config):
 
 def compiled(model):
     """torch.compile of the model's forward pass. It gets the tensors of a batch only: what is a list would be compiled anew for each."""
-    if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "c++")))):
-        raise AtlasError("compile=true on the CPU needs a C++ compiler (g++ or clang++), and none is installed; install one, or set compile=false")
+    if next(model.parameters()).device.type == "cpu" and not any(
+        map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "c++")))
+    ):
+        raise AtlasError(
+            "compile=true on the CPU needs a C++ compiler (g++ or clang++), and none is installed; install one, or set compile=false"
+        )
     forward = torch.compile(model)
-    return lambda batch: forward({name: value for name, value in batch.items() if torch.is_tensor(value)})
+    return lambda batch: forward(
+        {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    )

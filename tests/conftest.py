@@ -1,4 +1,5 @@
 """Shared by the tests: a small synthetic set, made once, and the real data where it is at hand."""
+
 import os
 import runpy
 import signal
@@ -19,20 +20,37 @@ import torch
 
 from atlas.config import as_dict, load_config
 from atlas.lra import Delta
-from atlas.synth import CLASSES, synth_s4
-from atlas.synth_ms3 import synth_ms3
+from atlas.prepare.synth import CLASSES, synth_s4
+from atlas.prepare.synth_ms3 import synth_ms3
 
 SHARED = ROOT.parent / "shared"  # real photos, sounds and weights, where there are any
 real = pytest.mark.skipif(not SHARED.exists(), reason="no real data beside the project")
 torch.set_num_threads(1)
 
-TINY = ["visual=pvt_v2_b0", "visual_weights=false", "audio=logmel", "image_size=32", "width=16", "heads=2", "lora_rank=2", "base=2", "step=1"]
+TINY = [
+    "visual=pvt_v2_b0",
+    "visual_weights=false",
+    "audio=logmel",
+    "image_size=32",
+    "width=16",
+    "heads=2",
+    "lora_rank=2",
+    "base=2",
+    "step=1",
+]
 
 
 def pair_of(rank=2, wide=4, out=3, seed=0):
     """One LoRA layer of random factors, on a weight of zeros."""
-    draw = lambda *shape: torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
-    return Delta(draw(rank, wide), draw(out, rank), torch.nn.Parameter(torch.zeros(out, wide), requires_grad=False), 0.5)
+    draw = lambda *shape: torch.nn.Parameter(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    )
+    return Delta(
+        draw(rank, wide),
+        draw(out, rank),
+        torch.nn.Parameter(torch.zeros(out, wide), requires_grad=False),
+        0.5,
+    )
 
 
 def run(*words, preexec_fn=lambda: None, stop=lambda: None):
@@ -52,14 +70,20 @@ def run(*words, preexec_fn=lambda: None, stop=lambda: None):
                 ended, status = os.waitpid(child, 0)
             time.sleep(0.002)
         out.seek(0), err.seek(0)
-        return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(status), out.read(), err.read())
+        return subprocess.CompletedProcess(
+            words, os.waitstatus_to_exitcode(status), out.read(), err.read()
+        )
 
 
 def script(words, out, err, preexec_fn):
     """Be `python WORDS...` in the project's folder, and return its exit status."""
     sys.stdout.flush(), sys.stderr.flush()
     os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-    sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(os.devnull),
+        open(1, "w", closefd=False),
+        open(2, "w", closefd=False),
+    )
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
     os.chdir(ROOT)
     sys.argv = words
@@ -81,26 +105,47 @@ def script(words, out, err, preexec_fn):
 def one_line(done, *words):
     """The process ended in one clear error line that holds all of `words`."""
     assert done.returncode not in (0, None) and "Traceback" not in done.stderr, done.stderr
-    error = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    error = [
+        line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")
+    ]
     assert len(error) == 1 and all(str(word) in error[0] for word in words), done.stderr
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
     """The root of a synthetic S4 of four classes: 4 train, 2 val, 2 test clips each, 32 px."""
-    return synth_s4(tmp_path_factory.mktemp("data") / "s4", size=32, train=4, val=2, test=2, classes=list(CLASSES[:4]), progress=False)
+    return synth_s4(
+        tmp_path_factory.mktemp("data") / "s4",
+        size=32,
+        train=4,
+        val=2,
+        test=2,
+        classes=list(CLASSES[:4]),
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="session")
 def ms3_tree(tmp_path_factory):
     """The root of a synthetic MS3 of six classes: 24 train, 4 val, 8 test clips, 32 px."""
-    return synth_ms3(tmp_path_factory.mktemp("data") / "ms3", size=32, train=24, val=4, test=8, classes=list(CLASSES[:6]), progress=False)
+    return synth_ms3(
+        tmp_path_factory.mktemp("data") / "ms3",
+        size=32,
+        train=24,
+        val=4,
+        test=8,
+        classes=list(CLASSES[:6]),
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="session")
 def config(tree, tmp_path_factory):
     where = [f"data_root={tree}", f"cache_dir={tmp_path_factory.mktemp('cache')}"]
-    return load_config([], [*TINY, *where, "batch_size=4", "epochs=1", "epochs_first=1", "lr=1e-3", "lr_first=1e-3"])
+    return load_config(
+        [],
+        [*TINY, *where, "batch_size=4", "epochs=1", "epochs_first=1", "lr=1e-3", "lr_first=1e-3"],
+    )
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +167,11 @@ def tasks(cache, config):
 def til_run(config, tree, tmp_path_factory):
     """The folder of a tiny TIL run of 3 tasks, with a head each."""
     where = tmp_path_factory.mktemp("til")
-    words = [f"{key}={'null' if value is None else value}" for key, value in as_dict(config).items() if key not in ("name", "out_dir", "protocol")]
+    words = [
+        f"{key}={'null' if value is None else value}"
+        for key, value in as_dict(config).items()
+        if key not in ("name", "out_dir", "protocol")
+    ]
     done = run("train.py", *words, "protocol=til", f"out_dir={where}", "name=run")
     assert done.returncode == 0, done.stderr
     return where / "run"

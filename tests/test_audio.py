@@ -6,7 +6,19 @@ import torch
 from conftest import SHARED, real
 from safetensors.torch import save_file
 
-from atlas.audio import AUDIOMAE_HUB, ENCODERS, AudioMAE, YAMNet, build_audio_encoder, encode_clip, fbank, load_strictly, log_mel, mel_filters, read_wave
+from atlas.audio import (
+    AUDIOMAE_HUB,
+    ENCODERS,
+    AudioMAE,
+    YAMNet,
+    build_audio_encoder,
+    encode_clip,
+    fbank,
+    load_strictly,
+    log_mel,
+    mel_filters,
+    read_wave,
+)
 from atlas.errors import AtlasError
 
 
@@ -17,7 +29,10 @@ def triangles(low, high, count, bins):
     for b in range(count):
         for k in bins:
             m = mel(k * 16000 / 512)
-            rising, falling = (m - edges[b]) / (edges[b + 1] - edges[b]), (edges[b + 2] - m) / (edges[b + 2] - edges[b + 1])
+            rising, falling = (
+                (m - edges[b]) / (edges[b + 1] - edges[b]),
+                (edges[b + 2] - m) / (edges[b + 2] - edges[b + 1]),
+            )
             bank[b, k] = max(0.0, min(rising, falling))
     return bank
 
@@ -56,9 +71,15 @@ def test_fbank_equals_the_frame_by_frame_reference():
     mel = AudioMAE.front_end(torch.from_numpy(wave), 1).numpy()
     assert mel.shape == (98, 128)
     np.testing.assert_allclose(mel, reference_fbank(wave.astype(float)), atol=1e-4)
-    np.testing.assert_allclose(fbank(torch.from_numpy(wave) - 0.1, 1), mel, atol=1e-3)  # the wave's own mean makes no difference
-    assert fbank(torch.zeros(10), 5).shape == (1, 128) and fbank(torch.zeros(7 * 16000), 5).shape == (498, 128)
-    assert torch.allclose(fbank(torch.zeros(16000), 5), torch.tensor(np.log(np.finfo(np.float32).eps)).float())
+    np.testing.assert_allclose(
+        fbank(torch.from_numpy(wave) - 0.1, 1), mel, atol=1e-3
+    )  # the wave's own mean makes no difference
+    assert fbank(torch.zeros(10), 5).shape == (1, 128) and fbank(
+        torch.zeros(7 * 16000), 5
+    ).shape == (498, 128)
+    assert torch.allclose(
+        fbank(torch.zeros(16000), 5), torch.tensor(np.log(np.finfo(np.float32).eps)).float()
+    )
 
 
 def test_five_seconds_are_five_patches_and_short_sounds_repeat_the_last():
@@ -99,7 +120,9 @@ def test_logmel_is_mean_and_deviation_of_the_bands(tmp_path):
     context, tokens = build_audio_encoder("logmel", False)(patches)
     mel = patches[:, 0].numpy()
     np.testing.assert_allclose(context, np.concatenate([mel.mean(1), mel.std(1)], -1), atol=1e-5)
-    np.testing.assert_allclose(tokens[2, 3], np.concatenate([mel[2, 48:64].mean(0), mel[2, 48:64].std(0)]), atol=1e-5)
+    np.testing.assert_allclose(
+        tokens[2, 3], np.concatenate([mel[2, 48:64].mean(0), mel[2, 48:64].std(0)]), atol=1e-5
+    )
 
 
 VGGISH_SHAPES = {"features.0": (64, 1, 3, 3), "features.3": (128, 64, 3, 3), "features.6": (256, 128, 3, 3), "features.8": (256, 256, 3, 3), "features.11": (512, 256, 3, 3),
@@ -110,9 +133,17 @@ def test_vggish_is_torchvggishs_network_and_loads_its_file_strictly(tmp_path):
     """Its size, its state dict's names and shapes, and TensorFlow's order: 512 x 6 x 4 becomes 6 x 4 x 512 before it is flattened (FACTS §6)."""
     net = build_audio_encoder("vggish", False)
     state = net.state_dict()
-    expected = {f"{name}.{kind}": shape[:1] if kind == "bias" else shape for name, shape in VGGISH_SHAPES.items() for kind in ("weight", "bias")}
+    expected = {
+        f"{name}.{kind}": shape[:1] if kind == "bias" else shape
+        for name, shape in VGGISH_SHAPES.items()
+        for kind in ("weight", "bias")
+    }
     assert {name: tuple(value.shape) for name, value in state.items()} == expected
-    assert sum(p.numel() for p in net.parameters()) == 72_141_184 and not any(p.requires_grad for p in net.parameters()) and not net.training
+    assert (
+        sum(p.numel() for p in net.parameters()) == 72_141_184
+        and not any(p.requires_grad for p in net.parameters())
+        and not net.training
+    )
 
     with torch.inference_mode():
         for value in state.values():
@@ -122,8 +153,14 @@ def test_vggish_is_torchvggishs_network_and_loads_its_file_strictly(tmp_path):
     save_file({name: value.half() for name, value in state.items()}, path)
     loaded = build_audio_encoder("vggish", str(path))
     path.unlink()  # 144 MB
-    assert all(torch.equal(value, state[name].half().float()) for name, value in loaded.state_dict().items())
-    for damaged in (state | {"extra.weight": torch.zeros(1)}, {name: value for name, value in state.items() if name != "embeddings.4.bias"}):
+    assert all(
+        torch.equal(value, state[name].half().float())
+        for name, value in loaded.state_dict().items()
+    )
+    for damaged in (
+        state | {"extra.weight": torch.zeros(1)},
+        {name: value for name, value in state.items() if name != "embeddings.4.bias"},
+    ):
         with pytest.raises(AtlasError, match="does not fit"):
             load_strictly(loaded, damaged, "vggish.pth", surplus=())
 
@@ -131,10 +168,15 @@ def test_vggish_is_torchvggishs_network_and_loads_its_file_strictly(tmp_path):
     with torch.inference_mode():
         context, tokens = loaded(x)
         grid = loaded.features(x).numpy()
-        order = np.array([grid[:, c, i, j] for i in range(6) for j in range(4) for c in range(512)]).T
+        order = np.array(
+            [grid[:, c, i, j] for i in range(6) for j in range(4) for c in range(512)]
+        ).T
         hidden = order
         for layer in (0, 2, 4):
-            weight, bias = (loaded.state_dict()[f"embeddings.{layer}.{kind}"].numpy() for kind in ("weight", "bias"))
+            weight, bias = (
+                loaded.state_dict()[f"embeddings.{layer}.{kind}"].numpy()
+                for kind in ("weight", "bias")
+            )
             hidden = np.maximum(hidden @ weight.T + bias, 0)
     assert grid.shape == (2, 512, 6, 4) and context.shape == (2, 128) and hidden.any()
     np.testing.assert_allclose(context, hidden, rtol=1e-4, atol=1e-6)
@@ -146,38 +188,69 @@ def small():
     """AudioMAE with a ViT-Ti in place of the ViT-B."""
     net = AudioMAE.__new__(AudioMAE)
     torch.nn.Module.__init__(net)
-    net.net = timm.create_model("vit_tiny_patch16_224", img_size=(1024, 128), in_chans=1, num_classes=0, global_pool="avg", depth=1)
+    net.net = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=(1024, 128),
+        in_chans=1,
+        num_classes=0,
+        global_pool="avg",
+        depth=1,
+    )
     return net.eval()
 
 
 def test_audiomaes_second_is_its_six_patch_columns(small, monkeypatch):
     """A network whose tokens are the means of their patches, on frames that hold their own number: the tokens tell which patches a second has."""
-    means = lambda x: torch.cat([torch.full((1, 1, 1), -1.0), torch.nn.functional.avg_pool2d(x, 16).flatten(2).mT], 1)  # the class token first
+    means = lambda x: torch.cat(
+        [torch.full((1, 1, 1), -1.0), torch.nn.functional.avg_pool2d(x, 16).flatten(2).mT], 1
+    )  # the class token first
     monkeypatch.setattr(small.net, "forward_features", means)
     back = lambda u: u * 2 * 4.5689974 - 4.2677393  # undoes (x + 4.2677393) / (2 * 4.5689974)
     frames = lambda n: torch.arange(n, dtype=torch.float32)[:, None] + torch.arange(128) / 1e3
     context, tokens = small(frames(498))
     assert tokens.shape == (5, 48, 1) and context.shape == (5, 1)
     columns = [[16 * (first + k) + 7.5 for k in range(6)] for first in (0, 6, 12, 18, 25)]
-    np.testing.assert_allclose(back(tokens).reshape(5, 6, 8).mean(-1), np.array(columns) + 0.0635, atol=1e-2)
-    np.testing.assert_allclose(np.diff(back(tokens[0, :8, 0])), 0.016, atol=1e-3)  # pitch is the faster index
+    np.testing.assert_allclose(
+        back(tokens).reshape(5, 6, 8).mean(-1), np.array(columns) + 0.0635, atol=1e-2
+    )
+    np.testing.assert_allclose(
+        np.diff(back(tokens[0, :8, 0])), 0.016, atol=1e-3
+    )  # pitch is the faster index
     torch.testing.assert_close(context, tokens.mean(1))
-    assert torch.equal(small(frames(481))[1], small(frames(481))[1]) and not torch.equal(small(frames(481))[1][4], small(frames(481))[1][3])
+    assert torch.equal(small(frames(481))[1], small(frames(481))[1]) and not torch.equal(
+        small(frames(481))[1][4], small(frames(481))[1][3]
+    )
     short = small(frames(480))[1]  # the sound ends before the fifth second's last column
     assert torch.equal(short[4], short[3]) and not torch.equal(short[3], short[2])
-    assert torch.equal(small(frames(1))[1][4], small(frames(1))[1][0]) and small(frames(2000))[1].shape == (5, 48, 1)
-    np.testing.assert_allclose(back(small(frames(30))[1][0, -1]), 0, atol=1e-5)  # padding is zero before it is normalised
+    assert torch.equal(small(frames(1))[1][4], small(frames(1))[1][0]) and small(frames(2000))[
+        1
+    ].shape == (5, 48, 1)
+    np.testing.assert_allclose(
+        back(small(frames(30))[1][0, -1]), 0, atol=1e-5
+    )  # padding is zero before it is normalised
 
 
 def test_audiomae_is_a_frozen_vit_b(tree):
     from atlas.clips import read_s4
 
     encoder = build_audio_encoder("audiomae", False)
-    assert sum(p.numel() for p in encoder.parameters()) == 85_648_128 and not encoder.training and not any(p.requires_grad for p in encoder.parameters())
-    assert encoder.net.pos_embed.shape == (1, 513, 768) and encoder.net.patch_embed.proj.weight.shape == (768, 1, 16, 16)
+    assert (
+        sum(p.numel() for p in encoder.parameters()) == 85_648_128
+        and not encoder.training
+        and not any(p.requires_grad for p in encoder.parameters())
+    )
+    assert encoder.net.pos_embed.shape == (
+        1,
+        513,
+        768,
+    ) and encoder.net.patch_embed.proj.weight.shape == (768, 1, 16, 16)
     clip = read_s4(tree)[0]
     context, tokens = encode_clip(encoder, clip.audio, 5)
-    assert context.shape == (5, AudioMAE.context_dim) and tokens.shape == (5, AudioMAE.tokens, AudioMAE.token_dim) and np.isfinite(tokens).all()
+    assert (
+        context.shape == (5, AudioMAE.context_dim)
+        and tokens.shape == (5, AudioMAE.tokens, AudioMAE.token_dim)
+        and np.isfinite(tokens).all()
+    )
     np.testing.assert_allclose(context, tokens.astype(np.float32).mean(1), atol=2e-3)
     mute = encode_clip(encoder, None, 5)[0]
     assert np.isfinite(mute).all() and not np.array_equal(mute, context)
@@ -191,16 +264,31 @@ def test_audiomaes_weights_come_from_a_file_or_the_hub(tmp_path, small, monkeypa
             asked.append((name, options))
             if len(asked) > 1:
                 raise OSError("the hub is out of reach")
-        return create("vit_tiny_patch16_224", img_size=(1024, 128), in_chans=1, num_classes=options["num_classes"], global_pool="avg", depth=1)
+        return create(
+            "vit_tiny_patch16_224",
+            img_size=(1024, 128),
+            in_chans=1,
+            num_classes=options["num_classes"],
+            global_pool="avg",
+            depth=1,
+        )
 
     monkeypatch.setattr(timm, "create_model", offline)
     state = {name: torch.rand_like(value) for name, value in small.net.state_dict().items()}
-    save_file(state | {"head.weight": torch.zeros(527, 192), "head.bias": torch.zeros(527)}, tmp_path / "a.safetensors")
+    save_file(
+        state | {"head.weight": torch.zeros(527, 192), "head.bias": torch.zeros(527)},
+        tmp_path / "a.safetensors",
+    )
     torch.save({"model": state}, tmp_path / "a.pt")
     for name in ("a.safetensors", "a.pt"):
         loaded = build_audio_encoder("audiomae", str(tmp_path / name))
-        assert all(torch.equal(value, state[name]) for name, value in loaded.net.state_dict().items())
-    torch.save({name: value for name, value in state.items() if name != "pos_embed"}, tmp_path / "no_place.pt")
+        assert all(
+            torch.equal(value, state[name]) for name, value in loaded.net.state_dict().items()
+        )
+    torch.save(
+        {name: value for name, value in state.items() if name != "pos_embed"},
+        tmp_path / "no_place.pt",
+    )
     torch.save(state | {"decoder_embed.weight": torch.zeros(1)}, tmp_path / "pretraining.pt")
     for name in ("no_place.pt", "pretraining.pt"):
         with pytest.raises(AtlasError, match=name):
@@ -208,7 +296,11 @@ def test_audiomaes_weights_come_from_a_file_or_the_hub(tmp_path, small, monkeypa
     assert not asked
 
     fetched = build_audio_encoder("audiomae", True)
-    assert asked == [(AUDIOMAE_HUB, {"num_classes": 0})] and not fetched.net.training and not any(p.requires_grad for p in fetched.parameters())
+    assert (
+        asked == [(AUDIOMAE_HUB, {"num_classes": 0})]
+        and not fetched.net.training
+        and not any(p.requires_grad for p in fetched.parameters())
+    )
     with pytest.raises(AtlasError, match="out of reach; download it and set audio_weights"):
         build_audio_encoder("audiomae", True)
 
@@ -230,13 +322,25 @@ def test_random_encoders_are_the_same_every_time_and_leave_the_generator_alone()
 
 def test_weights_load_strictly(tmp_path):
     state = YAMNet().net.state_dict()
-    torch.save({k: v for k, v in state.items() if "classifier" not in k} | {"conv_stem.weight": state["conv_stem.weight"][:1]}, tmp_path / "shape.pt")
+    torch.save(
+        {k: v for k, v in state.items() if "classifier" not in k}
+        | {"conv_stem.weight": state["conv_stem.weight"][:1]},
+        tmp_path / "shape.pt",
+    )
     torch.save({k: v for k, v in state.items() if k != "conv_stem.weight"}, tmp_path / "missing.pt")
     torch.save(state | {"more.weight": torch.zeros(1)}, tmp_path / "more.pt")
     (tmp_path / "junk.pt").write_bytes(b"junk")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"weights": state, "epoch": 3}, tmp_path / "other.pt")
-    for name in ("list.pt", "other.pt", "shape.pt", "missing.pt", "more.pt", "junk.pt", "nowhere.pt"):
+    for name in (
+        "list.pt",
+        "other.pt",
+        "shape.pt",
+        "missing.pt",
+        "more.pt",
+        "junk.pt",
+        "nowhere.pt",
+    ):
         with pytest.raises(AtlasError, match=name):
             build_audio_encoder("yamnet", str(tmp_path / name))
     with pytest.raises(AtlasError, match="audio_weights"):
@@ -248,12 +352,24 @@ def test_the_real_yamnet_tells_real_sounds_apart():
     """Same category, other recordings: the nearest neighbour by cosine of the mean embedding is right far above chance."""
     import csv
 
-    encoder = build_audio_encoder("yamnet", str(SHARED / "weights" / "mobilenetv1_100.yamnet.safetensors"))
-    rows = [r for r in csv.DictReader(open(SHARED / "openavs" / "ESC-50" / "meta" / "esc50.csv")) if r["category"] in ("dog", "crying_baby", "car", "chainsaw")]
+    encoder = build_audio_encoder(
+        "yamnet", str(SHARED / "weights" / "mobilenetv1_100.yamnet.safetensors")
+    )
+    rows = [
+        r
+        for r in csv.DictReader(open(SHARED / "openavs" / "ESC-50" / "meta" / "esc50.csv"))
+        if r["category"] in ("dog", "crying_baby", "car", "chainsaw")
+    ]
     vectors, labels = [], []
     for category in sorted({r["category"] for r in rows}):
         for row in [r for r in rows if r["category"] == category][:8]:
-            vectors.append(encode_clip(encoder, SHARED / "openavs" / "ESC-50" / "audio" / row["filename"], 5)[0].astype(float).mean(0))
+            vectors.append(
+                encode_clip(encoder, SHARED / "openavs" / "ESC-50" / "audio" / row["filename"], 5)[
+                    0
+                ]
+                .astype(float)
+                .mean(0)
+            )
             labels.append(category)
     v = np.array(vectors)
     v = v / np.linalg.norm(v, axis=1, keepdims=True)

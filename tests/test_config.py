@@ -13,11 +13,20 @@ def test_files_overlay_left_to_right_and_the_command_line_wins(tmp_path):
     (tmp_path / "a.yaml").write_text("lora_rank: 2\nlr: 0.5\n")
     (tmp_path / "b.yaml").write_text("lr: 1e-3\nseed: 7\n")
     config = load_config([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["seed=8"])
-    assert (config.lora_rank, config.lr, config.seed, config.epochs) == (2, 1e-3, 8, Config().epochs)
+    assert (config.lora_rank, config.lr, config.seed, config.epochs) == (
+        2,
+        1e-3,
+        8,
+        Config().epochs,
+    )
 
 
 def test_text_is_taken_as_it_stands():
-    assert load_config([], ["name=no"]).name == "no" and load_config([], ["name=1"]).name == "1" and load_config([], ["name=null"]).name is None
+    assert (
+        load_config([], ["name=no"]).name == "no"
+        and load_config([], ["name=1"]).name == "1"
+        and load_config([], ["name=null"]).name is None
+    )
     assert load_config([], ["visual_weights=false", "amp=off"]).visual_weights is False
 
 
@@ -56,13 +65,23 @@ def test_every_key_is_read_somewhere():
     read = set()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("atlas/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config" and isinstance(node.ctx, ast.Load):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "config"
+                and isinstance(node.ctx, ast.Load)
+            ):
                 read.add(node.attr)
     assert FIELDS.keys() - read == set()
 
 
 def test_help_lists_every_key_and_loads_no_torch():
-    done = subprocess.run([sys.executable, "-X", "importtime", "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "train.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and all(f"  {name} " in done.stdout for name in FIELDS)
     assert "| torch" not in done.stderr.replace(" ", "").replace("|torch", "| torch")
 

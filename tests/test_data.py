@@ -31,7 +31,9 @@ def test_the_cache_holds_what_the_files_hold(tree, cache):
         clip, item = clips[cache.clips[i]["id"]], cache[i]
         frames, masks = load_clip(clip, cache.size)
         kept = [t for t in range(5) if clip.masks[t]]
-        assert item["second"].tolist() == kept == ([0] if clip.split == "train" else [0, 1, 2, 3, 4])
+        assert (
+            item["second"].tolist() == kept == ([0] if clip.split == "train" else [0, 1, 2, 3, 4])
+        )
         np.testing.assert_array_equal(item["frames"].permute(0, 2, 3, 1).numpy(), frames[kept])
         np.testing.assert_array_equal(item["masks"].numpy(), masks[kept])
         raw = np.asarray(Image.open(clip.masks[0]))
@@ -69,13 +71,23 @@ def test_a_killed_pack_goes_on_after_the_clips_that_it_has(own, tmp_path, monkey
         file.write(b"half a row")
     again = packed(own, tmp_path / "c")
     decoded.remove(None)
-    assert len(decoded) == len(set(decoded)) == len(read_s4(own)) and again.name == whole.name and list((tmp_path / "c").iterdir()) == [again]
+    assert (
+        len(decoded) == len(set(decoded)) == len(read_s4(own))
+        and again.name == whole.name
+        and list((tmp_path / "c").iterdir()) == [again]
+    )
     for file in whole.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes(), file.name
 
 
 def test_masks_other_than_0_and_255_are_refused(tmp_path):
-    for values, right in (([0, 255], [False, True]), ([0, 1], [False, True]), ([0, 0], [False, False]), ([0, 128, 255], None), ([0, 1, 255], None)):
+    for values, right in (
+        ([0, 255], [False, True]),
+        ([0, 1], [False, True]),
+        ([0, 0], [False, False]),
+        ([0, 128, 255], None),
+        ([0, 1, 255], None),
+    ):
         Image.fromarray(np.array([values], np.uint8)).save(tmp_path / "m.png")
         if right is None:
             with pytest.raises(AtlasError, match="m.png"):
@@ -86,7 +98,15 @@ def test_masks_other_than_0_and_255_are_refused(tmp_path):
     assert read_mask(tmp_path / "m.png").tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("damage, what", [("missing", "is missing"), ("truncated", "not readable"), ("mask value", "holds the values"), ("mask size", "must be equal")])
+@pytest.mark.parametrize(
+    "damage, what",
+    [
+        ("missing", "is missing"),
+        ("truncated", "not readable"),
+        ("mask value", "holds the values"),
+        ("mask size", "must be equal"),
+    ],
+)
 def test_damage_is_named_with_its_file(own, tmp_path, damage, what):
     clip = read_s4(own)[0]
     path = Path(clip.masks[0] if damage.startswith("mask") else clip.frames[2])
@@ -95,7 +115,13 @@ def test_damage_is_named_with_its_file(own, tmp_path, damage, what):
     elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:200])
     else:
-        Image.fromarray(np.full((32, 32) if damage == "mask value" else (16, 16), 77 if damage == "mask value" else 255, np.uint8)).save(path)
+        Image.fromarray(
+            np.full(
+                (32, 32) if damage == "mask value" else (16, 16),
+                77 if damage == "mask value" else 255,
+                np.uint8,
+            )
+        ).save(path)
     with pytest.raises(AtlasError, match=what) as error:
         packed(own, tmp_path / "c")
     assert path.name in str(error.value)
@@ -122,22 +148,50 @@ def test_the_loser_of_two_builders_uses_the_winners(tmp_path):
             pass
         os.mkdir(tmp_path / "x")
         (tmp_path / "x" / "who").write_text("winner")
-    assert (tmp_path / "x" / "who").read_text() == "winner" and sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
+    assert (tmp_path / "x" / "who").read_text() == "winner" and sorted(
+        p.name for p in tmp_path.iterdir()
+    ) == ["x", "y"]
 
 
 def test_collate_says_whose_each_frame_is(cache):
-    test, train = cache.select("test", [cache.clips[0]["category"]])[0], cache.select("train", [cache.clips[0]["category"]])[0]
+    test, train = (
+        cache.select("test", [cache.clips[0]["category"]])[0],
+        cache.select("train", [cache.clips[0]["category"]])[0],
+    )
     batch = collate([cache[train], cache[test]])
-    assert batch["clip"].tolist() == [0, 1, 1, 1, 1, 1] and batch["second"].tolist() == [0, 0, 1, 2, 3, 4]
-    assert batch["frames"].shape == (6, 3, 32, 32) and batch["context"].shape == (2, 5, 128) and batch["index"] == [train, test]
+    assert batch["clip"].tolist() == [0, 1, 1, 1, 1, 1] and batch["second"].tolist() == [
+        0,
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert (
+        batch["frames"].shape == (6, 3, 32, 32)
+        and batch["context"].shape == (2, 5, 128)
+        and batch["index"] == [train, test]
+    )
 
 
 def test_augmentation_depends_on_the_draw_and_the_clip_alone(cache):
     indices = [0, 1, 2, 3]
-    one = [item for batch in loader(ClipDataset(cache, indices, (0, 1, 1)), 4) for item in batch["frames"]]
-    two = [item for batch in loader(ClipDataset(cache, indices[::-1], (0, 1, 1)), 1) for item in batch["frames"]][::-1]
+    one = [
+        item
+        for batch in loader(ClipDataset(cache, indices, (0, 1, 1)), 4)
+        for item in batch["frames"]
+    ]
+    two = [
+        item
+        for batch in loader(ClipDataset(cache, indices[::-1], (0, 1, 1)), 1)
+        for item in batch["frames"]
+    ][::-1]
     assert all(torch.equal(a, b) for a, b in zip(one, two))
-    other = [item for batch in loader(ClipDataset(cache, indices, (0, 1, 2)), 4) for item in batch["frames"]]
+    other = [
+        item
+        for batch in loader(ClipDataset(cache, indices, (0, 1, 2)), 4)
+        for item in batch["frames"]
+    ]
     assert not all(torch.equal(a, b) for a, b in zip(one, other))
 
 
@@ -155,7 +209,11 @@ def test_frames_and_masks_are_augmented_alike():
 def test_swap_partners_are_of_another_category_and_fixed(cache, tasks):
     partners = swap_partners(cache, tasks)
     assert partners == swap_partners(cache, tasks)
-    assert all(cache.clips[i]["category"] != cache.clips[j]["category"] and cache.clips[j]["split"] == "test" for i, j in partners.items())
+    assert all(
+        cache.clips[i]["category"] != cache.clips[j]["category"]
+        and cache.clips[j]["split"] == "test"
+        for i, j in partners.items()
+    )
 
 
 @real

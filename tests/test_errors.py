@@ -1,4 +1,5 @@
 """Bad input, through the command line: one clear line, no traceback, a non-zero exit, nothing lost. Interrupted runs are in test_resume.py."""
+
 import concurrent.futures
 import shutil
 from pathlib import Path
@@ -11,11 +12,28 @@ from PIL import Image
 
 from atlas.clips import read_s4
 
-FAST = [*TINY, "batch_size=2", "epochs_first=1", "epochs=1", "lr_first=1e-3", "lr=1e-3", "lra_clips=2"]
+FAST = [
+    *TINY,
+    "batch_size=2",
+    "epochs_first=1",
+    "epochs=1",
+    "lr_first=1e-3",
+    "lr=1e-3",
+    "lra_clips=2",
+]
 
 
 def train(root, tmp_path, *words, cfg="configs/ss_cil.yaml"):
-    return run("train.py", "--cfg", cfg, f"data_root={root}", f"out_dir={tmp_path / 'r'}", f"cache_dir={tmp_path / 'c'}", *FAST, *words)
+    return run(
+        "train.py",
+        "--cfg",
+        cfg,
+        f"data_root={root}",
+        f"out_dir={tmp_path / 'r'}",
+        f"cache_dir={tmp_path / 'c'}",
+        *FAST,
+        *words,
+    )
 
 
 DAMAGES = {
@@ -43,7 +61,10 @@ def test_a_damaged_tree_is_one_line_for_train_and_a_report_for_check(tree, tmp_p
     else:
         path.unlink()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        done, report = pool.submit(train, root, tmp_path), pool.submit(run, "prepare_data.py", "check", "--root", root)
+        done, report = (
+            pool.submit(train, root, tmp_path),
+            pool.submit(run, "prepare_data.py", "check", "--root", root),
+        )
     done, report = done.result(), report.result()
     one_line(done, path.name, "prepare_data.py check")
     assert not (tmp_path / "r").exists() and not list((tmp_path / "c").glob("*"))
@@ -69,7 +90,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_terms_and_clips(tree,
 
 WRONG = [
     (["data_root=nowhere"], ["nowhere", "data_root"]),
-    (["dataset=ms3", "protocol=tfcl", "lra_trigger=plateau"], ["ms3_meta_data.csv", "Multi-sources"]),
+    (
+        ["dataset=ms3", "protocol=tfcl", "lra_trigger=plateau"],
+        ["ms3_meta_data.csv", "Multi-sources"],
+    ),
     (["lora_rnk=8"], ["lora_rnk", "lora_rank"]),
     (["protocol=dil", "domains={speech: [male_speech]}"], ["in none: baby_laughter", "domains"]),
     (["class_order=[male_speech]"], ["class_order", "baby_laughter"]),
@@ -89,7 +113,9 @@ def answers(tree, tmp_path_factory):
     """What train.py says to each of WRONG; two processes at a time."""
     where = tmp_path_factory.mktemp("wrong")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda k: train(tree, where / str(k), *WRONG[k][0]), range(len(WRONG))))
+        return list(
+            pool.map(lambda k: train(tree, where / str(k), *WRONG[k][0]), range(len(WRONG)))
+        )
 
 
 @pytest.mark.parametrize("k", range(len(WRONG)), ids=lambda k: WRONG[k][0][-1])
@@ -98,7 +124,12 @@ def test_a_wrong_word_is_one_line(answers, k):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tree, tmp_path):
-    assert train(tree, tmp_path, "method=finetune", "name=run", "epochs=0", "epochs_first=0").returncode == 0
+    assert (
+        train(
+            tree, tmp_path, "method=finetune", "name=run", "epochs=0", "epochs_first=0"
+        ).returncode
+        == 0
+    )
     config = tmp_path / "r" / "run" / "config.yaml"
     config.write_text(config.read_text().replace("lora_rank: 2", "lora_rank: 4"))
     one_line(run("eval.py", tmp_path / "r" / "run", "--rescore"), "task_01")

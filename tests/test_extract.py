@@ -1,4 +1,5 @@
 """prepare_data.py extract, on videos whose pictures tell which frame they are and whose sound tells its time."""
+
 import signal
 import subprocess
 import sys
@@ -12,12 +13,17 @@ import pytest
 import soundfile
 from conftest import ROOT, one_line, run
 
-from atlas.check import check
 from atlas.clips import ms3_clip, read_frame, read_ms3, read_s4, s4_clip
 from atlas.errors import AtlasError
-from atlas.extract import extract, frame_numbers, read_video
+from atlas.prepare.check import check
+from atlas.prepare.extract import extract, frame_numbers, read_video
 
-KEPT = {25: [23, 48, 73, 98, 123], 30: [28, 58, 88, 118, 148], Fraction(30000, 1001): [28, 58, 88, 118, 148], Fraction(24000, 1001): [22, 46, 70, 94, 118]}
+KEPT = {
+    25: [23, 48, 73, 98, 123],
+    30: [28, 58, 88, 118, 148],
+    Fraction(30000, 1001): [28, 58, 88, 118, 148],
+    Fraction(24000, 1001): [22, 46, 70, 94, 118],
+}
 
 
 def picture(number):
@@ -29,11 +35,18 @@ def picture(number):
 
 def number_in(frame):
     """What picture() wrote, from an image of any size."""
-    cells = frame.astype(float).mean(2).reshape(2, frame.shape[0] // 2, 4, frame.shape[1] // 4).mean((1, 3))
+    cells = (
+        frame.astype(float)
+        .mean(2)
+        .reshape(2, frame.shape[0] // 2, 4, frame.shape[1] // 4)
+        .mean((1, 3))
+    )
     return int(sum((value > 127) << b for b, value in enumerate(cells.ravel())))
 
 
-def make(path, rate=25, seconds=5.0, sound=5.0, hertz=44100, layout="stereo", drop=(), late=0.0, turn=0):
+def make(
+    path, rate=25, seconds=5.0, sound=5.0, hertz=44100, layout="stereo", drop=(), late=0.0, turn=0
+):
     """An mp4 whose k-th frame shows k, and whose sound is a tone of 500, 1000, 1500, ... Hz in its first, second, third, ... second, the left channel alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(path, "w") as file:
@@ -53,12 +66,22 @@ def make(path, rate=25, seconds=5.0, sound=5.0, hertz=44100, layout="stereo", dr
             file.mux(video.encode(None))
         if sound:
             clock = np.arange(round(sound * hertz)) / hertz
-            tone = (0.5 * np.sin(2 * np.pi * 500 * (1 + np.floor(clock)) * clock)).astype(np.float32)
+            tone = (0.5 * np.sin(2 * np.pi * 500 * (1 + np.floor(clock)) * clock)).astype(
+                np.float32
+            )
             channels = np.zeros((2 if layout == "stereo" else 1, len(tone)), np.float32)
             channels[0] = tone
             for begin in range(0, len(tone), 1024):
-                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels[:, begin : begin + 1024]), format="fltp", layout=layout)
-                frame.sample_rate, frame.pts, frame.time_base = hertz, begin + round(late * hertz), Fraction(1, hertz)
+                frame = av.AudioFrame.from_ndarray(
+                    np.ascontiguousarray(channels[:, begin : begin + 1024]),
+                    format="fltp",
+                    layout=layout,
+                )
+                frame.sample_rate, frame.pts, frame.time_base = (
+                    hertz,
+                    begin + round(late * hertz),
+                    Fraction(1, hertz),
+                )
                 file.mux(audio.encode(frame))
             file.mux(audio.encode(None))
     return path
@@ -71,14 +94,22 @@ def loudest(wave, rate=16000):
 
 
 def table(folder, names, dataset="s4", start=0):
-    rows = ["name,start,category,split", *(f"{n},{start},dog_barking,train" for n in names)] if dataset == "s4" else ["video_id,split", *(f"{n},test" for n in names)]
+    rows = (
+        ["name,start,category,split", *(f"{n},{start},dog_barking,train" for n in names)]
+        if dataset == "s4"
+        else ["video_id,split", *(f"{n},test" for n in names)]
+    )
     path = folder / f"{dataset}.csv"
     path.write_text("\n".join(rows) + "\n")
     return path
 
 
 def contents(root):
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name != ".extract.lock"}
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in root.rglob("*")
+        if p.is_file() and p.name != ".extract.lock"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,18 +125,28 @@ def test_the_16th_of_each_seconds_16_samples_is_kept(tmp_path, rate):
     assert frames[0].shape == (32, 64, 3)
 
 
-@pytest.mark.parametrize("hertz, layout, level", [(44100, "stereo", 0.25), (48000, "mono", 0.5), (16000, "mono", 0.5)])
+@pytest.mark.parametrize(
+    "hertz, layout, level", [(44100, "stereo", 0.25), (48000, "mono", 0.5), (16000, "mono", 0.5)]
+)
 def test_the_sound_is_five_seconds_of_mono_at_16_khz_and_in_time(tmp_path, hertz, layout, level):
     wave = read_video(make(tmp_path / "a.mp4", sound=6, seconds=6, hertz=hertz, layout=layout))[1]
     assert wave.shape == (80000,) and loudest(wave) == [500, 1000, 1500, 2000, 2500]
     clock = np.arange(80000) / 16000
-    wrong = np.abs(wave - level * np.sin(2 * np.pi * 500 * (1 + np.floor(clock)) * clock)).reshape(5, 16000)[:, 4000:12000]
-    assert wrong.mean(1).max() < 0.1 * level  # AAC's own error; a shift by one sample makes .6 at 2500 Hz
+    wrong = np.abs(wave - level * np.sin(2 * np.pi * 500 * (1 + np.floor(clock)) * clock)).reshape(
+        5, 16000
+    )[:, 4000:12000]
+    assert (
+        wrong.mean(1).max() < 0.1 * level
+    )  # AAC's own error; a shift by one sample makes .6 at 2500 Hz
 
 
 def test_a_sound_that_begins_after_the_pictures_stays_in_time(tmp_path):
     wave = read_video(make(tmp_path / "a.mp4", late=1.0, sound=5))[1]
-    assert len(wave) == 80000 and np.abs(wave[:15000]).max() < 1e-3 and loudest(wave)[1:] == [500, 1000, 1500, 2000]
+    assert (
+        len(wave) == 80000
+        and np.abs(wave[:15000]).max() < 1e-3
+        and loudest(wave)[1:] == [500, 1000, 1500, 2000]
+    )
 
 
 def test_dropped_frames_do_not_shift_the_time_and_a_short_end_repeats_the_last_frame(tmp_path):
@@ -116,15 +157,21 @@ def test_dropped_frames_do_not_shift_the_time_and_a_short_end_repeats_the_last_f
 
 
 def test_a_turned_video_is_turned_back(tmp_path):
-    frame = read_video(make(tmp_path / "a.mp4", turn=90))[0][0]  # to be shown turned by 90 degrees counter-clockwise
+    frame = read_video(make(tmp_path / "a.mp4", turn=90))[0][
+        0
+    ]  # to be shown turned by 90 degrees counter-clockwise
     assert frame.shape == (64, 32, 3) and number_in(np.rot90(frame, -1)) == 23
 
 
 def test_whole_videos_are_cut_at_the_start(tmp_path):
     make(tmp_path / "long.mp4", seconds=9, sound=9)
-    done = extract(tmp_path, tmp_path / "out", table(tmp_path, ["long"], start=2), size=64, whole=True)
+    done = extract(
+        tmp_path, tmp_path / "out", table(tmp_path, ["long"], start=2), size=64, whole=True
+    )
     clip = s4_clip(tmp_path / "out", "long", "dog_barking", "train")
-    assert done["extracted"] == 1 and [number_in(read_frame(p)) for p in clip.frames] == [n + 50 for n in KEPT[25]]
+    assert done["extracted"] == 1 and [number_in(read_frame(p)) for p in clip.frames] == [
+        n + 50 for n in KEPT[25]
+    ]
     assert loudest(soundfile.read(clip.audio)[0]) == [1500, 2000, 2500, 3000, 3500]
     with pytest.raises(AtlasError, match="no number of seconds"):
         extract(tmp_path, tmp_path / "out", table(tmp_path, ["long"], start="two"), whole=True)
@@ -136,17 +183,45 @@ def test_the_tree_is_the_one_clips_reads(tmp_path, video):
     for place in ("train/dog_barking/abc.mp4", "def_1.mp4"):
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_bytes(video.read_bytes())
-    done = run("prepare_data.py", "extract", "--videos", folder, "--csv", table(tmp_path, ["abc", "def_1"]), "--out", tmp_path / "out", "--jobs", 2)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith("2 clips extracted, 0 were there already, 0 bad videos"), done.stderr
+    done = run(
+        "prepare_data.py",
+        "extract",
+        "--videos",
+        folder,
+        "--csv",
+        table(tmp_path, ["abc", "def_1"]),
+        "--out",
+        tmp_path / "out",
+        "--jobs",
+        2,
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith(
+        "2 clips extracted, 0 were there already, 0 bad videos"
+    ), done.stderr
     clips = read_s4(tmp_path / "out")
-    assert clips == [s4_clip(tmp_path / "out", name, "dog_barking", "train") for name in ("abc", "def_1")]
+    assert clips == [
+        s4_clip(tmp_path / "out", name, "dog_barking", "train") for name in ("abc", "def_1")
+    ]
     for clip in clips:
-        assert read_frame(clip.frames[0]).shape == (224, 224, 3) and [number_in(read_frame(p)) for p in clip.frames] == KEPT[25]
+        assert (
+            read_frame(clip.frames[0]).shape == (224, 224, 3)
+            and [number_in(read_frame(p)) for p in clip.frames] == KEPT[25]
+        )
         info = soundfile.info(clip.audio)
-        assert (info.samplerate, info.channels, info.subtype, info.frames) == (16000, 1, "PCM_16", 80000)
+        assert (info.samplerate, info.channels, info.subtype, info.frames) == (
+            16000,
+            1,
+            "PCM_16",
+            80000,
+        )
     extract(folder, tmp_path / "out", table(tmp_path, ["def_1"], "ms3"), "ms3")
-    assert read_ms3(tmp_path / "out") == [ms3_clip(tmp_path / "out", "def_1", "test")] and number_in(read_frame(read_ms3(tmp_path / "out")[0].frames[4])) == 123
-    assert {e.split()[-2:][0] + " " + e.split()[-1] for e in check(tmp_path / "out")[1]} == {"is missing"}  # the masks: nothing else is wrong
+    assert (
+        read_ms3(tmp_path / "out") == [ms3_clip(tmp_path / "out", "def_1", "test")]
+        and number_in(read_frame(read_ms3(tmp_path / "out")[0].frames[4])) == 123
+    )
+    assert {e.split()[-2:][0] + " " + e.split()[-1] for e in check(tmp_path / "out")[1]} == {
+        "is missing"
+    }  # the masks: nothing else is wrong
 
 
 def test_finished_clips_are_kept_and_a_lost_file_is_made_again(tmp_path, video):
@@ -156,15 +231,26 @@ def test_finished_clips_are_kept_and_a_lost_file_is_made_again(tmp_path, video):
         (folder / f"{name}.mp4").write_bytes(video.read_bytes())
     words = folder, out, table(tmp_path, "abc"), "s4", 32
     assert extract(*words) == {"extracted": 3, "kept": 0, "bad": [], "list": None}
-    before, times = contents(out), {p: p.stat().st_mtime_ns for p in out.rglob("*.*g") if "b_" not in p.name}
+    before, times = (
+        contents(out),
+        {p: p.stat().st_mtime_ns for p in out.rglob("*.*g") if "b_" not in p.name},
+    )
     clip = read_s4(out)[1]
     for lost in (clip.frames[3], clip.audio):
         Path(lost).unlink()
         assert extract(*words)["extracted"] == 1
     assert contents(out) == before and all(p.stat().st_mtime_ns == t for p, t in times.items())
     Path(clip.frames[3]).write_bytes(b"")
-    assert extract(*words)["extracted"] == 1 and extract(*words)["kept"] == 3 and contents(out) == before
-    assert extract(folder, out, size=48)["extracted"] == 3 and read_frame(clip.frames[0]).shape == (48, 48, 3)  # the tree's own CSV
+    assert (
+        extract(*words)["extracted"] == 1
+        and extract(*words)["kept"] == 3
+        and contents(out) == before
+    )
+    assert extract(folder, out, size=48)["extracted"] == 3 and read_frame(clip.frames[0]).shape == (
+        48,
+        48,
+        3,
+    )  # the tree's own CSV
 
 
 def test_bad_videos_are_listed_and_skipped_and_parallel_is_serial(tmp_path, video):
@@ -175,31 +261,59 @@ def test_bad_videos_are_listed_and_skipped_and_parallel_is_serial(tmp_path, vide
     (folder / "junk.mp4").write_bytes(b"no video" * 100)
     (folder / "cut.mp4").write_bytes(content[: len(content) // 2])
     (folder / "empty.mp4").write_bytes(b"")
-    (folder / "holed.mp4").write_bytes(content[:2000] + bytes(len(content) // 2) + content[2000 + len(content) // 2 :])
+    (folder / "holed.mp4").write_bytes(
+        content[:2000] + bytes(len(content) // 2) + content[2000 + len(content) // 2 :]
+    )
     make(folder / "mute.mp4", sound=0)
     make(folder / "blind.mp4", seconds=0)
     make(folder / "short.mp4", seconds=3)
     make(folder / "hushed.mp4", sound=3)
     make(folder / "last.mp4", rate=30)
     names = ["good", "junk", "cut", "empty", "mute", "blind", "short", "hushed", "gone", "last"]
-    words = ["prepare_data.py", "extract", "--videos", folder, "--csv", table(tmp_path, names), "--size", 64]
+    words = [
+        "prepare_data.py",
+        "extract",
+        "--videos",
+        folder,
+        "--csv",
+        table(tmp_path, names),
+        "--size",
+        64,
+    ]
     done = run(*words, "--out", tmp_path / "one", "--jobs", 1)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "2 clips extracted, 0 were there already, 8 bad videos; " in done.stdout.splitlines()[-1]
     lines = (tmp_path / "one" / "Single-source" / "bad_videos.txt").read_text().splitlines()
     reasons = {Path(line.split(": ")[0]).stem: line.split(": ", 1)[1] for line in lines}
-    assert list(reasons) == ["junk", "cut", "empty", "mute", "blind", "short", "hushed", "gone"]  # the table's order
+    assert list(reasons) == [
+        "junk",
+        "cut",
+        "empty",
+        "mute",
+        "blind",
+        "short",
+        "hushed",
+        "gone",
+    ]  # the table's order
     assert all("not readable" in reasons[name] for name in ("junk", "cut", "empty")), reasons
-    assert "no audio" in reasons["mute"] and "no video" in reasons["blind"] and reasons["gone"] == "missing"
+    assert (
+        "no audio" in reasons["mute"]
+        and "no video" in reasons["blind"]
+        and reasons["gone"] == "missing"
+    )
     assert "pictures end at 3.00 s" in reasons["short"] and "sound ends at 3.0" in reasons["hushed"]
     assert [clip.id for clip in read_s4(tmp_path / "one")] == ["good", "last"]
     assert run(*words, "--out", tmp_path / "two", "--jobs", 3).returncode == 1
     report = "Single-source/bad_videos.txt"
-    assert contents(tmp_path / "one") == contents(tmp_path / "two") and report in contents(tmp_path / "one")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") and report in contents(
+        tmp_path / "one"
+    )
 
     make(folder / "short.mp4")  # repaired: the clip and its row come, the rest stays
     done = run(*words, "--out", tmp_path / "one", "--jobs", 1)
-    assert "1 clips extracted, 2 were there already, 7 bad videos" in done.stdout and {c.id for c in read_s4(tmp_path / "one")} == {"good", "last", "short"}
+    assert "1 clips extracted, 2 were there already, 7 bad videos" in done.stdout and {
+        c.id for c in read_s4(tmp_path / "one")
+    } == {"good", "last", "short"}
     try:  # a hole in the middle: a listed reason or five frames, never a traceback
         assert len(read_video(folder / "holed.mp4")[0]) == 5
     except AtlasError:
@@ -212,8 +326,22 @@ def test_a_kill_leaves_nothing_half_and_the_next_run_finishes(tmp_path, video):
     names = [f"v{k:02d}" for k in range(40)]
     for name in names:
         (folder / f"{name}.mp4").write_bytes(video.read_bytes())
-    words = ["prepare_data.py", "extract", "--videos", folder, "--csv", table(tmp_path, names), "--jobs", 2]
-    killed = subprocess.Popen([sys.executable, *map(str, words), "--out", str(tmp_path / "a")], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [
+        "prepare_data.py",
+        "extract",
+        "--videos",
+        folder,
+        "--csv",
+        table(tmp_path, names),
+        "--jobs",
+        2,
+    ]
+    killed = subprocess.Popen(
+        [sys.executable, *map(str, words), "--out", str(tmp_path / "a")],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     clips = [s4_clip(tmp_path / "a", name, "dog_barking", "train") for name in names]
     while not Path(clips[3].audio).is_file():
         assert killed.poll() is None
@@ -221,21 +349,35 @@ def test_a_kill_leaves_nothing_half_and_the_next_run_finishes(tmp_path, video):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     time.sleep(0.5)  # its workers end by themselves
-    there = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*.*") if p.is_file() and not p.name.startswith(".")}
+    there = {
+        p: p.read_bytes()
+        for p in (tmp_path / "a").rglob("*.*")
+        if p.is_file() and not p.name.startswith(".")
+    }
     assert 0 < len(there) < 6 * len(names)
     time.sleep(0.3)
-    assert there == {p: p.read_bytes() for p in (tmp_path / "a").rglob("*.*") if p.is_file() and not p.name.startswith(".")}  # and go on no more
+    assert there == {
+        p: p.read_bytes()
+        for p in (tmp_path / "a").rglob("*.*")
+        if p.is_file() and not p.name.startswith(".")
+    }  # and go on no more
     done = run(*words, "--out", tmp_path / "a")
     assert done.returncode == 0 and " 0 were there" not in done.stdout, done.stderr
     extract(folder, tmp_path / "b", table(tmp_path, names))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert all((tmp_path / "b" / p.relative_to(tmp_path / "a")).read_bytes() == content for p, content in there.items())
+    assert all(
+        (tmp_path / "b" / p.relative_to(tmp_path / "a")).read_bytes() == content
+        for p, content in there.items()
+    )
 
 
 def test_wrong_words_are_one_line(tmp_path, video):
     words = ["prepare_data.py", "extract", "--videos", video.parent, "--out", tmp_path / "out"]
     one_line(run(*words), "s4_meta_data.csv", "--csv")
-    for text, what in (("name,split\na,train\n", "category"), ("name,start,category,split\n../../a,0,dog_barking,train\n", "plain file name")):
+    for text, what in (
+        ("name,split\na,train\n", "category"),
+        ("name,start,category,split\n../../a,0,dog_barking,train\n", "plain file name"),
+    ):
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(AtlasError, match=what):
             extract(video.parent, tmp_path / "out", tmp_path / "x.csv")

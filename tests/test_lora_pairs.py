@@ -1,14 +1,15 @@
 """Each method on LoRA's pairs against what it promises of their subspaces."""
+
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import pair_of
 
-from atlas.baselines import build_method
 from atlas.data import ClipDataset, loader
 from atlas.errors import AtlasError
-from atlas.lora_pairs import HeldLora, InfLora, OLora
+from atlas.methods.baselines import build_method
+from atlas.methods.lora_pairs import HeldLora, InfLora, OLora
 from atlas.runs import open_model
 
 
@@ -46,7 +47,10 @@ def test_inflora_reads_only_what_past_inputs_do_not_have():
     pair = pair_of(rank=2, wide=4)
     method = InfLora({"layer": pair}, 0.999)
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(50, 4, generator=generator) * torch.tensor([3.0, 2.0, 0.0, 0.0]), torch.randn(50, 4, generator=generator)
+    first, second = (
+        torch.randn(50, 4, generator=generator) * torch.tensor([3.0, 2.0, 0.0, 0.0]),
+        torch.randn(50, 4, generator=generator),
+    )
     seen = lambda x: [([len(x)], [x.T @ x])]
     method.begin(seen(first))
     torch.testing.assert_close(pair.A @ pair.A.T, torch.eye(2) / 3)
@@ -55,9 +59,13 @@ def test_inflora_reads_only_what_past_inputs_do_not_have():
     M = method.past("M")[0]
     assert M.shape == (4, 2)
     method.begin(seen(second))
-    assert (pair.A @ M).abs().max() < 1e-5 and torch.allclose(pair.A @ pair.A.T, torch.eye(2) / 3, atol=1e-5)
+    assert (pair.A @ M).abs().max() < 1e-5 and torch.allclose(
+        pair.A @ pair.A.T, torch.eye(2) / 3, atol=1e-5
+    )
     pair.B.data.normal_(generator=generator)
-    assert (first @ pair.value().T).abs().max() < 1e-4 and (second @ pair.value().T).abs().max() > 0.1
+    assert (first @ pair.value().T).abs().max() < 1e-4 and (
+        second @ pair.value().T
+    ).abs().max() > 0.1
     pair.A.grad, pair.B.grad = torch.ones_like(pair.A), torch.ones_like(pair.B)
     method.observe(0.0, 4)
     assert pair.A.grad is None and pair.B.grad is not None
@@ -75,7 +83,11 @@ def test_infloras_inputs_are_those_of_its_layers(cache, config, tasks):
     batch = next(iter(loader(ClipDataset(cache, tasks[0].train[:2]), 2)))
     ((rows, grams),) = method.measure(model, [batch], None)
     x = []
-    hook = method.pairs[0].layer.get_base_layer().register_forward_hook(lambda module, given, output: x.append(given[0]))
+    hook = (
+        method.pairs[0]
+        .layer.get_base_layer()
+        .register_forward_hook(lambda module, given, output: x.append(given[0]))
+    )
     model(batch)
     hook.remove()
     rows_of = x[0].flatten(0, -2)

@@ -30,7 +30,9 @@ def test_sensitivity_is_the_mean_squared_gradient_over_its_mean():
     S = torch.tensor([(1 + 4 + 9) / 3, (1 + 16 + 81) / 3])
     torch.testing.assert_close(method.sensitivity, S / S.mean())
     torch.testing.assert_close(method.anchor, torch.tensor([1.0, 2.0]))
-    assert report["clips"] == 3 and report["mean_sensitivity"]["lora"] == pytest.approx(S.mean().item())
+    assert report["clips"] == 3 and report["mean_sensitivity"]["lora"] == pytest.approx(
+        S.mean().item()
+    )
 
 
 def test_penalty_and_its_gradient():
@@ -69,8 +71,12 @@ def test_gamma_decays_what_was():
 def test_each_group_has_mean_one_and_what_got_no_gradient_is_left_out():
     a, b = two()
     unused, other = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.ones(1))
-    method = LowRankAnchor({"lora": {"a": a, "b": b, "unused": unused}, "decoder": {"other": other}})
-    method.consolidate([[torch.tensor([[2.0]]), torch.tensor([[4.0]]), torch.zeros(1, 2), torch.tensor([[1e-4]])]])
+    method = LowRankAnchor(
+        {"lora": {"a": a, "b": b, "unused": unused}, "decoder": {"other": other}}
+    )
+    method.consolidate(
+        [[torch.tensor([[2.0]]), torch.tensor([[4.0]]), torch.zeros(1, 2), torch.tensor([[1e-4]])]]
+    )
     torch.testing.assert_close(method.sensitivity, torch.tensor([0.4, 1.6, 0.0, 0.0, 1.0]))
 
 
@@ -119,34 +125,59 @@ def test_per_clip_gradients_are_exact_and_do_not_depend_on_the_batch(cache, conf
     for batch in loader(ClipDataset(cache, stage.train), 1):
         loss = sum(weighted(clip_losses(model(batch), batch), config).values()).squeeze(0)
         gradients = torch.autograd.grad(loss, method.anchored, allow_unused=True)
-        S = S + torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for g, p in zip(gradients, method.anchored)]) ** 2 / 8
+        S = (
+            S
+            + torch.cat(
+                [
+                    torch.zeros(p.numel()) if g is None else g.flatten()
+                    for g, p in zip(gradients, method.anchored)
+                ]
+            )
+            ** 2
+            / 8
+        )
     sizes = [sum(p.numel() for p in group) for group in method.members.values()]
     for measured, expected in zip(method.sensitivity.split(sizes), S.split(sizes)):
         assert expected.any()
-        torch.testing.assert_close(measured * expected.sum() / measured.sum(), expected, rtol=1e-3, atol=1e-5 * expected.max().item())
+        torch.testing.assert_close(
+            measured * expected.sum() / measured.sum(),
+            expected,
+            rtol=1e-3,
+            atol=1e-5 * expected.max().item(),
+        )
 
 
-def test_lra_clips_draws_from_the_stage_and_clips_of_other_frame_counts_go_apart(cache, config, tasks):
+def test_lra_clips_draws_from_the_stage_and_clips_of_other_frame_counts_go_apart(
+    cache, config, tasks
+):
     from train import clip_gradients
 
     model, _ = open_model(config, cache)
     method = build_method(replace(config, method="lra"), model)
-    gradients = lambda stage, **change: list(clip_gradients(model, method, cache, stage, 1, replace(config, **change), "cpu"))
+    gradients = lambda stage, **change: list(
+        clip_gradients(model, method, cache, stage, 1, replace(config, **change), "cpu")
+    )
     (few,) = gradients(tasks[0], lra_clips=3)
     (whole,) = gradients(tasks[0])
     last = -2  # of the decoder's head, say
     assert len(few[0]) == 3 and len(whole[0]) == 8
     assert all(min((row - other).abs().max() for other in whole[last]) < 1e-6 for row in few[last])
-    mixed = replace(tasks[0], train=(tasks[0].train[0], tasks[0].test[0], tasks[0].train[1]))  # one frame, five, one
+    mixed = replace(
+        tasks[0], train=(tasks[0].train[0], tasks[0].test[0], tasks[0].train[1])
+    )  # one frame, five, one
     assert [len(chunk[0]) for chunk in gradients(mixed)] == [2, 1]
 
 
-@pytest.mark.parametrize("scope, groups", [("lora", {"lora"}), ("trainable", {"lora", "fusion", "decoder"})])
+@pytest.mark.parametrize(
+    "scope, groups", [("lora", {"lora"}), ("trainable", {"lora", "fusion", "decoder"})]
+)
 def test_scope_chooses_what_is_anchored(cache, config, scope, groups):
     model, _ = open_model(config, cache)
     method = build_method(replace(config, lra_scope=scope), model)
     assert method.members.keys() == groups
-    assert method.anchor.numel() == sum(p.numel() for g in groups for p in model.groups()[g].values())
+    assert method.anchor.numel() == sum(
+        p.numel() for g in groups for p in model.groups()[g].values()
+    )
     assert not list(method.parameters())
 
 
@@ -154,12 +185,19 @@ def test_rest_makes_the_anchor_of_fusion_and_decoder_firmer_and_leaves_loras(cac
     """lra_rest is a factor on their Omega; at 0 the penalty is that of lra_scope=lora."""
     model, _ = open_model(config, cache)
     keys = ({}, {"lra_rest": 3.0}, {"lra_rest": 0.0}, {"lra_scope": "lora"})
-    plain, firmer, none, lora = methods = [build_method(replace(config, **chosen), model) for chosen in keys]
-    gradients = [torch.rand(2, *p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(plain.anchored)]
+    plain, firmer, none, lora = methods = [
+        build_method(replace(config, **chosen), model) for chosen in keys
+    ]
+    gradients = [
+        torch.rand(2, *p.shape, generator=torch.Generator().manual_seed(i))
+        for i, p in enumerate(plain.anchored)
+    ]
     for method in methods:
         method.consolidate([gradients[: len(method.anchored)]])
     n = len(lora.sensitivity)
-    torch.testing.assert_close(firmer.sensitivity, torch.cat([plain.sensitivity[:n], 3 * plain.sensitivity[n:]]))
+    torch.testing.assert_close(
+        firmer.sensitivity, torch.cat([plain.sensitivity[:n], 3 * plain.sensitivity[n:]])
+    )
     with torch.no_grad():
         for p in plain.anchored:
             p += 0.1
@@ -188,10 +226,14 @@ def test_a_plateau_ends_where_the_loss_rises_and_not_where_it_falls():
 
 
 def test_a_slow_rise_over_three_windows_is_seen_and_noise_is_not():
-    up = wave(1.0, length=40) + wave(1.03, 1.05, 1.07, 1.07, length=10)  # 0.2 deviations a window: seen when it has risen by 0.6 within three
+    up = wave(1.0, length=40) + wave(
+        1.03, 1.05, 1.07, 1.07, length=10
+    )  # 0.2 deviations a window: seen when it has risen by 0.6 within three
     assert fired(Plateau(10, 0.6), up) == [70]
     loud = wave(1.0, 1.05, 1.0, 1.05, noise=0.5)
-    assert fired(Plateau(10, 0.6), loud) == [] and fired(Plateau(10, 0.6), [10 * loss for loss in up]) == [70]  # relative: the scale of the loss does not matter
+    assert fired(Plateau(10, 0.6), loud) == [] and fired(
+        Plateau(10, 0.6), [10 * loss for loss in up]
+    ) == [70]  # relative: the scale of the loss does not matter
 
 
 def test_windows_are_counted_anew_after_firing_and_state_survives():
@@ -223,8 +265,12 @@ def test_observe_is_b_times_the_squared_batch_gradient_without_the_penaltys():
         with torch.no_grad():
             a += 0.1
             b -= 0.2
-    assert [k for k, report in enumerate(reports) if report] == [1, 3, 5, 7, 9] and [r["fired"] for r in reports if r] == [False, False, True, False, True]
-    S = 4 * torch.tensor([(7.0**2 + 8.0**2) / 2, 4.0])  # of the fourth window, the penalty's gradient taken off
+    assert [k for k, report in enumerate(reports) if report] == [1, 3, 5, 7, 9] and [
+        r["fired"] for r in reports if r
+    ] == [False, False, True, False, True]
+    S = 4 * torch.tensor(
+        [(7.0**2 + 8.0**2) / 2, 4.0]
+    )  # of the fourth window, the penalty's gradient taken off
     torch.testing.assert_close(method.sensitivity, omega + S / S.mean())
     torch.testing.assert_close(method.anchor, thetas[7])
 
@@ -241,7 +287,9 @@ def test_the_batch_sensitivity_is_the_clips_where_the_mean_gradient_vanishes():
     """Gradients of +1 and -1 on two clips: per clip S = 1; in batches of two, B (mean g)^2 averages to 1 too when signs are independent."""
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(20000, 4, generator=generator)  # batches of four clips
-    assert (4 * g.mean(1).square()).mean().item() == pytest.approx(g.square().mean().item(), rel=0.03)
+    assert (4 * g.mean(1).square()).mean().item() == pytest.approx(
+        g.square().mean().item(), rel=0.03
+    )
 
 
 def test_memory_is_flat_in_consolidations_and_a_resume_goes_on_mid_window():

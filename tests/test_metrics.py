@@ -30,10 +30,14 @@ def test_J_by_hand():
     meter = MaskMeter()
     meter.update(frame([1, 1, -1, -1]), frame([1, 0, 1, 0]).bool(), ALL)
     assert meter.compute()["J"] == pytest.approx(1 / 3, abs=1e-6)
-    meter.update(frame([1, -1, -1, -1]), frame([0, 0, 0, 0]).bool(), ALL)  # nothing sounds: the background fraction
+    meter.update(
+        frame([1, -1, -1, -1]), frame([0, 0, 0, 0]).bool(), ALL
+    )  # nothing sounds: the background fraction
     assert meter.compute()["J"] == pytest.approx((1 / 3 + 3 / 4) / 2, abs=1e-6)
     assert meter.compute()["J_strict"] == pytest.approx((1 / 3 + 0) / 2, abs=1e-6)
-    meter.update(frame([-1, -1, 0, -1]), frame([0, 0, 0, 0]).bool(), ALL)  # a logit of 0 is not an object
+    meter.update(
+        frame([-1, -1, 0, -1]), frame([0, 0, 0, 0]).bool(), ALL
+    )  # a logit of 0 is not an object
     assert meter.compute()["J_strict"] == pytest.approx((1 / 3 + 0 + 1) / 3, abs=1e-6)
 
 
@@ -49,7 +53,11 @@ def test_nothing_that_sounds_is_None_never_nan():
     meter = MaskMeter()
     assert meter.compute() == {"J": None, "J_strict": None, "F": None, "F_dataset": None}
     meter.update(frame([1, -1]), frame([0, 0]).bool(), ALL)
-    assert meter.compute()["F"] is None and meter.compute()["F_dataset"] is None and meter.compute()["J"] == pytest.approx(0.5)
+    assert (
+        meter.compute()["F"] is None
+        and meter.compute()["F_dataset"] is None
+        and meter.compute()["J"] == pytest.approx(0.5)
+    )
 
 
 LEVELS = torch.tensor([k / 254 for k in range(255)])  # fp32
@@ -69,7 +77,9 @@ def naive_curve(scores, mask):
 
 def test_a_score_counts_at_a_threshold_when_it_is_not_below_it():
     """Every threshold and its two neighbours in fp32, as the only pixel of an object: recall is 1 up to its own threshold."""
-    scores = torch.cat([LEVELS, LEVELS.nextafter(torch.zeros(())), LEVELS.nextafter(torch.ones(()))])[:, None]
+    scores = torch.cat(
+        [LEVELS, LEVELS.nextafter(torch.zeros(())), LEVELS.nextafter(torch.ones(()))]
+    )[:, None]
     hits = f_curves(scores, torch.ones_like(scores, dtype=torch.bool)) > 0
     assert torch.equal(hits, scores >= LEVELS)
 
@@ -81,15 +91,26 @@ def test_one_pass_equals_255_passes():
     scores = logits.sigmoid().flatten(2).flatten(0, 1)
     curves = f_curves(scores, masks.flatten(2).flatten(0, 1))
     for i in range(len(scores)):
-        np.testing.assert_allclose(curves[i], naive_curve(scores[i], masks.flatten(2).flatten(0, 1)[i].double()), atol=1e-6)
+        np.testing.assert_allclose(
+            curves[i], naive_curve(scores[i], masks.flatten(2).flatten(0, 1)[i].double()), atol=1e-6
+        )
 
     meter = MaskMeter()
     meter.update(logits, masks, annotated)
     sounding = annotated & masks.flatten(2).any(2)
-    curve = {(b, t): naive_curve(logits[b, t].sigmoid(), masks[b, t].double()) for b, t in sounding.nonzero().tolist()}
-    per_clip = [np.mean([c for (b, _), c in curve.items() if b == clip], 0).max() for clip in range(6) if sounding[clip].any()]
+    curve = {
+        (b, t): naive_curve(logits[b, t].sigmoid(), masks[b, t].double())
+        for b, t in sounding.nonzero().tolist()
+    }
+    per_clip = [
+        np.mean([c for (b, _), c in curve.items() if b == clip], 0).max()
+        for clip in range(6)
+        if sounding[clip].any()
+    ]
     assert meter.compute()["F"] == pytest.approx(np.mean(per_clip), abs=1e-6)
-    assert meter.compute()["F_dataset"] == pytest.approx(np.mean(list(curve.values()), 0).max(), abs=1e-6)
+    assert meter.compute()["F_dataset"] == pytest.approx(
+        np.mean(list(curve.values()), 0).max(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 6])
@@ -107,7 +128,11 @@ def test_unannotated_frames_do_not_count():
     logits, masks, annotated = random_case()
     a, b = MaskMeter(), MaskMeter()
     a.update(logits, masks, annotated)
-    b.update(torch.where(annotated[..., None, None], logits, -logits), masks ^ ~annotated[..., None, None], annotated)
+    b.update(
+        torch.where(annotated[..., None, None], logits, -logits),
+        masks ^ ~annotated[..., None, None],
+        annotated,
+    )
     assert a.compute() == b.compute()
 
 
@@ -127,7 +152,9 @@ def test_continual_metrics_by_hand():
 def test_forgetting_is_from_the_best_past_not_from_the_first():
     R = [[0.0, 0.0, 0.0], [0.5, 0.0, 0.0], [0.9, 0.5, 0.0], [0.4, 0.5, 0.5]]
     m = continual_metrics(R)
-    assert m["forgetting"] == pytest.approx((0.5 + 0.0) / 2) and m["bwt"] == pytest.approx((-0.1 + 0.0) / 2)
+    assert m["forgetting"] == pytest.approx((0.5 + 0.0) / 2) and m["bwt"] == pytest.approx(
+        (-0.1 + 0.0) / 2
+    )
 
 
 def test_joint_and_single_task_and_undefined():
@@ -135,7 +162,11 @@ def test_joint_and_single_task_and_undefined():
         ("incremental", "learning", "forgetting", "bwt", "fwt", "intransigence")
     ) | {"final": pytest.approx(0.7)}
     single = continual_metrics([[0.1], [0.8]])
-    assert single["final"] == single["learning"] == pytest.approx(0.8) and single["forgetting"] is None and single["fwt"] is None
+    assert (
+        single["final"] == single["learning"] == pytest.approx(0.8)
+        and single["forgetting"] is None
+        and single["fwt"] is None
+    )
     undefined = continual_metrics([[None, 0.1], [None, 0.2], [None, 0.6]])
     assert undefined["final"] == pytest.approx(0.6) and undefined["forgetting"] is None
 
@@ -157,5 +188,8 @@ def test_score_swaps_and_mutes_the_sound_only(cache, config, tasks):
         def __getitem__(self, i):
             return cache[i] | cache.sound(partners[i])
 
-    assert both["J_swap"] == pytest.approx(score(model, Swapped(), test)["J"], abs=1e-6) and both["J_swap"] != both["J"]
+    assert (
+        both["J_swap"] == pytest.approx(score(model, Swapped(), test)["J"], abs=1e-6)
+        and both["J_swap"] != both["J"]
+    )
     assert 0 <= both["mute_area"] <= 1

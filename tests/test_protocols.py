@@ -7,11 +7,21 @@ import pytest
 from atlas.clips import DOMAINS
 from atlas.config import Config
 from atlas.errors import AtlasError
-from atlas.protocols import audio_segments, class_incremental, domain_incremental, drifting_stream, stages
+from atlas.protocols import (
+    audio_segments,
+    class_incremental,
+    domain_incremental,
+    drifting_stream,
+    stages,
+)
 
 of = lambda clips: SimpleNamespace(clips=clips)  # as much of a cache as a protocol sees
 NAMES = [f"class{k:02d}" for k in range(23)]
-CLIPS = [{"category": name, "split": split} for split in ("train", "train", "val", "test") for name in NAMES]
+CLIPS = [
+    {"category": name, "split": split}
+    for split in ("train", "train", "val", "test")
+    for name in NAMES
+]
 
 
 def test_11_2_is_seven_tasks_that_partition_classes_and_clips():
@@ -21,16 +31,26 @@ def test_11_2_is_seven_tasks_that_partition_classes_and_clips():
     for split, count in (("train", 46), ("val", 23), ("test", 23)):
         found = [i for t in tasks for i in getattr(t, split)]
         assert len(found) == len(set(found)) == count
-        assert all(CLIPS[i]["split"] == split and CLIPS[i]["category"] in t.classes for t in tasks for i in getattr(t, split))
+        assert all(
+            CLIPS[i]["split"] == split and CLIPS[i]["category"] in t.classes
+            for t in tasks
+            for i in getattr(t, split)
+        )
 
 
-@pytest.mark.parametrize("base, step, sizes", [(13, 5, [13, 5, 5]), (23, 1, [23]), (20, 2, [20, 2, 1])])
+@pytest.mark.parametrize(
+    "base, step, sizes", [(13, 5, [13, 5, 5]), (23, 1, [23]), (20, 2, [20, 2, 1])]
+)
 def test_any_split(base, step, sizes):
-    assert [len(t.classes) for t in class_incremental(of(CLIPS), Config(base=base, step=step))] == sizes
+    assert [
+        len(t.classes) for t in class_incremental(of(CLIPS), Config(base=base, step=step))
+    ] == sizes
 
 
 def test_the_order_is_the_seeds_or_the_lists():
-    order = lambda config: [name for t in class_incremental(of(CLIPS), config) for name in t.classes]
+    order = lambda config: [
+        name for t in class_incremental(of(CLIPS), config) for name in t.classes
+    ]
     assert order(Config(seed=1)) == order(Config(seed=1)) != order(Config(seed=2))
     assert order(Config(class_order=NAMES[::-1])) == NAMES[::-1]
 
@@ -58,19 +78,35 @@ def test_a_task_without_test_clips_is_refused():
 def test_joint_trains_once_on_everything():
     tasks = class_incremental(of(CLIPS), Config())
     (stage,) = stages(tasks, "joint")
-    assert sorted(stage.train) == sorted(i for t in tasks for i in t.train) and stages(tasks, "lra") == tasks
+    assert (
+        sorted(stage.train) == sorted(i for t in tasks for i in t.train)
+        and stages(tasks, "lra") == tasks
+    )
 
 
-DOMAIN_CLIPS = [{"category": name, "split": split} for split in ("train", "val", "test") for names in DOMAINS.values() for name in names]
+DOMAIN_CLIPS = [
+    {"category": name, "split": split}
+    for split in ("train", "val", "test")
+    for names in DOMAINS.values()
+    for name in names
+]
 
 
 def test_dil_is_five_domains_in_the_order_of_the_config():
     assert [t.name for t in domain_incremental(of(DOMAIN_CLIPS), Config())] == list(DOMAINS)
     order = ["tool", "human", "vehicle", "animal", "instrument"]
     tasks = domain_incremental(of(DOMAIN_CLIPS), Config(domains=order))
-    assert [t.name for t in tasks] == order and [t.classes for t in tasks] == [DOMAINS[name] for name in order]
-    own = {"loud": [n for names in list(DOMAINS.values())[:3] for n in names], "rest": [n for names in list(DOMAINS.values())[3:] for n in names]}
-    assert [t.name for t in domain_incremental(of(DOMAIN_CLIPS), Config(domains=own))] == ["loud", "rest"]
+    assert [t.name for t in tasks] == order and [t.classes for t in tasks] == [
+        DOMAINS[name] for name in order
+    ]
+    own = {
+        "loud": [n for names in list(DOMAINS.values())[:3] for n in names],
+        "rest": [n for names in list(DOMAINS.values())[3:] for n in names],
+    }
+    assert [t.name for t in domain_incremental(of(DOMAIN_CLIPS), Config(domains=own))] == [
+        "loud",
+        "rest",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +114,10 @@ def test_dil_is_five_domains_in_the_order_of_the_config():
     [
         (["human"], "in none: ambulance_siren"),
         (["humans"], "`humans`; choose from human"),
-        ({"a": [n for names in DOMAINS.values() for n in names], "b": ["helicopter"]}, "in two: helicopter"),
+        (
+            {"a": [n for names in DOMAINS.values() for n in names], "b": ["helicopter"]},
+            "in two: helicopter",
+        ),
     ],
 )
 def test_a_class_in_no_domain_or_in_two_is_refused(domains, what):
@@ -96,22 +135,42 @@ def sounding(groups=3, sources=20, noise=0.1, seed=0):
         for v in range(sources):
             for split, n in (("train", 2), ("val", v % 4 == 0), ("test", v % 4 == 0)):
                 for k in range(n):
-                    clips.append({"id": f"{g}-{v}-{split}-{k}", "source": f"{g}-{v}-{split}", "split": split, "category": None, "group": g})
-                    features.append([10.0 * (g == 0), 10.0 * (g == 1), 5.0] + noise * rng.normal(size=3))
+                    clips.append(
+                        {
+                            "id": f"{g}-{v}-{split}-{k}",
+                            "source": f"{g}-{v}-{split}",
+                            "split": split,
+                            "category": None,
+                            "group": g,
+                        }
+                    )
+                    features.append(
+                        [10.0 * (g == 0), 10.0 * (g == 1), 5.0] + noise * rng.normal(size=3)
+                    )
     order = rng.permutation(len(clips))
-    return SimpleNamespace(clips=[clips[i] for i in order], audio_features=lambda: np.array(features, np.float32)[order])
+    return SimpleNamespace(
+        clips=[clips[i] for i in order],
+        audio_features=lambda: np.array(features, np.float32)[order],
+    )
 
 
-STREAM = Config(protocol="tfcl", dataset="ms3", method="finetune", stream_checkpoints=3, batch_size=4)
+STREAM = Config(
+    protocol="tfcl", dataset="ms3", method="finetune", stream_checkpoints=3, batch_size=4
+)
 
 
 def test_segments_are_the_clusters_of_sound_and_sources_stay_together():
     cache = sounding()
     segment = audio_segments(cache.audio_features(), cache.clips, 3)
     of_group = {clip["group"]: s for clip, s in zip(cache.clips, segment)}
-    assert sorted(of_group.values()) == [0, 1, 2] and all(of_group[clip["group"]] == s for clip, s in zip(cache.clips, segment))
+    assert sorted(of_group.values()) == [0, 1, 2] and all(
+        of_group[clip["group"]] == s for clip, s in zip(cache.clips, segment)
+    )
     of_source = {}
-    for clip, s in zip(sounding(noise=8).clips, audio_segments(sounding(noise=8).audio_features(), sounding(noise=8).clips, 3)):
+    for clip, s in zip(
+        sounding(noise=8).clips,
+        audio_segments(sounding(noise=8).audio_features(), sounding(noise=8).clips, 3),
+    ):
         assert of_source.setdefault(clip["source"], s) == s
 
 
@@ -119,7 +178,9 @@ def test_segments_are_the_clusters_of_sound_and_sources_stay_together():
 def test_segments_are_balanced(noise):
     cache = sounding(noise=noise)
     segment = audio_segments(cache.audio_features(), cache.clips, 4)
-    sizes = np.bincount([s for clip, s in zip(cache.clips, segment) if clip["split"] == "train"], minlength=4)
+    sizes = np.bincount(
+        [s for clip, s in zip(cache.clips, segment) if clip["split"] == "train"], minlength=4
+    )
     assert sizes.sum() == 120 and sizes.max() - sizes.min() <= 2, sizes
 
 
@@ -127,26 +188,52 @@ def test_the_stream_holds_each_train_clip_once_in_equal_shares_and_drifts():
     cache = sounding(sources=100)
     tasks = drifting_stream(cache, replace(STREAM, stream_blur=0.5))
     stream = [i for task in tasks for i in task.train]
-    assert sorted(stream) == [i for i, clip in enumerate(cache.clips) if clip["split"] == "train"] and [len(task.train) for task in tasks] == [200] * 3
+    assert (
+        sorted(stream) == [i for i, clip in enumerate(cache.clips) if clip["split"] == "train"]
+        and [len(task.train) for task in tasks] == [200] * 3
+    )
     assert [task.begins for task in tasks] == [0, 200, 400]
     groups = np.array([cache.clips[i]["group"] for i in stream])
-    order = [cache.clips[task.test[0]]["group"] for task in tasks]  # column i: the test clips of the i-th segment visited
-    assert sorted(order) == [0, 1, 2] and all(cache.clips[i]["group"] == g for task, g in zip(tasks, order) for i in task.test)
+    order = [
+        cache.clips[task.test[0]]["group"] for task in tasks
+    ]  # column i: the test clips of the i-th segment visited
+    assert sorted(order) == [0, 1, 2] and all(
+        cache.clips[i]["group"] == g for task, g in zip(tasks, order) for i in task.test
+    )
     for s, g in enumerate(order):
-        assert (groups[200 * s + 75 : 200 * s + 125] == g).all()  # far from a drift nothing is mixed (the blur is a quarter of a segment to both sides) ...
-    assert all(len(set(groups[b - 20 : b + 20])) == 2 for b in (200, 400))  # ... and at it, both neighbours are
+        assert (
+            groups[200 * s + 75 : 200 * s + 125] == g
+        ).all()  # far from a drift nothing is mixed (the blur is a quarter of a segment to both sides) ...
+    assert all(
+        len(set(groups[b - 20 : b + 20])) == 2 for b in (200, 400)
+    )  # ... and at it, both neighbours are
 
 
 def test_without_blur_drifts_are_sharp_and_the_seed_draws_the_order():
     cache = sounding()
-    groups = lambda config: [cache.clips[i]["group"] for task in drifting_stream(cache, config) for i in task.train]
+    groups = lambda config: [
+        cache.clips[i]["group"] for task in drifting_stream(cache, config) for i in task.train
+    ]
     sharp = groups(replace(STREAM, stream_blur=0.0))
     assert sum(a != b for a, b in zip(sharp, sharp[1:])) == 2
-    assert len({tuple(dict.fromkeys(groups(replace(STREAM, stream_blur=0.0, seed=seed)))) for seed in range(8)}) > 2
+    assert (
+        len(
+            {
+                tuple(dict.fromkeys(groups(replace(STREAM, stream_blur=0.0, seed=seed))))
+                for seed in range(8)
+            }
+        )
+        > 2
+    )
 
 
 @pytest.mark.parametrize(
-    "change, what", [({"stream_checkpoints": 61}, "61 segments"), ({"batch_size": 64}, "2 batches"), ({"stream_checkpoints": 25}, "no (val|test) clip")]
+    "change, what",
+    [
+        ({"stream_checkpoints": 61}, "61 segments"),
+        ({"batch_size": 64}, "2 batches"),
+        ({"stream_checkpoints": 25}, "no (val|test) clip"),
+    ],
 )
 def test_a_stream_that_cannot_be_cut_is_refused(change, what):
     with pytest.raises(AtlasError, match=what):

@@ -1,4 +1,5 @@
 """The synthetic S4: AVSBench's tree, one seed one set of bytes, things in sight, timbres apart, and only the sound to tell what is heard."""
+
 import csv
 from pathlib import Path
 
@@ -7,15 +8,26 @@ import pytest
 import soundfile
 from PIL import Image
 
-from atlas import synth
 from atlas.clips import DOMAINS
 from atlas.errors import AtlasError
+from atlas.prepare import synth
 
-SMALL = dict(size=48, train=2, val=1, test=1, classes=("helicopter", "dog_barking", "playing_piano"), progress=False)
+SMALL = dict(
+    size=48,
+    train=2,
+    val=1,
+    test=1,
+    classes=("helicopter", "dog_barking", "playing_piano"),
+    progress=False,
+)
 
 
 def tree(root):
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(Path(root).rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(Path(root).rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +57,13 @@ def test_tree_is_avsbench(small):
     expected, data = {"Single-source/s4_meta_data.csv"}, "Single-source/s4_data"
     for name, _, category, split in rows[1:]:
         clip = f"{split}/{category}/{name}"
-        expected |= {f"{data}/visual_frames/{clip}/{name}_{k}.png" for k in range(1, 6)} | {f"{data}/audio_wav/{clip}.wav"}
-        expected |= {f"{data}/gt_masks/{clip}/{name}_{k}.png" for k in ((1,) if split == "train" else range(1, 6))}
+        expected |= {f"{data}/visual_frames/{clip}/{name}_{k}.png" for k in range(1, 6)} | {
+            f"{data}/audio_wav/{clip}.wav"
+        }
+        expected |= {
+            f"{data}/gt_masks/{clip}/{name}_{k}.png"
+            for k in ((1,) if split == "train" else range(1, 6))
+        }
     assert set(tree(small)) == expected
 
 
@@ -59,24 +76,46 @@ def test_files_are_what_avsbench_holds(small):
         with Image.open(path) as image:
             mask = np.asarray(image)
             assert image.mode == "L" and set(np.unique(mask)) == {0, 255}
-        assert 0.03 < (mask > 127).mean() < 0.19  # the pixels of a 48 px frame are coarse; exact bounds below
+        assert (
+            0.03 < (mask > 127).mean() < 0.19
+        )  # the pixels of a 48 px frame are coarse; exact bounds below
     for path in data.glob("audio_wav/**/*.wav"):
         info = soundfile.info(path)
-        assert (info.samplerate, info.channels, info.frames, info.subtype) == (16000, 1, 80000, "PCM_16")
+        assert (info.samplerate, info.channels, info.frames, info.subtype) == (
+            16000,
+            1,
+            80000,
+            "PCM_16",
+        )
 
 
 def test_the_classes_are_avsbenchs_and_differ():
-    assert len(set(synth.CLASSES)) == 23 and [len(names) for names in DOMAINS.values()] == [3, 6, 6, 4, 4]
+    assert len(set(synth.CLASSES)) == 23 and [len(names) for names in DOMAINS.values()] == [
+        3,
+        6,
+        6,
+        4,
+        4,
+    ]
     assert set(synth.CLASSES) == set(synth.LOOKS) == set(synth.TIMBRES)
-    assert len({look[:2] for look in synth.LOOKS.values()}) == 23  # shape with texture is enough; no single cue is
+    assert (
+        len({look[:2] for look in synth.LOOKS.values()}) == 23
+    )  # shape with texture is enough; no single cue is
     assert all(len({look[cue] for look in synth.LOOKS.values()}) < 23 for cue in range(4))
-    assert {look[0] for look in synth.LOOKS.values()} == set(synth.SHAPES) and {look[1] for look in synth.LOOKS.values()} == set(synth.TEXTURES)
+    assert {look[0] for look in synth.LOOKS.values()} == set(synth.SHAPES) and {
+        look[1] for look in synth.LOOKS.values()
+    } == set(synth.TEXTURES)
 
 
 @pytest.mark.parametrize("name", synth.CLASSES)
 def test_heard_thing_is_in_sight_and_every_second_sounds(name):
     frames, masks, wave = synth.make_clip(name, np.random.default_rng(7))
-    assert frames.shape == (5, 96, 96, 3) and frames.dtype == np.uint8 and masks.shape == (5, 96, 96) and masks.dtype == bool
+    assert (
+        frames.shape == (5, 96, 96, 3)
+        and frames.dtype == np.uint8
+        and masks.shape == (5, 96, 96)
+        and masks.dtype == bool
+    )
     assert ((0.035 < masks.mean((1, 2))) & (masks.mean((1, 2)) < 0.175)).all()
     assert np.abs(frames[1:].astype(int) - frames[:-1]).max((1, 2, 3)).min() > 20  # something moves
     seconds = np.sqrt((wave.reshape(5, -1) ** 2).mean(1))
@@ -97,12 +136,21 @@ def test_the_later_thing_hides_the_earlier():
     back.path[:], front.path[:] = 0.5, 0.55
     grid = np.zeros((96, 96, 3), np.float32)
     _, both = synth.render_frame([back, front], 0, grid)
-    (alone_back,), (alone_front,) = synth.render_frame([back], 0, grid)[1], synth.render_frame([front], 0, grid)[1]
-    assert (both[1] == alone_front).all() and (both[0] == alone_back & ~alone_front).all() and both[0].sum() < alone_back.sum()
+    (alone_back,), (alone_front,) = (
+        synth.render_frame([back], 0, grid)[1],
+        synth.render_frame([front], 0, grid)[1],
+    )
+    assert (
+        (both[1] == alone_front).all()
+        and (both[0] == alone_back & ~alone_front).all()
+        and both[0].sum() < alone_back.sum()
+    )
 
 
 def test_the_scene_does_not_depend_on_the_size():
-    small, large = (synth.make_clip("race_car", np.random.default_rng(5), size)[1] for size in (48, 192))
+    small, large = (
+        synth.make_clip("race_car", np.random.default_rng(5), size)[1] for size in (48, 192)
+    )
     assert (small ^ large[:, 2::4, 2::4]).mean() < 0.01
 
 
@@ -114,7 +162,9 @@ def test_only_the_sound_tells_which_thing_is_heard():
         things = synth.draw_scene(names, rng)
         for layer, thing in enumerate(things):
             travel = np.hypot(*(thing.path[-1] - thing.path[0]))
-            measured[thing.name == names[0]].append((thing.area.mean(), *thing.path.mean(0), travel, layer / (len(things) - 1)))
+            measured[thing.name == names[0]].append(
+                (thing.area.mean(), *thing.path.mean(0), travel, layer / (len(things) - 1))
+            )
     heard, silent = np.array(measured[True]), np.array(measured[False])
     error = np.sqrt(heard.var(0) / len(heard) + silent.var(0) / len(silent))
     assert (np.abs(heard.mean(0) - silent.mean(0)) < 4 * error).all()
@@ -123,11 +173,18 @@ def test_only_the_sound_tells_which_thing_is_heard():
 
 def log_mel_statistics(wave):
     """Per second, mean and standard deviation over time of 64 log-mel bands (VGGish's), [5, 128]."""
-    windows = np.lib.stride_tricks.sliding_window_view(wave, 400)[::160] * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400))
+    windows = np.lib.stride_tricks.sliding_window_view(wave, 400)[::160] * (
+        0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    )
     mel = lambda hertz: 1127 * np.log(1 + hertz / 700)
     edges, bins = np.linspace(mel(125), mel(7500), 66), mel(np.arange(257) * 16000 / 512)[:, None]
-    rising, falling = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2]), (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    log = np.log(np.abs(np.fft.rfft(windows, 512)) @ np.maximum(0, np.minimum(rising, falling)) + 0.01)[:480].reshape(5, 96, 64)
+    rising, falling = (
+        (bins - edges[:-2]) / (edges[1:-1] - edges[:-2]),
+        (edges[2:] - bins) / (edges[2:] - edges[1:-1]),
+    )
+    log = np.log(
+        np.abs(np.fft.rfft(windows, 512)) @ np.maximum(0, np.minimum(rising, falling)) + 0.01
+    )[:480].reshape(5, 96, 64)
     return np.concatenate([log.mean(1), log.std(1)], axis=1)
 
 
@@ -136,7 +193,10 @@ def test_one_second_tells_the_class():
         split: np.array([[log_mel_statistics(synth.sound(name, np.random.default_rng([split, c, i]))) for i in range(n)] for c, name in enumerate(synth.CLASSES)])
         for split, n in enumerate((6, 3))
     }  # fmt: skip
-    learnt, held_out = (part.reshape(23, -1, 128) / features[0].reshape(-1, 128).std(0) for part in features.values())
+    learnt, held_out = (
+        part.reshape(23, -1, 128) / features[0].reshape(-1, 128).std(0)
+        for part in features.values()
+    )
     centroids = learnt.mean(1)
     nearest = ((held_out[:, :, None] - centroids) ** 2).sum(-1).argmin(-1)  # [23, seconds]
     assert (nearest == np.arange(23)[:, None]).mean() > 0.93

@@ -8,8 +8,8 @@ from conftest import one_line, run
 from atlas.audio import RATE
 from atlas.clips import T, load_clip, read_ms3
 from atlas.errors import AtlasError
-from atlas.synth import CLASSES
-from atlas.synth_ms3 import SCENES, draw_cast, make_ms3_clip, synth_ms3
+from atlas.prepare.synth import CLASSES
+from atlas.prepare.synth_ms3 import SCENES, draw_cast, make_ms3_clip, synth_ms3
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,9 @@ def test_the_tree_is_as_released(ms3_tree):
     assert [sum(c.split == s for c in clips) for s in ("train", "val", "test")] == [24, 4, 8]
     data = ms3_tree / "Multi-sources" / "ms3_data"
     for clip in clips:
-        assert (data / "visual_frames" / clip.id / f"{clip.id}.mp4_1.png").is_file() and (data / "gt_masks" / clip.split / clip.id / f"{clip.id}_5.png").is_file()
+        assert (data / "visual_frames" / clip.id / f"{clip.id}.mp4_1.png").is_file() and (
+            data / "gt_masks" / clip.split / clip.id / f"{clip.id}_5.png"
+        ).is_file()
         assert clip.category is None and all(clip.masks)
 
 
@@ -31,8 +33,12 @@ def test_clips_of_a_source_share_their_cast_and_stay_in_a_split(ms3_tree, scenes
     splits, casts = {}, {}
     for clip in clips:
         splits.setdefault(clip.source, set()).add(clip.split)
-        casts.setdefault(clip.source, set()).add((tuple(scenes[clip.id]["heard"]), tuple(scenes[clip.id]["silent"])))
-    assert len(splits) == len(clips) / 2 and all(len(found) == 1 for found in [*splits.values(), *casts.values()])
+        casts.setdefault(clip.source, set()).add(
+            (tuple(scenes[clip.id]["heard"]), tuple(scenes[clip.id]["silent"]))
+        )
+    assert len(splits) == len(clips) / 2 and all(
+        len(found) == 1 for found in [*splits.values(), *casts.values()]
+    )
 
 
 def test_sound_and_mask_follow_the_schedule(ms3_tree, scenes):
@@ -45,18 +51,23 @@ def test_sound_and_mask_follow_the_schedule(ms3_tree, scenes):
         for t in range(T):
             heard = any(t in seconds for seconds in scenes[clip.id]["heard"].values())
             silent += not heard
-            assert masks[t].any() == heard and (np.abs(wave[t * RATE : (t + 1) * RATE]).max() > 0.01) == heard
+            assert (
+                masks[t].any() == heard
+                and (np.abs(wave[t * RATE : (t + 1) * RATE]).max() > 0.01) == heard
+            )
     assert 0 < silent < 0.3 * T * 36
 
 
 def test_the_mask_is_the_union_of_what_is_heard():
     heard, silent = ["helicopter", "playing_piano"], ["dog_barking"]
-    draw = lambda names: make_ms3_clip(heard, silent, np.random.default_rng(3), 64) if names else None
+    draw = lambda names: (
+        make_ms3_clip(heard, silent, np.random.default_rng(3), 64) if names else None
+    )
     frames, masks, wave, schedules = draw(heard)
     again = draw(heard)
     np.testing.assert_array_equal(frames, again[0])
     np.testing.assert_array_equal(masks, again[1])
-    from atlas.synth import draw_background, draw_scene, paint
+    from atlas.prepare.synth import draw_background, draw_scene, paint
 
     rng = np.random.default_rng(3)
     things, backdrop = draw_scene([*heard, *silent], rng), draw_background(rng, 64)
@@ -68,7 +79,11 @@ def test_the_mask_is_the_union_of_what_is_heard():
             if schedules[name][t]:
                 expected |= visible[t, order.index(name)]
         np.testing.assert_array_equal(masks[t], expected)
-    assert np.abs(wave).max() <= 1 and set(schedules) == set(heard) and all(schedule.any() for schedule in schedules.values())
+    assert (
+        np.abs(wave).max() <= 1
+        and set(schedules) == set(heard)
+        and all(schedule.any() for schedule in schedules.values())
+    )
 
 
 def test_every_class_is_in_one_scene_and_a_cast_is_of_one():
@@ -96,9 +111,26 @@ def test_bad_requests_say_what_is_wrong(ms3_tree, tmp_path):
         synth_ms3(ms3_tree)
     with pytest.raises(AtlasError, match="'kazoo'"):
         synth_ms3(tmp_path, classes=["helicopter", "kazoo"])
-    one_line(run("prepare_data.py", "synth", "--dataset", "ms3", "--out", ms3_tree), "there already")
+    one_line(
+        run("prepare_data.py", "synth", "--dataset", "ms3", "--out", ms3_tree), "there already"
+    )
 
 
 def test_it_is_a_command(tmp_path):
-    done = run("prepare_data.py", "synth", "--dataset", "ms3", "--out", tmp_path / "s", "--size", 32, "--train", 3, "--val", 1, "--test", 1)
+    done = run(
+        "prepare_data.py",
+        "synth",
+        "--dataset",
+        "ms3",
+        "--out",
+        tmp_path / "s",
+        "--size",
+        32,
+        "--train",
+        3,
+        "--val",
+        1,
+        "--test",
+        1,
+    )
     assert done.returncode == 0 and len(read_ms3(tmp_path / "s")) == 5, done.stderr

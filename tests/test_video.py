@@ -1,4 +1,5 @@
 """Overlays of videos that PyAV makes here, 64 x 48 and a few seconds long. Except for the last tests the model is rigged, so that masks and what is heard are known."""
+
 import contextlib
 import re
 import sys
@@ -14,26 +15,45 @@ import torch
 
 import eval as script
 import train
-from atlas import video
 from atlas.audio import RATE, LogMel, encode_wave, read_wave
 from atlas.clips import T
 from atlas.errors import AtlasError, one_line_errors
+from atlas.report import video
 
 GREY, WHITE = 90, 235
 
 
-def make(path, width=64, height=48, ticks=range(0, 75 * 40, 40), sound=None, rate=44100, codec="aac", sound_at=0):
+def make(
+    path,
+    width=64,
+    height=48,
+    ticks=range(0, 75 * 40, 40),
+    sound=None,
+    rate=44100,
+    codec="aac",
+    sound_at=0,
+):
     """A grey video with a white corner, top left; a frame at each of `ticks` milliseconds; `sound` [samples] of `rate` Hz begins at `sound_at` seconds."""
     with av.open(str(path), "w") as output:
         film = output.add_stream("libx264", rate=25, options={"crf": "12"})
-        film.width, film.height, film.pix_fmt = width, height, "yuv444p" if width % 2 or height % 2 else "yuv420p"
+        film.width, film.height, film.pix_fmt = (
+            width,
+            height,
+            "yuv444p" if width % 2 or height % 2 else "yuv420p",
+        )
         film.time_base = film.codec_context.time_base = Fraction(1, 1000)
         track = None if sound is None else output.add_stream(codec, rate=rate, layout="mono")
         picture = np.full((height, width, 3), GREY, np.uint8)
         picture[: height // 3, : width // 4] = WHITE
         for k in range(0, 0 if sound is None else len(sound), 1024):
-            frame = av.AudioFrame.from_ndarray(sound[None, k : k + 1024].astype(np.float32), format="fltp", layout="mono")
-            frame.rate, frame.pts, frame.time_base = rate, k + round(sound_at * rate), Fraction(1, rate)
+            frame = av.AudioFrame.from_ndarray(
+                sound[None, k : k + 1024].astype(np.float32), format="fltp", layout="mono"
+            )
+            frame.rate, frame.pts, frame.time_base = (
+                rate,
+                k + round(sound_at * rate),
+                Fraction(1, rate),
+            )
             output.mux(track.encode(frame))
         if track:
             output.mux(track.encode(None))
@@ -52,14 +72,20 @@ def tone(seconds, rate=44100, hertz=440):
 def frames_of(path):
     """[(seconds, picture [H, W, 3])]"""
     with av.open(str(path)) as container:
-        return [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        return [
+            (frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)
+        ]
 
 
 def sound_of(path):
     """(first time, samples, rate)"""
     with av.open(str(path)) as container:
         frames = list(container.decode(audio=0))
-    return frames[0].time, np.concatenate([video.samples_of(frame) for frame in frames]), frames[0].rate
+    return (
+        frames[0].time,
+        np.concatenate([video.samples_of(frame) for frame in frames]),
+        frames[0].rate,
+    )
 
 
 def packets_of(path):
@@ -74,7 +100,11 @@ class Rigged:
         self.seconds, self.context, self.shown = [], [], []
 
     def __call__(self, frames, second, context, tokens):
-        assert frames.shape[1:] == (3, 32, 32) and frames.dtype == torch.uint8 and len(frames) == len(second) <= video.PIECE
+        assert (
+            frames.shape[1:] == (3, 32, 32)
+            and frames.dtype == torch.uint8
+            and len(frames) == len(second) <= video.PIECE
+        )
         self.seconds += second.tolist()
         self.context += [context] * len(second)
         self.shown += list(frames)
@@ -87,13 +117,22 @@ def draw(source, out, sound=None):
     """(what film returns, the rigged model)"""
     rigged = Rigged()
     with contextlib.ExitStack() as files:
-        return video.film(rigged, LogMel(), 32, *video.open_streams(source, sound, files), out, replaced=sound is not None), rigged
+        return video.film(
+            rigged,
+            LogMel(),
+            32,
+            *video.open_streams(source, sound, files),
+            out,
+            replaced=sound is not None,
+        ), rigged
 
 
 UNEVEN = [0, 33, 100, 133, 700, 1000, 1001, 2500, 2980]
 ROUND = {
     "plain": dict(name="a.mp4", sound=tone(3)),
-    "odd size, uncompressed": dict(name="a.mkv", width=63, height=47, sound=tone(3), codec="pcm_s16le"),
+    "odd size, uncompressed": dict(
+        name="a.mkv", width=63, height=47, sound=tone(3), codec="pcm_s16le"
+    ),
     "uneven frames, late sound": dict(name="a.mkv", ticks=UNEVEN, sound=tone(2.5), sound_at=0.5),
     "a start at 1 s": dict(name="a.mkv", ticks=range(1000, 3000, 40), sound=tone(2), sound_at=1),
 }
@@ -111,22 +150,33 @@ def test_frames_times_and_sound_are_kept(tmp_path, kind):
     height, width = before[0][1].shape[:2]
     assert after[0][1].shape == (height + height % 2, width + width % 2, 3)
     (start, sound, rate), (new_start, new_sound, new_rate) = sound_of(source), sound_of(out)
-    assert new_rate == rate and abs(len(new_sound) - len(sound)) <= 1024 and new_start == pytest.approx(start - late, abs=0.03)
+    assert (
+        new_rate == rate
+        and abs(len(new_sound) - len(sound)) <= 1024
+        and new_start == pytest.approx(start - late, abs=0.03)
+    )
     if options.get("codec") is None:
         assert packets_of(out) == packets_of(source)
     else:  # in AAC, and still in its place
         assert np.corrcoef(sound[2000:90000], new_sound[2000:90000])[0, 1] > 0.99
-    assert done["seconds"] == pytest.approx(before[-1][0] - before[0][0] + 0.04, abs=0.07) and list(out.parent.iterdir()) == [out]
+    assert done["seconds"] == pytest.approx(before[-1][0] - before[0][0] + 0.04, abs=0.07) and list(
+        out.parent.iterdir()
+    ) == [out]
 
 
 @pytest.mark.parametrize("width, height", [(96, 64), (95, 63)])
 def test_the_mask_lands_on_the_pixels_it_is_about(tmp_path, width, height):
-    source, out = make(tmp_path / "a.mp4", width, height, range(0, 400, 40), tone(1)), tmp_path / "o.mp4"
+    source, out = (
+        make(tmp_path / "a.mp4", width, height, range(0, 400, 40), tone(1)),
+        tmp_path / "o.mp4",
+    )
     done, _ = draw(source, out)
     picture = frames_of(out)[5][1][:height, :width].astype(int)
     top, bottom, left, right = (round(x) for x in (height / 4, height / 2, width / 2, 0.75 * width))
     inside, near = np.zeros((height, width), bool), np.zeros((height, width), bool)
-    inside[top + 5 : bottom - 5, left + 5 : right - 5] = True  # chroma is at half the resolution, and lines are drawn at the edge
+    inside[top + 5 : bottom - 5, left + 5 : right - 5] = (
+        True  # chroma is at half the resolution, and lines are drawn at the edge
+    )
     near[top - 5 : bottom + 5, left - 5 : right + 5] = True
     expected = (1 - video.OPACITY) * GREY + video.OPACITY * np.array(video.FILL)
     assert np.abs(picture[inside] - expected).max() <= 12
@@ -134,26 +184,47 @@ def test_the_mask_lands_on_the_pixels_it_is_about(tmp_path, width, height):
     original[: height // 3, : width // 4] = WHITE
     corner = np.zeros_like(near)
     corner[: height // 3 + 3, : width // 4 + 3] = True
-    assert np.abs(picture - original)[~near & ~corner].max() <= 12 and np.abs(picture - original)[2 : height // 3 - 3, 2 : width // 4 - 3].max() <= 12
+    assert (
+        np.abs(picture - original)[~near & ~corner].max() <= 12
+        and np.abs(picture - original)[2 : height // 3 - 3, 2 : width // 4 - 3].max() <= 12
+    )
     middle = (left + right) // 2
-    assert picture[top - 4 : top + 4, middle].min() < 50 and picture[top - 4 : top + 4, middle].max() > 170  # a dark line and a light one
+    assert (
+        picture[top - 4 : top + 4, middle].min() < 50
+        and picture[top - 4 : top + 4, middle].max() > 170
+    )  # a dark line and a light one
     assert done["area"] == pytest.approx(1 / 16, rel=0.1)
 
 
 def test_the_drawing_leaves_the_rest_alone():
-    picture, mask = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8), np.zeros((40, 50), bool)
+    picture, mask = (
+        np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8),
+        np.zeros((40, 50), bool),
+    )
     mask[10:20, 15:30] = True
     drawn = video.drawn(picture, mask)
     outer, inner = np.zeros_like(mask), np.zeros_like(mask)
     outer[9:21, 14:31] = inner[11:19, 16:29] = True
-    assert (drawn[~outer] == picture[~outer]).all() and (drawn[mask & ~inner] == video.EDGE).all() and (drawn[outer & ~mask] == video.RIM).all()
-    assert (drawn[inner] == ((1 - video.OPACITY) * picture[inner] + video.OPACITY * np.array(video.FILL)).round()).all()
-    assert (video.drawn(picture, np.zeros_like(mask)) == picture).all() and (video.drawn(picture, ~np.zeros_like(mask))[0] != video.EDGE).any()
+    assert (
+        (drawn[~outer] == picture[~outer]).all()
+        and (drawn[mask & ~inner] == video.EDGE).all()
+        and (drawn[outer & ~mask] == video.RIM).all()
+    )
+    assert (
+        drawn[inner]
+        == ((1 - video.OPACITY) * picture[inner] + video.OPACITY * np.array(video.FILL)).round()
+    ).all()
+    assert (video.drawn(picture, np.zeros_like(mask)) == picture).all() and (
+        video.drawn(picture, ~np.zeros_like(mask))[0] != video.EDGE
+    ).any()
 
 
 def test_a_phones_video_is_shown_upright(tmp_path):
     """The display matrix of a quarter turn clockwise, written into the file by hand: right goes down, so top left goes top right."""
-    source, out = make(tmp_path / "a.mp4", ticks=range(0, 400, 40), sound=tone(0.5)), tmp_path / "o.mp4"
+    source, out = (
+        make(tmp_path / "a.mp4", ticks=range(0, 400, 40), sound=tone(0.5)),
+        tmp_path / "o.mp4",
+    )
     content = bytearray(source.read_bytes())
     matrix = content.index(b"tkhd") + 44
     assert content[matrix : matrix + 4] == b"\0\1\0\0"
@@ -161,19 +232,29 @@ def test_a_phones_video_is_shown_upright(tmp_path):
     source.write_bytes(content)
     _, rigged = draw(source, out)
     picture = frames_of(out)[3][1]
-    assert picture.shape == (64, 48, 3) and picture[3, -4].min() > 200 and picture[3, 3].max() < 120 and picture[-4, -4].max() < 120
+    assert (
+        picture.shape == (64, 48, 3)
+        and picture[3, -4].min() > 200
+        and picture[3, 3].max() < 120
+        and picture[-4, -4].max() < 120
+    )
     assert rigged.shown[0][0, 1, -2] > 200 > 120 > rigged.shown[0][0, 1, 1]
 
 
 def test_a_second_is_conditioned_on_its_own_sound_in_clips_as_in_training(tmp_path):
     """7.4 s: a clip of five seconds, and one of 2.4 whose last patch is repeated, as of AVSBench's short sounds."""
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(7.4 * RATE))
-    source = make(tmp_path / "a.mkv", ticks=range(0, 9000, 200), sound=noise, rate=RATE, codec="pcm_s16le")
+    source = make(
+        tmp_path / "a.mkv", ticks=range(0, 9000, 200), sound=noise, rate=RATE, codec="pcm_s16le"
+    )
     _, rigged = draw(source, tmp_path / "o.mp4")
     assert rigged.seconds == [t // 1000 % T for t in range(0, 9000, 200)]
     wave = torch.from_numpy(sound_of(source)[1])
     heard = [encode_wave(LogMel(), clip, T)[0] for clip in (wave[: 5 * RATE], wave[5 * RATE :])]
-    assert all((context.numpy() == heard[t // 5000]).all() for t, context in zip(range(0, 9000, 200), rigged.context))
+    assert all(
+        (context.numpy() == heard[t // 5000]).all()
+        for t, context in zip(range(0, 9000, 200), rigged.context)
+    )
     assert (heard[1][2:] == heard[1][1]).all() and (heard[0][4] != heard[0][3]).any()
 
 
@@ -186,10 +267,17 @@ def test_the_sound_is_what_training_reads_whatever_its_form(tmp_path):
     class Ear(LogMel):
         context_dim = 5 * RATE
 
-    with contextlib.ExitStack() as files, patch.object(video, "encode_wave", lambda encoder, wave, seconds: (wave.numpy(), wave.numpy())):
+    with (
+        contextlib.ExitStack() as files,
+        patch.object(
+            video, "encode_wave", lambda encoder, wave, seconds: (wave.numpy(), wave.numpy())
+        ),
+    ):
         source = make(tmp_path / "v.mp4", ticks=[0])
         _, heard, _ = video.open_streams(source, tmp_path / "a.wav", files)
-        clips = [wave for (wave, _), _ in zip(video.heard_clips(heard, Fraction(0), Ear()), range(4))]
+        clips = [
+            wave for (wave, _), _ in zip(video.heard_clips(heard, Fraction(0), Ear()), range(4))
+        ]
         assert [len(clip) for clip in clips] == [5 * RATE, 5 * RATE, 2 * RATE, 0]
         np.testing.assert_allclose(np.concatenate(clips), whole, atol=1e-6)
         _, heard, _ = video.open_streams(source, tmp_path / "a.wav", files)
@@ -219,7 +307,12 @@ def test_another_sound_is_heard_and_played(tmp_path):
 def test_no_more_than_a_piece_is_decoded_ahead(tmp_path, monkeypatch):
     """The reader of the frames is never more than a piece and a frame ahead of what is drawn, that of the sound a clip and two seconds, that of the overlay's sound a packet."""
     source = make(tmp_path / "a.mp4", ticks=range(0, 16000, 100), sound=tone(16))
-    read, decoded, copied, drawn = {"video": 0.0, "audio": 0.0, "copy": 0.0}, video.decoded, video.copied, video.drawn
+    read, decoded, copied, drawn = (
+        {"video": 0.0, "audio": 0.0, "copy": 0.0},
+        video.decoded,
+        video.copied,
+        video.drawn,
+    )
 
     def watch(kind, items):
         for item in items:
@@ -239,7 +332,12 @@ def test_no_more_than_a_piece_is_decoded_ahead(tmp_path, monkeypatch):
 
     monkeypatch.setattr(video, "drawn", look)
     draw(source, tmp_path / "o.mp4")
-    assert count == 160 and max(ahead["video"]) <= 0.1 * video.PIECE + 0.01 and max(ahead["audio"]) <= T + 2 and max(ahead["copy"]) <= 0.1
+    assert (
+        count == 160
+        and max(ahead["video"]) <= 0.1 * video.PIECE + 0.01
+        and max(ahead["audio"]) <= T + 2
+        and max(ahead["copy"]) <= 0.1
+    )
     assert max(ahead["audio"]) > 0
 
 
@@ -252,7 +350,10 @@ def test_nothing_is_left_of_an_overlay_that_failed(tmp_path):
 
     with pytest.raises(AtlasError, match="out of luck"), contextlib.ExitStack() as files:
         video.film(fails, LogMel(), 32, *video.open_streams(source, None, files), out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "o.mp4"] and out.read_bytes() == b"of old"
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "o.mp4"]
+        and out.read_bytes() == b"of old"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +389,11 @@ def wrong(tmp_path_factory):
 def test_what_is_wrong_is_said_in_a_line(wrong, capfd, words, said):
     words = [str(wrong / word) if "." in word else word for word in words]
     before = sorted(wrong.iterdir())
-    with patch.object(sys, "argv", ["eval.py", str(wrong / "no run"), *words]), pytest.raises(SystemExit) as ended, one_line_errors():
+    with (
+        patch.object(sys, "argv", ["eval.py", str(wrong / "no run"), *words]),
+        pytest.raises(SystemExit) as ended,
+        one_line_errors(),
+    ):
         script.main(script.parse())
     lines = capfd.readouterr().err.splitlines()
     assert ended.value.code == 2 and sorted(wrong.iterdir()) == before
@@ -308,7 +413,17 @@ def test_a_folder_that_is_a_file_is_one_line(wrong):
 def til(config, tmp_path_factory):
     """The folder of a tiny TIL run with a classification branch, and no data beside it."""
     where = tmp_path_factory.mktemp("til")
-    train.main(replace(config, protocol="til", method="finetune", classify=True, base=3, out_dir=str(where), name="run"))
+    train.main(
+        replace(
+            config,
+            protocol="til",
+            method="finetune",
+            classify=True,
+            base=3,
+            out_dir=str(where),
+            name="run",
+        )
+    )
     path = where / "run" / "config.yaml"
     path.write_text(path.read_text().replace(f"data_root: {config.data_root}", "data_root: gone"))
     return where / "run"
@@ -316,23 +431,60 @@ def til(config, tmp_path_factory):
 
 def test_a_run_masks_what_its_own_model_masks(til, tmp_path, capsys):
     """The logits that are drawn are the model's on the clip, frame by frame; the newest head's, or that of --task; no data set is needed."""
-    source = make(tmp_path / "a.mkv", ticks=range(0, 5000, 500), sound=tone(5, RATE), rate=RATE, codec="pcm_s16le")
+    source = make(
+        tmp_path / "a.mkv",
+        ticks=range(0, 5000, 500),
+        sound=tone(5, RATE),
+        rate=RATE,
+        codec="pcm_s16le",
+    )
     seen, plain = {}, video.segmenter
 
     def recording(model, config):
         segment = plain(model, config)
-        return lambda *words: seen.setdefault(model.decoder.active, []).append((words, segment(*words))) or seen[model.decoder.active][-1][1]
+        return lambda *words: (
+            seen.setdefault(model.decoder.active, []).append((words, segment(*words)))
+            or seen[model.decoder.active][-1][1]
+        )
 
     with patch.object(video, "segmenter", recording):
         for words in ((), ("--task", "1")):
-            with patch.object(sys, "argv", ["eval.py", str(til), "--video", str(source), "--out", str(tmp_path / "o.mp4"), *words]):
+            with patch.object(
+                sys,
+                "argv",
+                [
+                    "eval.py",
+                    str(til),
+                    "--video",
+                    str(source),
+                    "--out",
+                    str(tmp_path / "o.mp4"),
+                    *words,
+                ],
+            ):
                 assert script.main(script.parse()) == 0
-    assert "o.mp4: 10 frames, 4.5 s, mean masked area" in capsys.readouterr().out and list(seen) == [1, 0]
+    assert "o.mp4: 10 frames, 4.5 s, mean masked area" in capsys.readouterr().out and list(
+        seen
+    ) == [1, 0]
     model, _, config, stage = video.open_trained(til, 1)
     assert stage == 2
-    frames, second, context, tokens = (torch.cat([words[k] for words, _ in seen[0]]) if k < 2 else seen[0][0][0][k] for k in range(4))
+    frames, second, context, tokens = (
+        torch.cat([words[k] for words, _ in seen[0]]) if k < 2 else seen[0][0][0][k]
+        for k in range(4)
+    )
     with torch.inference_mode():
-        batch = {"frames": frames, "second": second, "clip": torch.zeros_like(second), "context": context[None], "tokens": tokens[None]}
-        torch.testing.assert_close(model(batch)["masks"], torch.cat([logits for _, logits in seen[0]]), atol=1e-4, rtol=1e-4)
+        batch = {
+            "frames": frames,
+            "second": second,
+            "clip": torch.zeros_like(second),
+            "context": context[None],
+            "tokens": tokens[None],
+        }
+        torch.testing.assert_close(
+            model(batch)["masks"],
+            torch.cat([logits for _, logits in seen[0]]),
+            atol=1e-4,
+            rtol=1e-4,
+        )
     with pytest.raises(AtlasError, match="heads for the tasks 1 to 2"):
         video.open_trained(til, 3)

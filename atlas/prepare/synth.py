@@ -9,6 +9,7 @@ A clip depends on (seed, class, split, its number) and on the classes of the set
 a larger set begins with the same clips, and at another `size` the same scenes are drawn. Lengths are in frame widths, areas in
 frame areas, x to the right, y down; images are [H, W, 3], H = W = size.
 """
+
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +128,20 @@ class Thing:
 def draw_object(name, rng):
     """A thing of class `name`. Area, position and motion follow the same law for every class, heard or not."""
     area = rng.uniform(0.07, 0.15) * np.exp(np.linspace(-1, 1, T) * rng.uniform(-0.12, 0.12))
-    margin = 0.75 * np.sqrt(area.max() / 1.5)  # a typical radius; corners of the longest shapes may leave the frame
-    start, heading, length = rng.uniform(margin, 1 - margin, 2), rng.uniform(0, 2 * np.pi), rng.uniform(0.08, 0.3)
+    margin = 0.75 * np.sqrt(
+        area.max() / 1.5
+    )  # a typical radius; corners of the longest shapes may leave the frame
+    start, heading, length = (
+        rng.uniform(margin, 1 - margin, 2),
+        rng.uniform(0, 2 * np.pi),
+        rng.uniform(0.08, 0.3),
+    )
     end = np.clip(start + length * np.array([np.cos(heading), np.sin(heading)]), margin, 1 - margin)
-    hsv = np.array([PALETTE[colour] for colour in LOOKS[name][2:]]) + rng.uniform(-1, 1, (2, 3)) * (0.025, 0.08, 0.08)
+    hsv = np.array([PALETTE[colour] for colour in LOOKS[name][2:]]) + rng.uniform(-1, 1, (2, 3)) * (
+        0.025,
+        0.08,
+        0.08,
+    )
     return Thing(
         name=name, area=area, path=start + np.linspace(0, 1, T)[:, None] * (end - start),
         angle=rng.uniform(-0.5, 0.5) + np.linspace(-0.5, 0.5, T) * rng.uniform(-0.6, 0.6),
@@ -176,13 +187,26 @@ def render_frame(things, t, background):
 
 def draw_scene(names, rng, visible=0.65):
     """Things of the classes `names`, layered at random, each with at least this share of itself in sight in every frame. Back to front."""
-    order, grid = rng.permutation(len(names)), np.zeros((48, 48, 3), np.float32)  # judged on a fixed grid: the same scene at every size
+    order, grid = (
+        rng.permutation(len(names)),
+        np.zeros((48, 48, 3), np.float32),
+    )  # judged on a fixed grid: the same scene at every size
     while True:
         things = [draw_object(names[k], rng) for k in order]
-        gaps = [np.hypot(*(a.path - b.path).T) / (np.sqrt(a.area) + np.sqrt(b.area)) for i, a in enumerate(things) for b in things[:i]]
+        gaps = [
+            np.hypot(*(a.path - b.path).T) / (np.sqrt(a.area) + np.sqrt(b.area))
+            for i, a in enumerate(things)
+            for b in things[:i]
+        ]
         if gaps and np.min(gaps) < 0.4:  # a cheap test first
             continue
-        if all((render_frame(things, t, grid)[1].mean((1, 2)) >= visible * np.array([thing.area[t] for thing in things])).all() for t in range(T)):
+        if all(
+            (
+                render_frame(things, t, grid)[1].mean((1, 2))
+                >= visible * np.array([thing.area[t] for thing in things])
+            ).all()
+            for t in range(T)
+        ):
             return things
 
 
@@ -193,7 +217,9 @@ def draw_background(rng, size):
         coarse = rng.normal(0, grey, (cells, cells, 1)) + rng.normal(0, colour, (cells, cells, 3))
         for channel in range(3):
             plane = Image.fromarray(coarse[..., channel].astype(np.float32))
-            backdrop[..., channel] += np.asarray(plane.resize((size, size), Image.Resampling.BICUBIC))
+            backdrop[..., channel] += np.asarray(
+                plane.resize((size, size), Image.Resampling.BICUBIC)
+            )
     return np.clip(backdrop, 0.1, 0.9)
 
 
@@ -234,7 +260,9 @@ def sound(name, rng, seconds=T):
     timbre, clock = TIMBRES[name], np.arange(int(seconds * RATE)) / RATE
     pitch, tempo = np.exp(rng.uniform(-0.12, 0.12, 2))
     rate, decay = timbre.get("strike", (2, None))
-    onsets = (np.cumsum(rng.uniform(0.7, 1.3, int(2 * rate * (seconds + 2)))) - 2) / (rate * tempo)  # from before 0 to beyond the end
+    onsets = (np.cumsum(rng.uniform(0.7, 1.3, int(2 * rate * (seconds + 2)))) - 2) / (
+        rate * tempo
+    )  # from before 0 to beyond the end
     event = np.searchsorted(onsets, clock, side="right") - 1
     wave = np.zeros(len(clock))
     if "f0" in timbre:
@@ -242,7 +270,9 @@ def sound(name, rng, seconds=T):
         octaves, speed = timbre.get("glide", (0, 1))
         glide = octaves * np.sin(2 * np.pi * (speed * tempo * clock + rng.random()))
         f0 = timbre["f0"] * pitch
-        wave = _tone(2 * np.pi / RATE * np.cumsum(f0 * np.exp2(notes / 12 + glide)), f0, rng, **timbre)
+        wave = _tone(
+            2 * np.pi / RATE * np.cumsum(f0 * np.exp2(notes / 12 + glide)), f0, rng, **timbre
+        )
         wave /= wave.std()
     if "noise" in timbre:
         wave += timbre.get("hiss", 1) * _noise(len(clock), rng, np.array(timbre["noise"]) * pitch)
@@ -252,7 +282,9 @@ def sound(name, rng, seconds=T):
         speed, depth = timbre["throb"]
         wave *= 1 - depth * (0.5 + 0.5 * np.sin(2 * np.pi * (speed * tempo * clock + rng.random())))
     wave /= wave.std()
-    wave += 10 ** (-rng.uniform(20, 30) / 20) * _noise(len(clock), rng, (50, rng.uniform(1000, 7500)))
+    wave += 10 ** (-rng.uniform(20, 30) / 20) * _noise(
+        len(clock), rng, (50, rng.uniform(1000, 7500))
+    )
     wave *= 10 ** (-rng.uniform(18, 26) / 20)
     return wave / max(1, np.abs(wave).max() / 0.95)
 
@@ -260,10 +292,21 @@ def sound(name, rng, seconds=T):
 def _tone(phase, pitch, rng, partials=(), tilt=1.0, formants=(), **_):
     """Sum of sines at the given phase [samples], of a fundamental of `pitch` Hz."""
     if partials:
-        return sum(np.sin(ratio * phase + rng.uniform(0, 2 * np.pi)) / (k + 1) for k, ratio in enumerate(partials))
-    k = np.arange(1, max(2, int(5000 / pitch)))  # glides and notes may raise it by half an octave: below RATE / 2 still
-    level = k**-tilt * (1 + 6 * sum(np.exp(-(((k * pitch - formant) / (0.15 * formant)) ** 2)) for formant in formants))
-    spectrum = np.zeros(2049, complex)  # one period by inverse FFT, then looked up: a sine for each harmonic would be ten times slower
+        return sum(
+            np.sin(ratio * phase + rng.uniform(0, 2 * np.pi)) / (k + 1)
+            for k, ratio in enumerate(partials)
+        )
+    k = np.arange(
+        1, max(2, int(5000 / pitch))
+    )  # glides and notes may raise it by half an octave: below RATE / 2 still
+    level = k**-tilt * (
+        1
+        + 6
+        * sum(np.exp(-(((k * pitch - formant) / (0.15 * formant)) ** 2)) for formant in formants)
+    )
+    spectrum = np.zeros(
+        2049, complex
+    )  # one period by inverse FFT, then looked up: a sine for each harmonic would be ten times slower
     spectrum[k] = level * np.exp(1j * rng.uniform(0, 2 * np.pi, len(k)))
     return np.fft.irfft(spectrum)[(phase * (4096 / (2 * np.pi))).astype(np.int64) % 4096]
 
@@ -284,7 +327,11 @@ def make_clip(name, rng, size=96, classes=CLASSES):
     """One S4 clip: frames [T, H, W, 3] uint8, masks [T, H, W] bool of the heard thing, wave [samples]. Silent things come from `classes`."""
     others = [other for other in classes if other != name]
     silent = rng.choice(others, min(rng.integers(1, 3), len(others)), replace=False)
-    things, wave, backdrop = draw_scene([name, *silent.tolist()], rng), sound(name, rng), draw_background(rng, size)
+    things, wave, backdrop = (
+        draw_scene([name, *silent.tolist()], rng),
+        sound(name, rng),
+        draw_background(rng, size),
+    )
     heard = [thing.name for thing in things].index(name)
     frames, visible = paint(things, backdrop, rng)
     return frames, visible[:, heard], wave
@@ -293,7 +340,10 @@ def make_clip(name, rng, size=96, classes=CLASSES):
 def paint(things, backdrop, rng):
     """Frames [T, H, W, 3] uint8 with a little camera grain, and the visible pixels of each thing [T, len(things), H, W] bool."""
     size = len(backdrop)
-    frames, masks = np.empty((T, size, size, 3), np.uint8), np.empty((T, len(things), size, size), bool)
+    frames, masks = (
+        np.empty((T, size, size, 3), np.uint8),
+        np.empty((T, len(things), size, size), bool),
+    )
     for t in range(T):
         image, masks[t] = render_frame(things, t, backdrop)
         image += 0.015 * rng.standard_normal((size, size, 1), dtype=np.float32)
@@ -305,14 +355,22 @@ def chosen_classes(dataset, root, classes, seed, size, counts):
     """The classes of a synthetic set in CLASSES' order, once all arguments are found good and the set is not there yet."""
     unknown = sorted(set(classes or ()) - set(CLASSES))
     if unknown:
-        raise AtlasError(f"synthetic {dataset.upper()}: no class {unknown[0]!r}; the classes are {', '.join(CLASSES)}")
+        raise AtlasError(
+            f"synthetic {dataset.upper()}: no class {unknown[0]!r}; the classes are {', '.join(CLASSES)}"
+        )
     if classes is not None and len(set(classes)) < 2:
-        raise AtlasError(f"synthetic {dataset.upper()}: give at least two classes; the silent objects of a clip are of another class than the heard one")
+        raise AtlasError(
+            f"synthetic {dataset.upper()}: give at least two classes; the silent objects of a clip are of another class than the heard one"
+        )
     if size < 32 or seed < 0 or min(counts) < 0:
-        raise AtlasError(f"synthetic {dataset.upper()}: size must be at least 32, seed and clip counts at least 0; got size {size}, seed {seed}, clips {counts}")
+        raise AtlasError(
+            f"synthetic {dataset.upper()}: size must be at least 32, seed and clip counts at least 0; got size {size}, seed {seed}, clips {counts}"
+        )
     tree = Path(root, CSVS[dataset]).parent
     if tree.exists() or Path(root).is_file():
-        raise AtlasError(f"{tree} is there already; a synthetic set is never written over anything: use it as it is, remove it or name another --out")
+        raise AtlasError(
+            f"{tree} is there already; a synthetic set is never written over anything: use it as it is, remove it or name another --out"
+        )
     return [name for name in CLASSES if classes is None or name in classes]
 
 
@@ -320,12 +378,26 @@ def synth_s4(root, seed=0, size=96, train=32, val=3, test=5, classes=None, progr
     """Write a synthetic S4 below `root`, as Single-source/: `train`, `val` and `test` clips for each of `classes` (default: all 23), the whole tree or nothing."""
     root, counts = Path(root), (train, val, test)
     classes = chosen_classes("s4", root, classes, seed, size, counts)
-    jobs = [(name, split, i) for name in classes for split, count in zip(SPLITS, counts) for i in range(count)]
+    jobs = [
+        (name, split, i)
+        for name in classes
+        for split, count in zip(SPLITS, counts)
+        for i in range(count)
+    ]
     clips, tree = [], Path(root, CSVS["s4"]).parent
     with built_beside(tree, inside=tree.name) as folder:
-        for name, split, i in tqdm(jobs, desc="synthetic S4", unit="clip", disable=None if progress else True):
+        for name, split, i in tqdm(
+            jobs, desc="synthetic S4", unit="clip", disable=None if progress else True
+        ):
             where = CLASSES.index(name), SPLITS.index(split), i
-            video = "s{:02d}{}{:05d}".format(*where)  # unique in its first 11 characters, which stand for the YouTube id
-            clips.append(write_clip(s4_clip(folder, video, name, split), *make_clip(name, np.random.default_rng([seed, *where]), size, classes)))
+            video = "s{:02d}{}{:05d}".format(
+                *where
+            )  # unique in its first 11 characters, which stand for the YouTube id
+            clips.append(
+                write_clip(
+                    s4_clip(folder, video, name, split),
+                    *make_clip(name, np.random.default_rng([seed, *where]), size, classes),
+                )
+            )
         write_csv(folder, clips)
     return root

@@ -22,6 +22,7 @@ of the steps since the last one. What more than r directions would say is lost w
 The distillation is Li & Hoiem's (2016, arXiv 1606.09282) on inputs that they do not have; a class's mean instead of exemplars as in Zhu et al. 2021 (PASS, CVPR), with directions of its
 spread, which are updated clip by clip without the clips (Ross et al. 2008, incremental principal components with an updated mean).
 """
+
 from contextlib import nullcontext
 
 import torch
@@ -43,13 +44,40 @@ class LraPlus(LowRankAnchor):
 
     unit = 1.0  # the penalty is two terms
 
-    def __init__(self, groups, strength, listen, model, gamma=1.0, power=1.0, plateau=None, til=False, autocast=nullcontext, rest=1.0):
+    def __init__(
+        self,
+        groups,
+        strength,
+        listen,
+        model,
+        gamma=1.0,
+        power=1.0,
+        plateau=None,
+        til=False,
+        autocast=nullcontext,
+        rest=1.0,
+    ):
         """strength: lambda; listen: the factor of the distillation; autocast() -> the context of the run's precision, in which the last model runs as the present one does."""
         super().__init__(groups, strength, gamma, power, plateau, rest=rest)
-        self.listen, self.model, self.til, self.autocast = listen, [model], til, autocast  # the model in a list: not a submodule
-        self.idle, self.distilled = not (strength or listen), 0.0  # the gradient of the distillation, task-free
-        self.names = [f"model.{name}" for parameters in groups.values() for name in parameters]  # of _Answers
-        for name in ("sounds", "head", "heard", "last_heard"):  # [K, 1 + r, S] m and d; [K] whose head (TIL); task-free, sketches of this window and of those since the last consolidation
+        self.listen, self.model, self.til, self.autocast = (
+            listen,
+            [model],
+            til,
+            autocast,
+        )  # the model in a list: not a submodule
+        self.idle, self.distilled = (
+            not (strength or listen),
+            0.0,
+        )  # the gradient of the distillation, task-free
+        self.names = [
+            f"model.{name}" for parameters in groups.values() for name in parameters
+        ]  # of _Answers
+        for name in (
+            "sounds",
+            "head",
+            "heard",
+            "last_heard",
+        ):  # [K, 1 + r, S] m and d; [K] whose head (TIL); task-free, sketches of this window and of those since the last consolidation
             self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
         self.noted = {}
 
@@ -68,7 +96,10 @@ class LraPlus(LowRankAnchor):
         report = super().consolidate(measured)
         classes = {}
         for noted in parallel.gathered(self.noted):
-            classes |= {category: joined(classes.get(category), of_class) for category, of_class in noted.items()}
+            classes |= {
+                category: joined(classes.get(category), of_class)
+                for category, of_class in noted.items()
+            }
         for of_class in classes.values():
             self._remember(of_class.to(self.anchor.device))
         return report
@@ -100,8 +131,15 @@ class LraPlus(LowRankAnchor):
     def penalty(self, batch=None, outputs=None):
         held = super().penalty()
         if self.plateau and self.listen:
-            heard = {index: sound for of_one in parallel.gathered(dict(zip(batch["index"], sounds_of(batch).cpu()))) for index, sound in of_one.items()}  # of the whole batch
-            self.heard = joined(self.heard if len(self.heard) else None, sketch(torch.stack(list(heard.values())).to(self.anchor.device)))
+            heard = {
+                index: sound
+                for of_one in parallel.gathered(dict(zip(batch["index"], sounds_of(batch).cpu())))
+                for index, sound in of_one.items()
+            }  # of the whole batch
+            self.heard = joined(
+                self.heard if len(self.heard) else None,
+                sketch(torch.stack(list(heard.values())).to(self.anchor.device)),
+            )
             self.distilled = torch.zeros_like(self.anchor)
         if not len(self.sounds) or not self.listen:
             return held
@@ -109,21 +147,44 @@ class LraPlus(LowRankAnchor):
         asked, active, training = self._ask(batch), decoder.active, model.training
         if self.til:
             decoder.use_head(int(asked.pop("head")))
-        last = [part.view_as(p) for part, p in zip(self.anchor.split([p.numel() for p in self.anchored]), self.anchored)]
+        last = [
+            part.view_as(p)
+            for part, p in zip(self.anchor.split([p.numel() for p in self.anchored]), self.anchored)
+        ]
         with torch.no_grad(), self.autocast():
-            answers = functional_call(_Answers(model).eval(), dict(zip(self.names, last)), (batch, *asked.values()))  # [CANDIDATES, M, H, W]
+            answers = functional_call(
+                _Answers(model).eval(), dict(zip(self.names, last)), (batch, *asked.values())
+            )  # [CANDIDATES, M, H, W]
         model.train(training)
         apart = 0.0
-        for y, chosen in most_heard(answers.float().sigmoid(), batch["clip"], len(batch["context"]), DISTILLED):
-            sounds = {name: drawn[chosen, torch.arange(len(chosen), device=chosen.device)] for name, drawn in asked.items()}
+        for y, chosen in most_heard(
+            answers.float().sigmoid(), batch["clip"], len(batch["context"]), DISTILLED
+        ):
+            sounds = {
+                name: drawn[chosen, torch.arange(len(chosen), device=chosen.device)]
+                for name, drawn in asked.items()
+            }
             with self.autocast():
-                z = model.segment(outputs["features"], batch["frames"].shape[-1], batch["clip"], batch["second"], **sounds)["masks"]
+                z = model.segment(
+                    outputs["features"],
+                    batch["frames"].shape[-1],
+                    batch["clip"],
+                    batch["second"],
+                    **sounds,
+                )["masks"]
             apart = apart + distance(z.float().flatten(1), y.flatten(1)) / DISTILLED
         decoder.use_head(active)
         distillation = self.listen * (apart + HEARING * self._misheard(batch, last))
         if self.plateau:
-            found = torch.autograd.grad(distillation, self.anchored, retain_graph=True, allow_unused=True)
-            self.distilled = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(found, self.anchored)]).float()
+            found = torch.autograd.grad(
+                distillation, self.anchored, retain_graph=True, allow_unused=True
+            )
+            self.distilled = torch.cat(
+                [
+                    torch.zeros_like(p).flatten() if g is None else g.flatten()
+                    for g, p in zip(found, self.anchored)
+                ]
+            ).float()
         return held + distillation
 
     def _misheard(self, batch, last):
@@ -131,7 +192,10 @@ class LraPlus(LowRankAnchor):
         sounds, ears = self._split(self._draw(self.sounds), batch), _Ears(self.model[0])
         with torch.no_grad():
             before = functional_call(ears, dict(zip(self.names, last)), sounds)
-        return sum((h - h_last).square().mean() / (h_last.var() + 1e-6) for h, h_last in zip(ears(*sounds), before)) / len(before)
+        return sum(
+            (h - h_last).square().mean() / (h_last.var() + 1e-6)
+            for h, h_last in zip(ears(*sounds), before)
+        ) / len(before)
 
     def _ask(self, batch):
         """CANDIDATES sounds for every clip, drawn from the sketches, {"context" [CANDIDATES, B, T, D_a], "tokens"} (TIL: from those of one task, whose is "head")."""
@@ -140,7 +204,9 @@ class LraPlus(LowRankAnchor):
         if self.til:
             head = {"head": self.head[torch.randint(len(known), (1,))]}
             known = (self.head == head["head"]).nonzero()[:, 0].cpu()
-        chosen = self.sounds[known[torch.randint(len(known), (CANDIDATES, B))]]  # [CANDIDATES, B, 1 + r, S]
+        chosen = self.sounds[
+            known[torch.randint(len(known), (CANDIDATES, B))]
+        ]  # [CANDIDATES, B, 1 + r, S]
         drawn = self._draw(chosen)[:, :, None].expand(-1, -1, seconds, -1)
         return dict(zip(("context", "tokens"), self._split(drawn, batch))) | head
 
@@ -172,7 +238,12 @@ class _Answers(torch.nn.Module):
 
     def forward(self, batch, context, tokens):
         features, size = self.model.encode(batch["frames"]), batch["frames"].shape[-1]
-        return torch.stack([self.model.segment(features, size, batch["clip"], batch["second"], *sounds)["masks"] for sounds in zip(context, tokens)])
+        return torch.stack(
+            [
+                self.model.segment(features, size, batch["clip"], batch["second"], *sounds)["masks"]
+                for sounds in zip(context, tokens)
+            ]
+        )
 
 
 class _Ears(torch.nn.Module):
@@ -186,7 +257,11 @@ class _Ears(torch.nn.Module):
         fusion = self.model.fusion
         a, u = fusion.context_norm(context), fusion.token_norm(tokens)
         gates = [torch.tanh(gate(a)) for gate in fusion.gates or ()]
-        return gates + [part for attend in fusion.attend for part in attend.key_value(attend.token(u)).chunk(2, -1)]
+        return gates + [
+            part
+            for attend in fusion.attend
+            for part in attend.key_value(attend.token(u)).chunk(2, -1)
+        ]
 
 
 def most_heard(y, clip, B, count):
@@ -213,7 +288,11 @@ def joined(a, b):
         return a if b is None else b
     n, k = a[0, -1], b[0, -1]
     between = ((n * k / (n + k)).sqrt() * (a[0, :-1] - b[0, :-1]))[None]
-    return _packed((n * a[0, :-1] + k * b[0, :-1]) / (n + k), n + k, torch.cat([a[1:, :-1], b[1:, :-1], between]))
+    return _packed(
+        (n * a[0, :-1] + k * b[0, :-1]) / (n + k),
+        n + k,
+        torch.cat([a[1:, :-1], b[1:, :-1], between]),
+    )
 
 
 def _packed(m, n, rows):

@@ -6,6 +6,7 @@ attends to the sound of all of its clip, which is cut into log-mel patches as a 
 One reader decodes the frames, one what the model hears, one what goes into the overlay. Each is only a few frames, or a clip's sound, ahead, so an hour takes little more memory than a minute (the index of an mp4 grows).
 Shapes: M frames, T seconds of a clip, H W pixels of the video, S the model's image_size. Times are seconds, as fractions.
 """
+
 import contextlib
 import itertools
 import math
@@ -20,15 +21,26 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from atlas.audio import RATE, build_audio_encoder, encode_wave, fingerprint, resampled
-from atlas.baselines import build_method
 from atlas.clips import T, resized
 from atlas.errors import AtlasError
+from atlas.methods.baselines import build_method
 from atlas.model import build_model, merged
 from atlas.results import read_results
-from atlas.runs import autocast_of, frozen_fingerprint, load_checkpoint, pick_device, read_run_config, refuse_other_encoders
+from atlas.runs import (
+    autocast_of,
+    frozen_fingerprint,
+    load_checkpoint,
+    pick_device,
+    read_run_config,
+    refuse_other_encoders,
+)
 
 PIECE = 8  # frames decoded, masked and encoded at a time
-FILL, EDGE, RIM = (230, 159, 0), (255, 255, 255), (0, 0, 0)  # Okabe and Ito's orange; a light line inside the mask and a dark one around it show on any picture
+FILL, EDGE, RIM = (
+    (230, 159, 0),
+    (255, 255, 255),
+    (0, 0, 0),
+)  # Okabe and Ito's orange; a light line inside the mask and a dark one around it show on any picture
 OPACITY = 0.45
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}  # what H.264 goes into
 QUALITY = {"crf": "18", "preset": "veryfast"}  # x264's
@@ -49,10 +61,19 @@ def overlay(run, source, out, sound=None, task=None):
         if out.exists() and out.samefile(path):
             raise AtlasError(f"--out {out} is the file to read; choose another name")
     with contextlib.ExitStack() as files:
-        streams = open_streams(source, sound, files)  # before the model: what is wrong with them is said at once
+        streams = open_streams(
+            source, sound, files
+        )  # before the model: what is wrong with them is said at once
         model, encoder, config, stage = open_trained(run, task)
         with torch.inference_mode(), merged(model):
-            return film(segmenter(model, config), encoder, config.image_size, *streams, out, replaced=sound is not None) | {"stage": stage}
+            return film(
+                segmenter(model, config),
+                encoder,
+                config.image_size,
+                *streams,
+                out,
+                replaced=sound is not None,
+            ) | {"stage": stage}
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -65,7 +86,9 @@ def open_trained(run, task=None):
     if stage < 1:
         raise AtlasError(f"{run} has not learned a task yet, so there is no model to show")
     if task is not None and config.protocol != "til":
-        raise AtlasError(f"--task chooses a head of a TIL run; {run} is {config.protocol.upper()}, which has one head")
+        raise AtlasError(
+            f"--task chooses a head of a TIL run; {run} is {config.protocol.upper()}, which has one head"
+        )
     encoder = build_audio_encoder(config.audio, config.audio_weights)
     classes = [each["classes"] for each in results["tasks"]] if config.classify else None
     model = build_model(config, encoder.context_dim, encoder.token_dim, classes)
@@ -85,9 +108,19 @@ def segmenter(model, config):
     device, autocast = pick_device(config), autocast_of(config)
 
     def segment(frames, second, context, tokens):
-        batch = {"frames": frames, "clip": torch.zeros_like(second), "second": second, "context": context[None], "tokens": tokens[None]}
+        batch = {
+            "frames": frames,
+            "clip": torch.zeros_like(second),
+            "second": second,
+            "context": context[None],
+            "tokens": tokens[None],
+        }
         with autocast():
-            return model({name: value.to(device) for name, value in batch.items()})["masks"].float().cpu()
+            return (
+                model({name: value.to(device) for name, value in batch.items()})["masks"]
+                .float()
+                .cpu()
+            )
 
     return segment
 
@@ -101,7 +134,9 @@ def reading(path):
     try:
         yield
     except av.FFmpegError as error:
-        raise AtlasError(f"{path} cannot be read as video or sound: {error.strerror}; is it whole, and does it play?") from None
+        raise AtlasError(
+            f"{path} cannot be read as video or sound: {error.strerror}; is it whole, and does it play?"
+        ) from None
 
 
 def open_streams(source, sound, files):
@@ -110,14 +145,24 @@ def open_streams(source, sound, files):
     def stream(path, kind):
         with reading(path):
             container = files.enter_context(av.open(str(path)))
-        found = [each for each in container.streams if each.type == kind and not each.disposition & av.stream.Disposition.attached_pic]  # a cover is no video
+        found = [
+            each
+            for each in container.streams
+            if each.type == kind and not each.disposition & av.stream.Disposition.attached_pic
+        ]  # a cover is no video
         if not found and kind == "audio" and not sound:
-            raise AtlasError(f"{path} has no sound track; give the model something to hear with --audio FILE")
+            raise AtlasError(
+                f"{path} has no sound track; give the model something to hear with --audio FILE"
+            )
         if not found:
             raise AtlasError(f"{path} holds no {'sound' if kind == 'audio' else 'video'}")
         return found[0]
 
-    return stream(source, "video"), stream(sound or source, "audio"), stream(sound or source, "audio")
+    return (
+        stream(source, "video"),
+        stream(sound or source, "audio"),
+        stream(sound or source, "audio"),
+    )
 
 
 def decoded(stream):
@@ -127,7 +172,11 @@ def decoded(stream):
         for frame in stream.container.decode(stream):
             if stream.type == "video":
                 if frame.pts is None or (last is not None and frame.pts <= last):
-                    frame.pts = 0 if last is None else last + max(1, round(1 / (rate_of(stream) * frame.time_base)))
+                    frame.pts = (
+                        0
+                        if last is None
+                        else last + max(1, round(1 / (rate_of(stream) * frame.time_base)))
+                    )
                 last = frame.pts
             yield frame
 
@@ -157,7 +206,9 @@ def pieces(frames, start):
 
 def picture_of(frame, height, width):
     """A frame as it is to be seen, upright, [H, W, 3] uint8; `height`, `width`: as stored."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", height=height, width=width), quarters(frame)))
+    return np.ascontiguousarray(
+        np.rot90(frame.to_ndarray(format="rgb24", height=height, width=width), quarters(frame))
+    )
 
 
 def quarters(frame):
@@ -203,7 +254,9 @@ def heard_clips(stream, start, encoder):
             ready.append(block)
         wave = np.concatenate(ready)
         own = wave[: T * rate]
-        clip = resampled(torch.from_numpy(np.concatenate([before, wave[: (T + 1) * rate]])), rate)[RATE : RATE - (-len(own) * RATE // rate)]
+        clip = resampled(torch.from_numpy(np.concatenate([before, wave[: (T + 1) * rate]])), rate)[
+            RATE : RATE - (-len(own) * RATE // rate)
+        ]
         yield tuple(torch.from_numpy(x).float() for x in encode_wave(encoder, clip, T))
         before, wave = np.concatenate([before, own])[-rate:], wave[T * rate :]
 
@@ -221,28 +274,53 @@ def film(segment, encoder, size, video, heard, played, out, replaced=False):
     if first is None:
         raise AtlasError(f"{video.container.name} holds no frame that can be decoded")
     late = max(Fraction(0), Fraction(video.container.start_time or 0, av.time_base))
-    began = max(Fraction(0), Fraction(played.container.start_time or 0, av.time_base)) if replaced else time_of(first)  # in the clock of the sound, with the first frame
+    began = (
+        max(Fraction(0), Fraction(played.container.start_time or 0, av.time_base))
+        if replaced
+        else time_of(first)
+    )  # in the clock of the sound, with the first frame
     sounds, at = heard_clips(heard, began, encoder), -1
     count, area, ended = 0, 0.0, Fraction(0)
     shown = picture_of(first, first.height, first.width).shape[:2]
     with written_beside(out) as output:
         target = add_video(output, video, first, shown)
         packets = add_sound(output, played, time_of(first) - late - began if replaced else -late)
-        for clip, piece in tqdm(pieces(itertools.chain([first], frames), time_of(first)), "overlay", unit=f" x {PIECE} frames", leave=False, disable=None):
+        for clip, piece in tqdm(
+            pieces(itertools.chain([first], frames), time_of(first)),
+            "overlay",
+            unit=f" x {PIECE} frames",
+            leave=False,
+            disable=None,
+        ):
             while at < clip:
                 (context, tokens), at = next(sounds), at + 1
             pictures = [picture_of(frame, first.height, first.width) for _, frame in piece]
-            small = torch.from_numpy(np.stack([resized(picture, size) for picture in pictures])).permute(0, 3, 1, 2)
+            small = torch.from_numpy(
+                np.stack([resized(picture, size) for picture in pictures])
+            ).permute(0, 3, 1, 2)
             logits = segment(small, torch.tensor([second for second, _ in piece]), context, tokens)
             for (_, frame), picture, x in zip(piece, pictures, logits):
-                mask = (F.interpolate(x[None, None], size=shown, mode="bilinear", align_corners=False)[0, 0] > 0).numpy()
+                mask = (
+                    F.interpolate(x[None, None], size=shown, mode="bilinear", align_corners=False)[
+                        0, 0
+                    ]
+                    > 0
+                ).numpy()
                 count, area = count + 1, area + mask.mean()
-                ended = time_of(frame) - late + (frame.duration * frame.time_base if frame.duration else 1 / rate_of(video))
+                ended = (
+                    time_of(frame)
+                    - late
+                    + (frame.duration * frame.time_base if frame.duration else 1 / rate_of(video))
+                )
                 packets = mux_until(output, packets, time_of(frame) - late)
                 output.mux(target.encode(encodable(drawn(picture, mask), frame, late)))
         output.mux(target.encode(None))
         mux_until(output, packets, ended if replaced else math.inf)
-    return {"frames": count, "seconds": float(ended + late - time_of(first)), "area": float(area / count)}
+    return {
+        "frames": count,
+        "seconds": float(ended + late - time_of(first)),
+        "area": float(area / count),
+    }
 
 
 @contextlib.contextmanager
@@ -267,8 +345,14 @@ def add_video(output, source, first, shown):
     target.height, target.width = (n + n % 2 for n in shown)
     target.pix_fmt = "yuv420p"
     target.time_base = target.codec_context.time_base = first.time_base
-    target.codec_context.colorspace, target.codec_context.color_range = first.colorspace, 1  # 1: limited, as encodable makes it
-    target.codec_context.color_primaries, target.codec_context.color_trc = first.color_primaries, first.color_trc
+    target.codec_context.colorspace, target.codec_context.color_range = (
+        first.colorspace,
+        1,
+    )  # 1: limited, as encodable makes it
+    target.codec_context.color_primaries, target.codec_context.color_trc = (
+        first.color_primaries,
+        first.color_trc,
+    )
     if aspect := source.sample_aspect_ratio:  # of a pixel
         target.codec_context.sample_aspect_ratio = 1 / aspect if quarters(first) % 2 else aspect
     return target
@@ -278,8 +362,14 @@ def encodable(picture, frame, late):
     """A picture [H, W, 3] as the frame to encode in place of `frame`, earlier by `late`. H.264 wants even sizes: an odd last row or column is there twice."""
     height, width = picture.shape[:2]
     picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    new = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p", dst_colorspace=frame.colorspace, dst_color_range=1)
-    new.pts, new.time_base, new.duration = frame.pts - math.floor(late / frame.time_base), frame.time_base, frame.duration
+    new = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+        format="yuv420p", dst_colorspace=frame.colorspace, dst_color_range=1
+    )
+    new.pts, new.time_base, new.duration = (
+        frame.pts - math.floor(late / frame.time_base),
+        frame.time_base,
+        frame.duration,
+    )
     return new
 
 
@@ -307,7 +397,12 @@ def add_sound(output, source, shift):
     if codec.canonical_name in output.supported_codecs and not codec.name.startswith("pcm_"):
         return copied(source, output.add_stream_from_template(source), shift)
     rates = av.Codec("aac", "w").audio_rates
-    target = output.add_stream("aac", rate=source.rate if source.rate in rates else 48000, layout="mono" if source.channels == 1 else "stereo", bit_rate=192_000)
+    target = output.add_stream(
+        "aac",
+        rate=source.rate if source.rate in rates else 48000,
+        layout="mono" if source.channels == 1 else "stereo",
+        bit_rate=192_000,
+    )
     return encoded(source, target, shift)
 
 
@@ -316,7 +411,11 @@ def copied(source, target, shift):
         for packet in source.container.demux(source):
             if packet.dts is not None:  # None: the end
                 moved = math.floor(shift / packet.time_base)
-                packet.pts, packet.dts, packet.stream = packet.pts + moved, packet.dts + moved, target
+                packet.pts, packet.dts, packet.stream = (
+                    packet.pts + moved,
+                    packet.dts + moved,
+                    target,
+                )
                 yield packet
 
 

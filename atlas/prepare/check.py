@@ -1,4 +1,5 @@
 """Read a whole tree, file by file, and report what would stop or bend a run."""
+
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -9,7 +10,10 @@ from atlas.audio import RATE
 from atlas.clips import CSVS, DOMAINS, READERS, SPLITS, T, read_frame, read_mask
 from atlas.errors import AtlasError
 
-PUBLISHED = {"s4": {"train": 3452, "val": 740, "test": 740}, "ms3": {"train": 296, "val": 64, "test": 64}}  # AVSBench's own counts
+PUBLISHED = {
+    "s4": {"train": 3452, "val": 740, "test": 740},
+    "ms3": {"train": 296, "val": 64, "test": 64},
+}  # AVSBench's own counts
 PUBLISHED_CLASSES = dict(zip(sum(DOMAINS.values(), ()), (  # S4: train, val, test, counted from the released CSV
     (63, 14, 14), (214, 46, 45), (155, 33, 34), (182, 39, 39), (126, 27, 27), (175, 37, 37), (134, 29, 29), (44, 9, 9), (140, 30, 30), (209, 45, 45),
     (194, 41, 41), (205, 44, 44), (208, 45, 45), (137, 30, 30), (154, 33, 33), (217, 47, 47), (143, 31, 31), (105, 22, 22), (138, 29, 29),
@@ -21,7 +25,9 @@ def check(root):
     """(counts, errors, warnings), lists of lines, over the S4 and MS3 trees that are in `root`."""
     present = [dataset for dataset, csv in CSVS.items() if Path(root, csv).is_file()]
     if not present:
-        raise AtlasError(f"neither an S4 nor an MS3 tree in {root}: {' and '.join(CSVS.values())} are missing; give the folder that holds Single-source/ or Multi-sources/")
+        raise AtlasError(
+            f"neither an S4 nor an MS3 tree in {root}: {' and '.join(CSVS.values())} are missing; give the folder that holds Single-source/ or Multi-sources/"
+        )
     parts = [check_tree(root, dataset) for dataset in present]
     return tuple(sum(lists, []) for lists in zip(*parts))
 
@@ -45,26 +51,40 @@ def check_tree(root, dataset):
             if mask is None:
                 continue
             if sizes[k] and mask.shape != sizes[k]:
-                errors.append(f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]}, its frame {sizes[k][1]}x{sizes[k][0]}")
+                errors.append(
+                    f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]}, its frame {sizes[k][1]}x{sizes[k][0]}"
+                )
             if not mask.any():
                 empty.append(path)
         if dataset == "s4":
-            warnings += [f"{path}: nothing is masked, but in S4 the object sounds all the time" for path in empty]
+            warnings += [
+                f"{path}: nothing is masked, but in S4 the object sounds all the time"
+                for path in empty
+            ]
         elif len(empty) == T:
             warnings.append(f"{here}: none of its masks holds anything")
         _check_sound(clip.audio, errors, warnings)
         if len({size for size in sizes.values() if size}) > 1:
             warnings.append(f"{here}: its frames differ in size")
-    errors += [f"the clip id {name} stands {n} times in the CSV" for name, n in Counter(clip.id for clip in clips).items() if n > 1]
+    errors += [
+        f"the clip id {name} stands {n} times in the CSV"
+        for name, n in Counter(clip.id for clip in clips).items()
+        if n > 1
+    ]
     crossing = shared_sources(clips)
     if dataset == "s4":
-        errors += [f"the source video {source} is in {' and '.join(sorted(found))}: a leak" for source, found in crossing.items()]
+        errors += [
+            f"the source video {source} is in {' and '.join(sorted(found))}: a leak"
+            for source, found in crossing.items()
+        ]
     else:
         for split in ("val", "test"):
             mine = [clip for clip in clips if clip.split == split]
             shared = sum("train" in crossing.get(clip.source, ()) for clip in mine)
             if shared:
-                warnings.append(f"{shared} of {len(mine)} {split} clips share their source video with a train clip; runs report the others apart (source_disjoint)")
+                warnings.append(
+                    f"{shared} of {len(mine)} {split} clips share their source video with a train clip; runs report the others apart (source_disjoint)"
+                )
     return counted(clips, dataset), errors, warnings
 
 
@@ -79,14 +99,24 @@ def shared_sources(clips):
 def counted(clips, dataset):
     """Lines: the clips of each split and, S4, of each category, against the published numbers."""
     splits, published = Counter(clip.split for clip in clips), PUBLISHED[dataset]
-    lines = [f"{dataset.upper()}: {len(clips)} clips, " + ", ".join(f"{s} {splits[s]}" for s in SPLITS)]
+    lines = [
+        f"{dataset.upper()}: {len(clips)} clips, " + ", ".join(f"{s} {splits[s]}" for s in SPLITS)
+    ]
     if splits != published:
-        lines.append(f"(AVSBench's {dataset.upper()} as released: " + ", ".join(f"{s} {n}" for s, n in published.items()) + ")")
+        lines.append(
+            f"(AVSBench's {dataset.upper()} as released: "
+            + ", ".join(f"{s} {n}" for s, n in published.items())
+            + ")"
+        )
     per_class = Counter((clip.category, clip.split) for clip in clips)
     for name in sorted({clip.category for clip in clips if clip.category}):
         found = tuple(per_class[name, s] for s in SPLITS)
         known = PUBLISHED_CLASSES.get(name) if len(clips) == sum(published.values()) else None
-        lines.append(f"  {name:<32} " + " ".join(f"{n:5d}" for n in found) + (f"   (as released: {known})" if known and known != found else ""))
+        lines.append(
+            f"  {name:<32} "
+            + " ".join(f"{n:5d}" for n in found)
+            + (f"   (as released: {known})" if known and known != found else "")
+        )
     return lines
 
 
@@ -106,6 +136,10 @@ def _check_sound(path, errors, warnings):
         return errors.append(f"cannot read the sound {path}: {error}")
     if not len(wave):
         return errors.append(f"the sound {path} is empty")
-    found = [f"{rate} Hz, is resampled to {RATE}"] * (rate != RATE) + [f"{wave.shape[1]} channels, are averaged"] * (wave.shape[1] > 1)
-    found += [f"{len(wave) / rate:.2f} s, is padded to {T} s"] * (len(wave) / rate < T - 0.2) + ["silent throughout"] * (not wave.any())
+    found = [f"{rate} Hz, is resampled to {RATE}"] * (rate != RATE) + [
+        f"{wave.shape[1]} channels, are averaged"
+    ] * (wave.shape[1] > 1)
+    found += [f"{len(wave) / rate:.2f} s, is padded to {T} s"] * (len(wave) / rate < T - 0.2) + [
+        "silent throughout"
+    ] * (not wave.any())
     warnings += [f"{path}: {what}" for what in found]

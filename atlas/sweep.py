@@ -7,6 +7,7 @@ command goes on after a stop. OUT/sweep.md lists the settings, best first: by fi
 Test scores stand beside it, mean ± standard deviation, and decide nothing. In a value, {seed} is the run's seed: first_task=runs/first/method=finetune,seed={seed}
 takes over the first task that another sweep learned once for all methods. With --print it runs nothing and prints the commands, one a line, as a Slurm array takes them (README).
 """
+
 import argparse
 import concurrent.futures
 import itertools
@@ -24,7 +25,10 @@ from atlas.errors import AtlasError, one_line_errors
 REPLICATES = ("seed", "data_root")  # what a row of the table is averaged over
 COLUMNS = {
     "val J final": lambda results: mean(results["val_matrix"]["J"][-1]),  # which decides
-    **{f"J {name}": lambda results, name=name: results["metrics"]["J"][name] for name in ("final", "incremental", "learning", "forgetting", "fwt")},
+    **{
+        f"J {name}": lambda results, name=name: results["metrics"]["J"][name]
+        for name in ("final", "incremental", "learning", "forgetting", "fwt")
+    },
     "J swap": lambda results: mean(results["matrix"]["J_swap"][-1]),
     "F final": lambda results: results["metrics"]["F"]["final"],
     "minutes": lambda results: sum(map(sum, results["seconds"].values())) / 60,
@@ -36,33 +40,63 @@ def grid(words):
     if wrong := [word for word in words if "=" not in word]:
         raise AtlasError(f"`{wrong[0]}` is not key=value,value")
     given = dict(word.split("=", 1) for word in words)
-    values = [[value] if key in ("first_task", "joint_run") else value.split(",") for key, value in given.items()]  # the name of a sweep's folder has commas
+    values = [
+        [value] if key in ("first_task", "joint_run") else value.split(",")
+        for key, value in given.items()
+    ]  # the name of a sweep's folder has commas
     return [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
 
 
 def words_of(point, given):
     """What follows --cfg's files on train.py's command line, {seed} filled in. The folder's name says the settings."""
-    return [*(f"{k}={v.replace('{seed}', point.get('seed', '{seed}'))}" for k, v in point.items()), f"out_dir={given.out}", f"name={folder_of(point, given).name}"]
+    return [
+        *(f"{k}={v.replace('{seed}', point.get('seed', '{seed}'))}" for k, v in point.items()),
+        f"out_dir={given.out}",
+        f"name={folder_of(point, given).name}",
+    ]
 
 
 def launch(point, given):
     """Train one point, or go on with it, or skip it where it is finished; its error line, or None."""
     folder, words = folder_of(point, given), words_of(point, given)
     if before := finished(folder):
-        same = as_dict(Config()) | before["config"] | {"first_task": None} == as_dict(load_config(given.cfg, words)) | {"first_task": None}
-        error = None if same else f"{folder} holds a run of other config files; choose another --out"
+        same = as_dict(Config()) | before["config"] | {"first_task": None} == as_dict(
+            load_config(given.cfg, words)
+        ) | {"first_task": None}
+        error = (
+            None if same else f"{folder} holds a run of other config files; choose another --out"
+        )
     else:
         threads = str(max(1, (os.cpu_count() or 1) // given.jobs))
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--resume", "--cfg", *given.cfg, *words]
-        done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads} | os.environ)
-        error = f"{folder.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}" if done.returncode else None
+        command = [
+            sys.executable,
+            str(Path(__file__).parents[1] / "train.py"),
+            "--resume",
+            "--cfg",
+            *given.cfg,
+            *words,
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads} | os.environ
+        )
+        error = (
+            f"{folder.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+            if done.returncode
+            else None
+        )
     if error or not before:
         print(error or f"done {folder.name}", flush=True)
     return error
 
 
 def folder_of(point, given):
-    return Path(given.out, ",".join(f"{k}={v.rstrip('/').rpartition('/')[2]}" for k, v in point.items() if k != "first_task") or "as_configured")
+    return Path(
+        given.out,
+        ",".join(
+            f"{k}={v.rstrip('/').rpartition('/')[2]}" for k, v in point.items() if k != "first_task"
+        )
+        or "as_configured",
+    )
 
 
 def finished(folder):
@@ -74,30 +108,53 @@ def finished(folder):
 
 def table(points, given):
     """Markdown, a row a setting, best validation J first."""
-    from atlas.compare import UNDEFINED, spread_text  # torch comes with it
+    from atlas.report.table import UNDEFINED, spread_text  # torch comes with it
 
-    rows, varied = {}, [k for k in points[0] if len({point[k] for point in points}) > 1 and k not in REPLICATES]
+    rows, varied = (
+        {},
+        [k for k in points[0] if len({point[k] for point in points}) > 1 and k not in REPLICATES],
+    )
     for point in points:
         if results := finished(folder_of(point, given)):
-            rows.setdefault(" ".join(f"{k}={point[k]}" for k in varied) or "as configured", []).append([score(results) for score in COLUMNS.values()])
+            rows.setdefault(
+                " ".join(f"{k}={point[k]}" for k in varied) or "as configured", []
+            ).append([score(results) for score in COLUMNS.values()])
     lines = [f"| setting | runs | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for setting, runs in sorted(rows.items(), key=lambda item: -mean(scores[0] for scores in item[1])):
-        lines.append(f"| {setting} | {len(runs)} | {' | '.join(UNDEFINED if None in v else spread_text(v) for v in zip(*runs))} |")
+    for setting, runs in sorted(
+        rows.items(), key=lambda item: -mean(scores[0] for scores in item[1])
+    ):
+        lines.append(
+            f"| {setting} | {len(runs)} | {' | '.join(UNDEFINED if None in v else spread_text(v) for v in zip(*runs))} |"
+        )
     return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", nargs="+", required=True, metavar="FILE", help="YAML files, overlaid left to right")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cfg", nargs="+", required=True, metavar="FILE", help="YAML files, overlaid left to right"
+    )
     parser.add_argument("--out", required=True, help="folder of the runs and of sweep.md")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--print", action="store_true", help="print the commands instead of running them")
+    parser.add_argument(
+        "--print", action="store_true", help="print the commands instead of running them"
+    )
     parser.add_argument("grid", nargs="*", metavar="key=v1,v2", help="values to combine")
     given = parser.parse_args()
     points = grid(given.grid + [w for w in given.cfg if "=" in w])
     given.cfg = [w for w in given.cfg if "=" not in w]
     if given.print:
-        print(*(shlex.join(["python", "train.py", "--resume", "--cfg", *given.cfg, *words_of(point, given)]) for point in points), sep="\n")
+        print(
+            *(
+                shlex.join(
+                    ["python", "train.py", "--resume", "--cfg", *given.cfg, *words_of(point, given)]
+                )
+                for point in points
+            ),
+            sep="\n",
+        )
         return 0
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         errors = [error for error in pool.map(lambda point: launch(point, given), points) if error]

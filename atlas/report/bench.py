@@ -25,6 +25,7 @@ to half on both sides, as the cache stores them.
 What bounds a line that misses its target: evaluation, the two more passes through fusion and decoder, which all depend on the sound; by counted FLOPs alone they make it 1.69 at the tiny
 config and 1.54 at paper scale. The loader hands out the annotated frame only, AVSBench's class all five; it decodes nothing, and its time is copies and the conversion of half to float.
 """
+
 import argparse
 import json
 import platform
@@ -36,18 +37,41 @@ import time
 from collections import Counter
 from pathlib import Path
 
-HERE = Path(__file__).parent
-LINES = ("loader", "metrics", "step", "penalty", "observe", "sensitivity", "evaluation", "startup", "gpu")
+HERE = Path(__file__).parents[2]
+LINES = (
+    "loader",
+    "metrics",
+    "step",
+    "penalty",
+    "observe",
+    "sensitivity",
+    "evaluation",
+    "startup",
+    "gpu",
+)
 
 
 def arguments(words=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="small sizes, two pairs: does it run?")
-    parser.add_argument("--only", nargs="+", choices=LINES, default=LINES, metavar="LINE", help=", ".join(LINES))
-    parser.add_argument("--scale", choices=("tiny", "paper"), help="of the model, for step, penalty, observe, sensitivity, evaluation; default: paper for step, else tiny")
+    parser.add_argument(
+        "--only", nargs="+", choices=LINES, default=LINES, metavar="LINE", help=", ".join(LINES)
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("tiny", "paper"),
+        help="of the model, for step, penalty, observe, sensitivity, evaluation; default: paper for step, else tiny",
+    )
     parser.add_argument("--pairs", type=int, default=7, help="runs of each side")
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="print the table by phase of a finished run, and nothing else")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="FOLDER",
+        help="print the table by phase of a finished run, and nothing else",
+    )
     return parser.parse_args(words)
 
 
@@ -69,15 +93,22 @@ from atlas.errors import AtlasError, one_line_errors
 from atlas.lra import build_method, per_clip_gradients
 from atlas.metrics import MaskMeter, score
 from atlas.model import clip_losses, merged, weighted
+from atlas.prepare.synth import CLASSES, synth_s4
 from atlas.protocols import PROTOCOLS
 from atlas.results import read_results
-from atlas.synth import CLASSES, synth_s4
 
 GPU = "cuda"
 SCALES = {
     "quick": ("image_size=64", "width=16", "heads=2", "lora_rank=2"),
     "tiny": (),  # configs/tiny.yaml
-    "paper": ("image_size=224", "visual=pvt_v2_b5", "audio=vggish", "width=256", "heads=8", "lora_rank=16"),
+    "paper": (
+        "image_size=224",
+        "visual=pvt_v2_b5",
+        "audio=vggish",
+        "width=256",
+        "heads=8",
+        "lora_rank=16",
+    ),
 }
 
 
@@ -94,7 +125,10 @@ def paired(ours, plain, pairs, repeat=1, warm=True):
     """[(seconds of ours, seconds of plain)] of `pairs` runs in turn, after a warm-up of each. `repeat`: times ours runs in a measurement, where it is short."""
     if warm:
         ours(), plain()
-    return [(seconds(lambda: [ours() for _ in range(repeat)]) / repeat, seconds(plain)) for _ in range(pairs)]
+    return [
+        (seconds(lambda: [ours() for _ in range(repeat)]) / repeat, seconds(plain))
+        for _ in range(pairs)
+    ]
 
 
 def figures(name, kind, pairs, faster=True, **more):
@@ -102,15 +136,40 @@ def figures(name, kind, pairs, faster=True, **more):
     values = [plain / ours if faster else ours / plain for ours, plain in pairs]
     middle = statistics.median(values)
     ours, plain = (statistics.median(side) for side in zip(*pairs))
-    return {"name": name, kind: middle, "median": middle, "min": min(values), "max": max(values), "runs": len(values), "ours": ours, "plain": plain} | more
+    return {
+        "name": name,
+        kind: middle,
+        "median": middle,
+        "min": min(values),
+        "max": max(values),
+        "runs": len(values),
+        "ours": ours,
+        "plain": plain,
+    } | more
 
 
 def data(folder, scale, train=8, test=4, words=()):
     """(config, cache) over a synthetic S4 of four classes with `train` and `test` clips each."""
-    words = [*SCALES[scale], "base=2", "step=1", "synth=false", *words, f"data_root={folder}/{scale}-{train}-{test}", f"cache_dir={folder}/cache"]
+    words = [
+        *SCALES[scale],
+        "base=2",
+        "step=1",
+        "synth=false",
+        *words,
+        f"data_root={folder}/{scale}-{train}-{test}",
+        f"cache_dir={folder}/cache",
+    ]
     config = load_config([HERE / "configs/ss_cil.yaml", HERE / "configs/tiny.yaml"], words)
     if not Path(config.data_root).is_dir():
-        synth_s4(config.data_root, size=config.image_size, train=train, val=1, test=test, classes=list(CLASSES[:4]), progress=False)
+        synth_s4(
+            config.data_root,
+            size=config.image_size,
+            train=train,
+            val=1,
+            test=test,
+            classes=list(CLASSES[:4]),
+            progress=False,
+        )
     return config, runs.open_data(config)[0]
 
 
@@ -153,15 +212,24 @@ class PlainClips(torch.utils.data.Dataset):
 
     def __init__(self, clips, mels):
         self.clips, self.mels = clips, mels
-        self.picture = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+        self.picture = transforms.Compose(
+            [
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
         self.mask = transforms.ToTensor()
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, i):
-        frames = torch.stack([self.picture(Image.open(path).convert("RGB")) for path in self.clips[i].frames])
-        masks = torch.stack([self.mask(Image.open(path).convert("1")) for path in self.clips[i].masks if path])
+        frames = torch.stack(
+            [self.picture(Image.open(path).convert("RGB")) for path in self.clips[i].frames]
+        )
+        masks = torch.stack(
+            [self.mask(Image.open(path).convert("1")) for path in self.clips[i].masks if path]
+        )
         return frames, torch.from_numpy(np.load(self.mels[i])), masks
 
 
@@ -195,11 +263,24 @@ def plain_gradients(model, audio, frames, mels, masks, config):
     """The task loss of clips whose first frame is annotated, all five frames and the frozen audio encoder through the network, as AVSBench's train.py does."""
     B = len(frames)  # frames [B, T, 3, H, W] uint8, mels [B, T, 1, 96, 64], masks [B, H, W]
     with torch.no_grad():
-        context, tokens = (x.half().float().unflatten(0, (B, T)) for x in audio(mels.flatten(0, 1)))  # half: as the cache keeps them
-    batch = {"frames": frames.flatten(0, 1), "clip": torch.arange(B).repeat_interleave(T), "second": torch.arange(T).repeat(B), "context": context, "tokens": tokens}
+        context, tokens = (
+            x.half().float().unflatten(0, (B, T)) for x in audio(mels.flatten(0, 1))
+        )  # half: as the cache keeps them
+    batch = {
+        "frames": frames.flatten(0, 1),
+        "clip": torch.arange(B).repeat_interleave(T),
+        "second": torch.arange(T).repeat(B),
+        "context": context,
+        "tokens": tokens,
+    }
     model.zero_grad(set_to_none=True)
     outputs = {"masks": model(batch)["masks"][::T]}
-    sum(weighted(clip_losses(outputs, {"masks": masks, "clip": torch.arange(B), "context": context}), config).values()).mean().backward()
+    sum(
+        weighted(
+            clip_losses(outputs, {"masks": masks, "clip": torch.arange(B), "context": context}),
+            config,
+        ).values()
+    ).mean().backward()
 
 
 # ---- the lines -------------------------------------------------------------------------------------------------------
@@ -207,9 +288,15 @@ def plain_gradients(model, audio, frames, mels, masks, config):
 
 def bench_loader(folder, given):
     opened, open_image = Counter(), Image.open
-    Image.open = lambda path, *rest: opened.update([str(path)]) or open_image(path, *rest)  # counts what is decoded
+    Image.open = lambda path, *rest: (
+        opened.update([str(path)]) or open_image(path, *rest)
+    )  # counts what is decoded
     try:
-        config, cache = data(folder, "quick" if given.quick else "tiny", words=() if given.quick else ("image_size=224", "audio=vggish"))
+        config, cache = data(
+            folder,
+            "quick" if given.quick else "tiny",
+            words=() if given.quick else ("image_size=224", "audio=vggish"),
+        )
         chosen = [i for i, clip in enumerate(cache.clips) if clip["split"] == "train"]
         packed = lambda: [None for _ in loader(ClipDataset(cache, chosen), config.batch_size)]
         once, packing = set(opened.values()) == {1}, sum(opened.values())
@@ -221,7 +308,9 @@ def bench_loader(folder, given):
     mels = [Path(clip.audio).with_suffix(".npy") for clip in clips]
     for clip, mel in zip(clips, mels):
         np.save(mel, log_mel(read_wave(clip.audio), T).numpy())
-    decoded = lambda: [None for _ in torch.utils.data.DataLoader(PlainClips(clips, mels), config.batch_size)]
+    decoded = lambda: [
+        None for _ in torch.utils.data.DataLoader(PlainClips(clips, mels), config.batch_size)
+    ]
     size = lambda item: sum(x.numel() * x.element_size() for x in item if torch.is_tensor(x))
     return figures(
         "loader", "ratio", paired(packed, decoded, given.pairs, repeat=10), clips=len(chosen), decoded_once=once, decoded_again=again,
@@ -232,7 +321,10 @@ def bench_loader(folder, given):
 def bench_metrics(folder, given):
     B, size = (2, 32) if given.quick else (4, 224)
     g = torch.Generator().manual_seed(0)
-    logits, masks = 3 * torch.randn(B, T, size, size, generator=g), torch.zeros(B, T, size, size, dtype=torch.bool)
+    logits, masks = (
+        3 * torch.randn(B, T, size, size, generator=g),
+        torch.zeros(B, T, size, size, dtype=torch.bool),
+    )
     masks[..., size // 4 : size // 2, size // 4 :] = True
     masks[0, 0] = False  # a silent frame
     logits += 2 * masks
@@ -244,7 +336,13 @@ def bench_metrics(folder, given):
         return meter.compute()
 
     ours, plain = one_pass(), plain_scores(logits, masks)
-    return figures("metrics", "ratio", paired(one_pass, lambda: plain_scores(logits, masks), given.pairs, repeat=5), clips=B, difference=max(abs(ours[n] - plain[n]) for n in plain))
+    return figures(
+        "metrics",
+        "ratio",
+        paired(one_pass, lambda: plain_scores(logits, masks), given.pairs, repeat=5),
+        clips=B,
+        difference=max(abs(ours[n] - plain[n]) for n in plain),
+    )
 
 
 def bench_step(folder, given):
@@ -256,14 +354,21 @@ def bench_step(folder, given):
     frames = torch.from_numpy(cache.arrays["frames"][chosen]).permute(0, 1, 4, 2, 3)
     mels = torch.stack([log_mel(read_wave(clip.audio), T) for clip in clips])
     model, audio = network(config, cache), build_audio_encoder("vggish", False)
-    update, flat = optimizer_of(model, config), lambda: torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    update, flat = (
+        optimizer_of(model, config),
+        lambda: torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+    )
     ours = lambda: gradients(model, batch, config)
     plain = lambda: plain_gradients(model, audio, frames, mels, batch["masks"], config)
     ours()
     first = flat()
     plain()
     difference = ((first - flat()).norm() / first.norm()).item()
-    pairs = paired(lambda: (ours(), update()), lambda: (plain(), update()), given.pairs if scale != "paper" else min(given.pairs, 5))
+    pairs = paired(
+        lambda: (ours(), update()),
+        lambda: (plain(), update()),
+        given.pairs if scale != "paper" else min(given.pairs, 5),
+    )
     return figures("step", "ratio", pairs, clips=len(chosen), difference=difference)
 
 
@@ -271,7 +376,10 @@ def anchored_step(folder, given, *words):
     """(config, method that has consolidated once, a training step) at the scale of `given`."""
     config, cache = data(folder, "quick" if given.quick else given.scale or "tiny", words=words)
     model = network(config, cache)
-    batch, update = collate([cache[i] for i in cache.select("train", CLASSES)[: config.batch_size]]), optimizer_of(model, config)
+    batch, update = (
+        collate([cache[i] for i in cache.select("train", CLASSES)[: config.batch_size]]),
+        optimizer_of(model, config),
+    )
     method = build_method(config, model)
     method._absorb(torch.rand_like(method.sensitivity), torch.zeros_like(method.anchor))
     return config, method, lambda: (gradients(model, batch, config), update())
@@ -279,21 +387,38 @@ def anchored_step(folder, given, *words):
 
 def bench_penalty(folder, given):
     config, method, step = anchored_step(folder, given)
-    size = lambda: sum(value.numel() * value.element_size() for value in method.state_dict().values())
+    size = lambda: sum(
+        value.numel() * value.element_size() for value in method.state_dict().values()
+    )
     memory = {}
     for n in range(1, 21):
         method.consolidate([[torch.rand(1, *p.shape) for p in method.anchored]])
         memory[n] = size()
     step()  # leaves gradients; in a step, autograd adds the penalty's to the task's before they reach the parameters
-    added = lambda: torch._foreach_add_([p.grad for p in method.anchored], torch.autograd.grad(method.penalty(), method.anchored))
+    added = lambda: torch._foreach_add_(
+        [p.grad for p in method.anchored], torch.autograd.grad(method.penalty(), method.anchored)
+    )
     pairs = paired(added, step, given.pairs, repeat=10)
-    return figures("penalty", "share", pairs, faster=False, anchored=method.anchor.numel(), bytes_after_2=memory[2], bytes_after_20=memory[20])
+    return figures(
+        "penalty",
+        "share",
+        pairs,
+        faster=False,
+        anchored=method.anchor.numel(),
+        bytes_after_2=memory[2],
+        bytes_after_20=memory[20],
+    )
 
 
 def bench_observe(folder, given):
     config, method, step = anchored_step(folder, given, "lra_trigger=plateau")
     step()  # leaves gradients
-    pairs = paired(lambda: method.observe(1.0, config.batch_size), step, given.pairs, repeat=2 * config.lra_window)  # whole windows
+    pairs = paired(
+        lambda: method.observe(1.0, config.batch_size),
+        step,
+        given.pairs,
+        repeat=2 * config.lra_window,
+    )  # whole windows
     return figures("observe", "share", pairs, faster=False)
 
 
@@ -302,11 +427,15 @@ def bench_sensitivity(folder, given):
     chosen = cache.select("train", CLASSES)
     model = network(config, cache)
     update, method = optimizer_of(model, config), build_method(config, model)
-    loss = lambda outputs, clip: sum(weighted(clip_losses(outputs, clip), config).values()).squeeze(0)
+    loss = lambda outputs, clip: sum(weighted(clip_losses(outputs, clip), config).values()).squeeze(
+        0
+    )
 
     def sensitivity():
         model.eval()
-        method.consolidate(per_clip_gradients(model, method.anchored, loader(ClipDataset(cache, chosen), 8), loss))
+        method.consolidate(
+            per_clip_gradients(model, method.anchored, loader(ClipDataset(cache, chosen), 8), loss)
+        )
 
     def epoch():
         model.train()
@@ -314,7 +443,13 @@ def bench_sensitivity(folder, given):
             gradients(model, batch, config)
             update()
 
-    return figures("sensitivity", "ratio", paired(sensitivity, epoch, given.pairs), faster=False, clips=len(chosen))
+    return figures(
+        "sensitivity",
+        "ratio",
+        paired(sensitivity, epoch, given.pairs),
+        faster=False,
+        clips=len(chosen),
+    )
 
 
 def bench_evaluation(folder, given):
@@ -322,14 +457,25 @@ def bench_evaluation(folder, given):
     partners = swap_partners(cache, PROTOCOLS["cil"](cache, config))
     model, chosen = network(config, cache), cache.select("test", CLASSES)
     with merged(model):  # as train.py evaluates
-        pairs = paired(lambda: score(model, cache, chosen, partners, batch_size=1), lambda: score(model, cache, chosen, batch_size=1), given.pairs)
+        pairs = paired(
+            lambda: score(model, cache, chosen, partners, batch_size=1),
+            lambda: score(model, cache, chosen, batch_size=1),
+            given.pairs,
+        )
     return figures("evaluation", "ratio", pairs, faster=False, clips=len(chosen))
 
 
 def bench_startup(folder, given):
-    call = lambda *words: subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, check=True)
+    call = lambda *words: subprocess.run(
+        [sys.executable, *words], cwd=HERE, capture_output=True, check=True
+    )
     heavy = "import runpy, sys, train; sys.argv = ['train.py', '--help']; runpy.run_path('train.py', run_name='__main__')"
-    pairs = paired(lambda: call("train.py", "--help"), lambda: call("-c", heavy), 1 if given.quick else min(given.pairs, 5), warm=not given.quick)
+    pairs = paired(
+        lambda: call("train.py", "--help"),
+        lambda: call("-c", heavy),
+        1 if given.quick else min(given.pairs, 5),
+        warm=not given.quick,
+    )
     return figures("startup", "ratio", pairs)
 
 
@@ -337,10 +483,21 @@ def bench_gpu(folder, given):
     """Several lines: gpu_4 to gpu_64, the compiled step against the eager one; the rest of the figures are the eager step's."""
     config, cache = data(folder, "paper", train=16, test=1, words=(f"device={GPU}", "amp=bf16"))
     model = network(config, cache, GPU)
-    update, chosen, lines, peak = optimizer_of(model, config), cache.select("train", CLASSES), [], matrix_peak()
+    update, chosen, lines, peak = (
+        optimizer_of(model, config),
+        cache.select("train", CLASSES),
+        [],
+        matrix_peak(),
+    )
     for B in (4, 16) if given.quick else (4, 8, 16, 32, 64):
-        batch = {name: value for name, value in to_device(collate([cache[i] for i in chosen[:B]]), GPU).items() if torch.is_tensor(value)}
-        packed = loader(ClipDataset(cache, chosen * 4), B, workers=4, device=GPU)  # pinned, as in train.py; workers=4
+        batch = {
+            name: value
+            for name, value in to_device(collate([cache[i] for i in chosen[:B]]), GPU).items()
+            if torch.is_tensor(value)
+        }
+        packed = loader(
+            ClipDataset(cache, chosen * 4), B, workers=4, device=GPU
+        )  # pinned, as in train.py; workers=4
         torch._dynamo.reset()  # each batch size is compiled for itself
         compiled = torch.compile(model)
 
@@ -355,11 +512,27 @@ def bench_gpu(folder, given):
         torch.cuda.reset_peak_memory_stats()
         steps([batch] * 2)
         memory = torch.cuda.max_memory_allocated() / 2**20
-        pairs = [(ours / 5, plain / 5) for ours, plain in paired(lambda: steps([batch] * 5, compiled), lambda: steps([batch] * 5), given.pairs)]
+        pairs = [
+            (ours / 5, plain / 5)
+            for ours, plain in paired(
+                lambda: steps([batch] * 5, compiled), lambda: steps([batch] * 5), given.pairs
+            )
+        ]
         eager = statistics.median(plain for _, plain in pairs)
-        fed = paired(lambda: steps(to_device(b, GPU) for b in packed), lambda: steps([batch] * len(packed)), min(given.pairs, 3))
-        idle = statistics.median(1 - resident / loaded for loaded, resident in fed)  # of an epoch's time, workers' start included: what the loader leaves the GPU waiting
-        more = {"clips_per_s": B / eager, "peak_memory_mb": memory, "peak_share": counter.get_total_flops() / eager / peak, "idle_share": idle}
+        fed = paired(
+            lambda: steps(to_device(b, GPU) for b in packed),
+            lambda: steps([batch] * len(packed)),
+            min(given.pairs, 3),
+        )
+        idle = statistics.median(
+            1 - resident / loaded for loaded, resident in fed
+        )  # of an epoch's time, workers' start included: what the loader leaves the GPU waiting
+        more = {
+            "clips_per_s": B / eager,
+            "peak_memory_mb": memory,
+            "peak_share": counter.get_total_flops() / eager / peak,
+            "idle_share": idle,
+        }
         lines.append(figures(f"gpu_{B}", "ratio", pairs, **more))
     return lines
 
@@ -383,7 +556,15 @@ def matrix_peak(size=8192, repeat=20):
 def machine():
     """One line: the CPU, threads, load, torch, and the GPU where there is one."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    names = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.is_file()
+        else []
+    )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     load = Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").is_file() else "?"
     return f"{names[0] if names else platform.processor()} ({len(names) or '?'} cores), {torch.get_num_threads()} threads, load {load}, torch {torch.__version__}{gpu}"
@@ -392,7 +573,11 @@ def machine():
 def row(line):
     known = ("name", "ratio", "share", "median", "min", "max", "runs", "ours", "plain")
     form = (lambda x: f"{100 * x:.2f} %") if "share" in line else (lambda x: f"{x:.2f}x")
-    notes = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items() if name not in known)
+    notes = ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in line.items()
+        if name not in known
+    )
     span = f"{form(line['min'])} to {form(line['max'])}"
     return f"| {line['name']} | {1e3 * line['ours']:.2f} | {1e3 * line['plain']:.2f} | {form(line['median'])} | {span} | {line['runs']} | {notes} |"
 
@@ -402,8 +587,18 @@ def phases(folder):
     results = read_results(folder)
     spent = results["seconds"]
     total = sum(map(sum, spent.values()))
-    rows = [f"| {phase} | {sum(times):.1f} | {100 * sum(times) / max(total, 1e-9):.0f} % | {', '.join(f'{t:.1f}' for t in times)} |" for phase, times in spent.items()]
-    return "\n".join(["| phase | seconds | share | each |", "|---|---|---|---|", *rows, f"| together | {total:.1f} | | |"])
+    rows = [
+        f"| {phase} | {sum(times):.1f} | {100 * sum(times) / max(total, 1e-9):.0f} % | {', '.join(f'{t:.1f}' for t in times)} |"
+        for phase, times in spent.items()
+    ]
+    return "\n".join(
+        [
+            "| phase | seconds | share | each |",
+            "|---|---|---|---|",
+            *rows,
+            f"| together | {total:.1f} | | |",
+        ]
+    )
 
 
 def main(given):
@@ -413,7 +608,9 @@ def main(given):
         print(phases(given.run))
         return
     given.pairs = min(given.pairs, 2) if given.quick else given.pairs
-    print(f"{machine()}\n\n| line | ours, ms | plain, ms | median | range | pairs | |\n|---|---|---|---|---|---|---|")
+    print(
+        f"{machine()}\n\n| line | ours, ms | plain, ms | median | range | pairs | |\n|---|---|---|---|---|---|---|"
+    )
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         for name in given.only:
@@ -424,7 +621,11 @@ def main(given):
                 print(row(line), flush=True)
                 lines.append(line)
     if given.json:
-        given.json.write_text("{\n" + ",\n".join(f" {json.dumps(line['name'])}: {json.dumps(line)}" for line in lines) + "\n}\n")
+        given.json.write_text(
+            "{\n"
+            + ",\n".join(f" {json.dumps(line['name'])}: {json.dumps(line)}" for line in lines)
+            + "\n}\n"
+        )
 
 
 if __name__ == "__main__":

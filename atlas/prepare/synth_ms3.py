@@ -8,6 +8,7 @@ Multi-sources/scenes.json tells what is in a clip and when it is heard. The gene
 
 A clip depends on (seed, split, its number) and on the classes of the set, not on how many clips are made: a larger set begins with the same clips.
 """
+
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from atlas.audio import RATE, draw_schedule, gate
 from atlas.clips import CSVS, SPLITS, T, built_beside, ms3_clip, write_clip, write_csv
-from atlas.synth import chosen_classes, draw_background, draw_scene, paint, sound
+from atlas.prepare.synth import chosen_classes, draw_background, draw_scene, paint, sound
 
 SCENES = (  # classes whose log-mel spectra lie closest, so that clusters of sound, which TF-CL's stream drifts through, are clusters of classes
     ("lions_roaring", "race_car", "chainsawing_trees", "lawn_mowing"),
@@ -32,7 +33,13 @@ CHANCES = (0.85, 0.5)  # that the first and the second heard thing are heard in 
 def draw_cast(rng, classes):
     """(heard, silent): one or two classes of one scene, and others, so that there are two or three in all."""
     first = str(rng.choice(classes))
-    scene = [name for names in SCENES if first in names for name in names if name in classes and name != first]
+    scene = [
+        name
+        for names in SCENES
+        if first in names
+        for name in names
+        if name in classes and name != first
+    ]
     heard = [first] + (rng.choice(scene, 1).tolist() if scene and rng.random() < 0.5 else [])
     others = [name for name in classes if name not in heard]
     silent = rng.choice(others, min(rng.integers(2, 4) - len(heard), len(others)), replace=False)
@@ -59,14 +66,24 @@ def synth_ms3(root, seed=0, size=96, train=1200, val=60, test=120, classes=None,
     classes = chosen_classes("ms3", root, classes, seed, size, (train, val, test))
     clips, scenes, tree = [], {}, Path(root, CSVS["ms3"]).parent
     with built_beside(tree, inside=tree.name) as folder:
-        for split, i in tqdm([(s, i) for s in SPLITS for i in range(counts[s])], desc="synthetic MS3", unit="clip", disable=None if progress else True):
+        for split, i in tqdm(
+            [(s, i) for s in SPLITS for i in range(counts[s])],
+            desc="synthetic MS3",
+            unit="clip",
+            disable=None if progress else True,
+        ):
             where = [seed, SPLITS.index(split), i // 2]
             source = "m{}{:09d}".format(*where[1:])
             name = f"{source}_2" if i % 2 else source
             heard, silent = draw_cast(np.random.default_rng(where), classes)
-            *files, schedules = make_ms3_clip(heard, silent, np.random.default_rng([*where, i % 2]), size)
+            *files, schedules = make_ms3_clip(
+                heard, silent, np.random.default_rng([*where, i % 2]), size
+            )
             clips.append(write_clip(ms3_clip(folder, name, split), *files))
-            scenes[name] = {"heard": {thing: np.flatnonzero(on).tolist() for thing, on in schedules.items()}, "silent": silent}
+            scenes[name] = {
+                "heard": {thing: np.flatnonzero(on).tolist() for thing, on in schedules.items()},
+                "silent": silent,
+            }
         Path(folder, tree.name, "scenes.json").write_text(json.dumps(scenes))
         write_csv(folder, clips, "ms3")
     return root

@@ -2,6 +2,7 @@
 
 What they do not name learns on freely: fusion and decoder forget. olora and inflora begin a new pair a task, so their memory grows with the tasks.
 """
+
 import math
 
 import torch
@@ -60,7 +61,9 @@ class OLora(HeldLora):
         self.frozen = [pair.weight.detach().clone() for pair in self.pairs]  # before any folding
         for i, pair in enumerate(self.pairs):
             self.register_buffer(f"A{i}", pair.A.detach().flatten(1)[:0].clone())  # [tasks r, in]
-            self.register_buffer(f"B{i}", pair.B.detach().flatten(1)[:, :0].clone())  # [out, tasks r]
+            self.register_buffer(
+                f"B{i}", pair.B.detach().flatten(1)[:, :0].clone()
+            )  # [out, tasks r]
 
     def past(self, name):
         return [getattr(self, f"{name}{i}") for i in range(len(self.pairs))]
@@ -68,7 +71,10 @@ class OLora(HeldLora):
     def penalty(self, batch=None, outputs=None):
         if not self.armed or not self.strength:
             return torch.zeros((), device=self.anchor.device)
-        return self.strength * sum((old @ pair.A.flatten(1).float().T).abs().sum() for old, pair in zip(self.past("A"), self.pairs))
+        return self.strength * sum(
+            (old @ pair.A.flatten(1).float().T).abs().sum()
+            for old, pair in zip(self.past("A"), self.pairs)
+        )
 
     @torch.no_grad()
     def _end(self):
@@ -76,7 +82,13 @@ class OLora(HeldLora):
             setattr(self, f"A{i}", torch.cat([getattr(self, f"A{i}"), pair.A.flatten(1)]))
             setattr(self, f"B{i}", torch.cat([getattr(self, f"B{i}"), pair.B.flatten(1)], 1))
             drawn = torch.empty(pair.A.shape)
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch.Generator().manual_seed(len(getattr(self, f"A{i}")) * len(self.pairs) + i))  # as PEFT
+            nn.init.kaiming_uniform_(
+                drawn,
+                a=math.sqrt(5),
+                generator=torch.Generator().manual_seed(
+                    len(getattr(self, f"A{i}")) * len(self.pairs) + i
+                ),
+            )  # as PEFT
             pair.A.copy_(drawn)
             pair.B.zero_()
             pair.A.grad = pair.B.grad = None
@@ -92,8 +104,14 @@ class OLora(HeldLora):
 
     def folded(self):
         """The past pairs of every layer, one after the other: A [tasks r, in], B [out, tasks r], or a convolution's."""
-        shaped = lambda pair, A, B: (A.view(-1, *pair.A.shape[1:]), B.view(len(B), -1, *pair.B.shape[2:]))
-        return {name: shaped(*rest) for name, *rest in zip(self.names, self.pairs, self.past("A"), self.past("B"))}
+        shaped = lambda pair, A, B: (
+            A.view(-1, *pair.A.shape[1:]),
+            B.view(len(B), -1, *pair.B.shape[2:]),
+        )
+        return {
+            name: shaped(*rest)
+            for name, *rest in zip(self.names, self.pairs, self.past("A"), self.past("B"))
+        }
 
     def load_state_dict(self, state, strict=True):
         """The buffers have the sizes that they have in `state`; the frozen weights follow."""
@@ -118,7 +136,9 @@ class InfLora(OLora):
         self.threshold = threshold
         for i, pair in enumerate(self.pairs):
             if pair.A.dim() == 4 and pair.A.shape[2:] != (1, 1):
-                raise AtlasError("method=inflora is defined on linear layers and 1x1 convolutions; lora_targets names a larger convolution")
+                raise AtlasError(
+                    "method=inflora is defined on linear layers and 1x1 convolutions; lora_targets names a larger convolution"
+                )
             self.register_buffer(f"M{i}", torch.zeros(pair.A.shape[1], 0, device=pair.A.device))
 
     @torch.no_grad()
@@ -128,19 +148,28 @@ class InfLora(OLora):
 
         def note(i):
             def hook(module, given):
-                x = given[0].movedim(1, -1) if module.lora_A["default"].weight.dim() == 4 else given[0]
+                x = (
+                    given[0].movedim(1, -1)
+                    if module.lora_A["default"].weight.dim() == 4
+                    else given[0]
+                )
                 seen[i] = x.flatten(0, -2).float()
 
             return hook
 
         for batch in batches:
-            hooks = [pair.layer.register_forward_pre_hook(note(i)) for i, pair in enumerate(self.pairs)]
+            hooks = [
+                pair.layer.register_forward_pre_hook(note(i)) for i, pair in enumerate(self.pairs)
+            ]
             try:
                 model(batch)
             finally:
                 for hook in hooks:
                     hook.remove()
-            yield [len(seen[i]) for i in range(len(self.pairs))], [seen[i].T @ seen[i] for i in range(len(self.pairs))]
+            yield (
+                [len(seen[i]) for i in range(len(self.pairs))],
+                [seen[i].T @ seen[i] for i in range(len(self.pairs))],
+            )
 
     def begin(self, measured):
         for i, (pair, C) in enumerate(zip(self.pairs, self._covariances(measured))):
@@ -154,8 +183,12 @@ class InfLora(OLora):
     def consolidate(self, measured):
         for i, C in enumerate(self._covariances(measured)):
             values, vectors = self._left(i, C)
-            missing = values.sum() - (1 - self.threshold) * C.trace()  # of the share that M must hold
-            k = int((values.cumsum(0) - values < missing).logical_and(values > 1e-6 * C.trace()).sum())
+            missing = (
+                values.sum() - (1 - self.threshold) * C.trace()
+            )  # of the share that M must hold
+            k = int(
+                (values.cumsum(0) - values < missing).logical_and(values > 1e-6 * C.trace()).sum()
+            )
             setattr(self, f"M{i}", torch.cat([getattr(self, f"M{i}"), vectors[:, :k]], 1))
         self._end()
         return {"held": [M.shape[1] for M in self.past("M")]}
@@ -163,8 +196,14 @@ class InfLora(OLora):
     def _covariances(self, measured):
         rows, sums = 0, 0
         for n, grams in measured:
-            rows, sums = torch.tensor(n) + rows, [a + b for a, b in zip(grams, sums or [0] * len(grams))]
-        return [parallel.summed(total) / parallel.summed(float(n)) for total, n in zip(sums, rows.tolist())]
+            rows, sums = (
+                torch.tensor(n) + rows,
+                [a + b for a, b in zip(grams, sums or [0] * len(grams))],
+            )
+        return [
+            parallel.summed(total) / parallel.summed(float(n))
+            for total, n in zip(sums, rows.tolist())
+        ]
 
     def _left(self, i, C):
         """Eigenvalues, largest first, and eigenvectors of what the past inputs leave of C. In double precision: eigenvectors of almost nothing must stay orthogonal to M."""

@@ -2,6 +2,7 @@
 
 Pictures, videos and recordings never cross splits: it is sources that are divided (scan.py says what a source is).
 """
+
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,9 @@ import numpy as np
 
 from atlas.clips import SPLITS
 from atlas.errors import AtlasError
-from atlas.scan import read_class_map, scan_davis, scan_esc, scan_voc
+from atlas.prepare.scan import read_class_map, scan_davis, scan_esc, scan_voc
 
-CLASS_MAP = Path(__file__).parents[1] / "configs" / "class_map.yaml"
+CLASS_MAP = Path(__file__).parents[2] / "configs" / "class_map.yaml"
 SHARE = {"train": 0.6, "val": 0.2, "test": 0.2}  # of the sources of a class
 RESTARTS = 1000
 
@@ -29,21 +30,31 @@ class Stock:
     report: dict
 
 
-def take_stock(out, voc, davis, esc, seed, counts, size, classes, class_map, progress, fits, least=1):
+def take_stock(
+    out, voc, davis, esc, seed, counts, size, classes, class_map, progress, fits, least=1
+):
     """Check the arguments, read the folders, choose the classes (`least` of them or more) and divide the sources: a Stock.
 
     fits(pictures of a split, class, kept classes): whether a clip that sounds the class can be made of them.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AtlasError(f"{out} exists and is not an empty folder: give another --out, or remove it first")
+        raise AtlasError(
+            f"{out} exists and is not an empty folder: give another --out, or remove it first"
+        )
     if not (voc or davis) or not esc:
-        raise AtlasError("compose needs pictures and sounds: give --esc, and --voc or --davis or both")
+        raise AtlasError(
+            "compose needs pictures and sounds: give --esc, and --voc or --davis or both"
+        )
     if min(counts.values()) < 1 or size < 32 or size % 2 or seed < 0:
-        raise AtlasError(f"compose: at least one clip a class and split, an even frame size of 32 or more, a seed from 0; got {counts}, {size}, {seed}")
+        raise AtlasError(
+            f"compose: at least one clip a class and split, an even frame size of 32 or more, a seed from 0; got {counts}, {size}, {seed}"
+        )
     names = read_class_map(class_map or CLASS_MAP)
     if strange := sorted(set(classes or ()) - set(names)):
-        raise AtlasError(f"unknown class {', '.join(strange)} in --classes; the class map knows {', '.join(sorted(names))}")
+        raise AtlasError(
+            f"unknown class {', '.join(strange)} in --classes; the class map knows {', '.join(sorted(names))}"
+        )
 
     pictures, unknown = scan_voc(voc, names, progress) if voc else [], []
     if davis:
@@ -55,7 +66,9 @@ def take_stock(out, voc, davis, esc, seed, counts, size, classes, class_map, pro
     kept, dropped = choose_classes(seen, heard, names, classes, least)
 
     rng = np.random.default_rng(seed)
-    picture_split = split_sources(seen, kept, rng, "pictures", pictures, lambda share, name: fits(share, name, kept))
+    picture_split = split_sources(
+        seen, kept, rng, "pictures", pictures, lambda share, name: fits(share, name, kept)
+    )
     sound_split = split_sources(heard, kept, rng, "recordings")
     report = {
         "seed": seed,
@@ -67,7 +80,9 @@ def take_stock(out, voc, davis, esc, seed, counts, size, classes, class_map, pro
                      for split in SPLITS} for c in kept},
         "dropped": dropped, "unknown": unknown, "clips": [],
     }  # fmt: skip
-    pictures = {split: [p for p in pictures if picture_split[p.source] == split] for split in SPLITS}
+    pictures = {
+        split: [p for p in pictures if picture_split[p.source] == split] for split in SPLITS
+    }
     recordings = {split: [r for r in recordings if sound_split[r[1]] == split] for split in SPLITS}
     return Stock(pictures, recordings, kept, counts, rng, report)
 
@@ -76,15 +91,24 @@ def choose_classes(seen, heard, names, classes, least=1):
     """(`least` or more kept classes, {dropped class: why}): three picture sources and three recordings are the least that three splits need."""
     kept, dropped = [], {}
     for name in sorted(set(names).union(*seen.values())):
-        have = {what: sum(name in has for has in of.values()) for what, of in (("picture sources", seen), ("recordings", heard))}
+        have = {
+            what: sum(name in has for has in of.values())
+            for what, of in (("picture sources", seen), ("recordings", heard))
+        }
         if classes and name not in classes:
             dropped[name] = "not in --classes"
         elif min(have.values()) < 3:
-            dropped[name] = ", ".join(f"{n} of the 3 {what} needed" for what, n in have.items() if n < 3)
+            dropped[name] = ", ".join(
+                f"{n} of the 3 {what} needed" for what, n in have.items() if n < 3
+            )
         else:
             kept.append(name)
     if len(kept) < least:
-        left = f"only {', '.join(kept)} is left of the {least} classes needed" if kept else "no class is left"
+        left = (
+            f"only {', '.join(kept)} is left of the {least} classes needed"
+            if kept
+            else "no class is left"
+        )
         why = "; ".join(f"{c}: {reason}" for c, reason in dropped.items())
         raise AtlasError(f"{left} ({why}): add pictures or sounds, or change the class map")
     return kept, dropped
@@ -105,11 +129,18 @@ def split_sources(sources, kept, rng, what, pictures=(), fits=None):
         for mine in [*(of_class[c] for c in order), rest]:
             got = Counter(split_of[s] for s in mine if s in split_of)
             for source in rng.permutation([s for s in mine if s not in split_of]).tolist():
-                split = max(("train", "test", "val"), key=lambda x: (not got[x], SHARE[x] * len(mine) - got[x]))
+                split = max(
+                    ("train", "test", "val"),
+                    key=lambda x: (not got[x], SHARE[x] * len(mine) - got[x]),
+                )
                 split_of[source] = split
                 got[split] += 1
         lacking = [c for c in order if len({split_of[s] for s in of_class[c]}) < len(SPLITS)]
-        shares = [[p for p in pictures if split_of[p.source] == split] for split in SPLITS if fits and not lacking]
+        shares = [
+            [p for p in pictures if split_of[p.source] == split]
+            for split in SPLITS
+            if fits and not lacking
+        ]
         alone = [c for c in kept if not all(fits(share, c) for share in shares)]
         if not lacking and not alone:
             return split_of
@@ -138,7 +169,10 @@ def deck(items, rng):
     piles = defaultdict(list)
     for source, item in items:
         piles[source].append(item)
-    piles = {source: [pile[k] for k in rng.permutation(len(pile))] for source, pile in sorted(piles.items())}
+    piles = {
+        source: [pile[k] for k in rng.permutation(len(pile))]
+        for source, pile in sorted(piles.items())
+    }
     while piles:
         for source in rng.permutation(list(piles)).tolist():
             piles[source].append(piles[source].pop(0))

@@ -12,6 +12,7 @@
 olora, inflora and ewc_lora hold LoRA alone, as published, so that fusion and decoder forget. Heads of TIL's tasks are their own and are left alone.
 Task-free (`lra_trigger: plateau`) each consolidates where a plateau ends, as LRA does: with theta as of the end of the window before; inflora and ewc_lora refuse.
 """
+
 from contextlib import nullcontext
 
 import torch
@@ -20,9 +21,9 @@ from torch.func import functional_call
 
 from atlas import lra, parallel
 from atlas.config import STRENGTHS
-from atlas.lora_pairs import HeldLora, InfLora, OLora
 from atlas.lra import LowRankAnchor, deltas, learned_groups, per_clip_gradients, plateau_of
-from atlas.lra_plus import LraPlus
+from atlas.methods.lora_pairs import HeldLora, InfLora, OLora
+from atlas.methods.lra_plus import LraPlus
 from atlas.runs import autocast_of
 
 
@@ -59,8 +60,15 @@ class MAS(LowRankAnchor):
 
     def penalty(self, batch=None, outputs=None):
         if self.plateau and self.strength:
-            found = torch.autograd.grad(self.squared_norm(outputs), self.anchored, retain_graph=True, allow_unused=True)
-            self.slope = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(found, self.anchored)])
+            found = torch.autograd.grad(
+                self.squared_norm(outputs), self.anchored, retain_graph=True, allow_unused=True
+            )
+            self.slope = torch.cat(
+                [
+                    torch.zeros_like(p).flatten() if g is None else g.flatten()
+                    for g, p in zip(found, self.anchored)
+                ]
+            )
         return super().penalty()
 
     def _note(self, theta, clips):
@@ -93,7 +101,9 @@ class SI(LowRankAnchor):
         self.gradient.copy_(self._gradient(theta))
         if self.plateau and (report := self.plateau.watch(loss)):
             if report["fired"]:
-                report |= self._absorb(self._of_path(self.last_sensitivity, self.last_theta), self.last_theta)
+                report |= self._absorb(
+                    self._of_path(self.last_sensitivity, self.last_theta), self.last_theta
+                )
                 self.path.sub_(self.last_sensitivity)
             self.last_sensitivity.copy_(self.path)  # here: w at the end of the window
             self.last_theta.copy_(theta)
@@ -133,8 +143,15 @@ class LwF(LowRankAnchor):
         for name in self._buffers.keys() - {"anchor", "last_theta"}:  # no importance is kept
             self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
         self.names = [name for parameters in groups.values() for name in parameters]
-        self.model, self.til, self.autocast, self.features = [model], til, autocast, None  # in a list: not a submodule
-        model.decoder.smooth[0].register_forward_hook(lambda module, given, output: setattr(self, "features", output))  # what the head reads
+        self.model, self.til, self.autocast, self.features = (
+            [model],
+            til,
+            autocast,
+            None,
+        )  # in a list: not a submodule
+        model.decoder.smooth[0].register_forward_hook(
+            lambda module, given, output: setattr(self, "features", output)
+        )  # what the head reads
 
     def measure(self, model, batches, loss):
         return ()
@@ -145,13 +162,23 @@ class LwF(LowRankAnchor):
         if not self.armed or not self.strength or (self.til and not heads):
             return torch.zeros((), device=self.anchor.device)
         features, training = self.features, model.training
-        values = [part.view_as(p) for part, p in zip(self.anchor.split([p.numel() for p in self.anchored]), self.anchored)]
+        values = [
+            part.view_as(p)
+            for part, p in zip(self.anchor.split([p.numel() for p in self.anchored]), self.anchored)
+        ]
         with torch.no_grad(), self.autocast():
             old = functional_call(model.eval(), dict(zip(self.names, values)), (batch,))["masks"]
             targets = [head(self.features) for head in heads] or [old]
         model.train(training)
         logits = [head(features.float()) for head in heads] or [outputs["masks"]]
-        return self.strength * sum(F.binary_cross_entropy_with_logits(z.float(), y.float().sigmoid()) for z, y in zip(logits, targets)) / len(logits)
+        return (
+            self.strength
+            * sum(
+                F.binary_cross_entropy_with_logits(z.float(), y.float().sigmoid())
+                for z, y in zip(logits, targets)
+            )
+            / len(logits)
+        )
 
     def _note(self, theta, clips):
         """The window is of losses alone."""
@@ -169,14 +196,27 @@ def build_method(config, model):
     strength = STRENGTHS.get(config.method) if config.strength is None else config.strength
     groups, plateau = learned_groups(config, model), plateau_of(config)
     methods = {
-        "lwf": lambda: LwF(groups, strength, plateau, model, config.protocol == "til", autocast_of(config)),
+        "lwf": lambda: LwF(
+            groups, strength, plateau, model, config.protocol == "til", autocast_of(config)
+        ),
         "ewc": lambda: ewc(groups, strength, plateau),
         "mas": lambda: MAS(groups, strength, plateau),
         "si": lambda: SI(groups, strength, plateau),
         "ewc_lora": lambda: ewc({"lora": deltas(model)}, strength, plateau),
         "olora": lambda: OLora(deltas(model), strength, plateau),
         "inflora": lambda: InfLora(deltas(model), strength),
-        "lra_plus": lambda: LraPlus(groups, config.lra_lambda, strength, model, config.lra_gamma, config.lra_power, plateau, config.protocol == "til", autocast_of(config), config.lra_rest),
+        "lra_plus": lambda: LraPlus(
+            groups,
+            config.lra_lambda,
+            strength,
+            model,
+            config.lra_gamma,
+            config.lra_power,
+            plateau,
+            config.protocol == "til",
+            autocast_of(config),
+            config.lra_rest,
+        ),
         "frozen_lora": lambda: HeldLora(deltas(model), plateau),
     }
     return methods[config.method]()

@@ -15,6 +15,7 @@ What keeps it honest:
 
 Shapes: T frames (5), H W pixels of the square frame; each picture fills a column of it. Masks are 1 on the sounding object.
 """
+
 import json
 from pathlib import Path
 
@@ -25,28 +26,76 @@ from tqdm import tqdm
 from atlas.audio import RATE, draw_schedule, gate
 from atlas.clips import SPLITS, T, built_beside, ms3_clip, s4_clip, write_clip, write_csv
 from atlas.errors import AtlasError
-from atlas.scan import VISIBLE, load_sound, read_image, read_mask
-from atlas.stock import deck, picture_deck, showing, shown_classes, sound_deck, stand_together, take_stock
+from atlas.prepare.scan import VISIBLE, load_sound, read_image, read_mask
+from atlas.prepare.stock import (
+    deck,
+    picture_deck,
+    showing,
+    shown_classes,
+    sound_deck,
+    stand_together,
+    take_stock,
+)
 
 DISTRACTORS = 0.2  # silent pictures of classes that are never heard
 ALONE = 0.6  # MS3: clips in which only one picture is ever heard
-SOUNDS = (0.9, 0.5)  # MS3: the chance of the first and of the second heard picture to sound in a second
+SOUNDS = (
+    0.9,
+    0.5,
+)  # MS3: the chance of the first and of the second heard picture to sound in a second
 
 
-def compose_s4(out, voc=None, davis=None, esc=None, seed=0, clips=24, val=None, test=None, size=128, classes=None, class_map=None, progress=True):
+def compose_s4(
+    out,
+    voc=None,
+    davis=None,
+    esc=None,
+    seed=0,
+    clips=24,
+    val=None,
+    test=None,
+    size=128,
+    classes=None,
+    class_map=None,
+    progress=True,
+):
     """Build the S4 set at `out` and return its report, which is also written to out/compose.json.
 
     clips, val, test: clips a class in each split (val: a quarter, test: half of `clips`). `classes`: only these; `class_map`: another map file.
     The report: seed, arguments, kept {class: {split: {"clips", "picture_sources", "recordings"}}}, dropped {class: reason},
     unknown [DAVIS sequences whose class nobody tells], clips [{id, split, class, side, name and source of both pictures and of the recording}].
     """
-    counts = {"train": clips, "val": -(-clips // 4) if val is None else val, "test": -(-clips // 2) if test is None else test}
+    counts = {
+        "train": clips,
+        "val": -(-clips // 4) if val is None else val,
+        "test": -(-clips // 2) if test is None else test,
+    }
     fits = lambda pictures, name, kept: any(name not in p.contains for p in pictures)
     stock = take_stock(out, voc, davis, esc, seed, counts, size, classes, class_map, progress, fits)
-    return write_set(out, "s4", stock.report, draw_s4(stock, size), len(stock.kept) * sum(counts.values()), progress)
+    return write_set(
+        out,
+        "s4",
+        stock.report,
+        draw_s4(stock, size),
+        len(stock.kept) * sum(counts.values()),
+        progress,
+    )
 
 
-def compose_ms3(out, voc=None, davis=None, esc=None, seed=0, clips=400, val=None, test=None, size=128, classes=None, class_map=None, progress=True):
+def compose_ms3(
+    out,
+    voc=None,
+    davis=None,
+    esc=None,
+    seed=0,
+    clips=400,
+    val=None,
+    test=None,
+    size=128,
+    classes=None,
+    class_map=None,
+    progress=True,
+):
     """Build the MS3 set at `out` and return its report, which is also written to out/compose.json.
 
     clips, val, test: clips in each split (val: a sixth, test: a quarter of `clips`); the other arguments are compose_s4's. So is the report, but
@@ -58,18 +107,32 @@ def compose_ms3(out, voc=None, davis=None, esc=None, seed=0, clips=400, val=None
     in the others a second picture sounds about half as often. That keeps what MS3 is about (sounds that start, stop and overlap, and about one
     second in nine in which nothing sounds) and leaves the stream something to drift by.
     """
-    counts = {"train": clips, "val": -(-clips // 6) if val is None else val, "test": -(-clips // 4) if test is None else test}
-    fits = lambda pictures, name, kept: any(stand_together(pictures, {name, other}) for other in kept if other != name)
-    stock = take_stock(out, voc, davis, esc, seed, counts, size, classes, class_map, progress, fits, least=2)
-    return write_set(out, "ms3", stock.report, draw_ms3(stock, size), sum(counts.values()), progress)
+    counts = {
+        "train": clips,
+        "val": -(-clips // 6) if val is None else val,
+        "test": -(-clips // 4) if test is None else test,
+    }
+    fits = lambda pictures, name, kept: any(
+        stand_together(pictures, {name, other}) for other in kept if other != name
+    )
+    stock = take_stock(
+        out, voc, davis, esc, seed, counts, size, classes, class_map, progress, fits, least=2
+    )
+    return write_set(
+        out, "ms3", stock.report, draw_ms3(stock, size), sum(counts.values()), progress
+    )
 
 
 def draw_s4(stock, size):
     """Yield (split, frames [T, H, W, 3], masks [T, H, W], wave [T * RATE], what the report says of the clip), one for each clip."""
     rng = stock.rng
-    for split, name, heard_deck, (sound, sound_source, _), silent_class, silent_deck in plan_s4(stock):
+    for split, name, heard_deck, (sound, sound_source, _), silent_class, silent_deck in plan_s4(
+        stock
+    ):
         heard, heard_frames, heard_masks = first_view(heard_deck, name, size, size // 2, rng)
-        silent, silent_frames, silent_masks = first_view(silent_deck, silent_class, size, size // 2, rng)
+        silent, silent_frames, silent_masks = first_view(
+            silent_deck, silent_class, size, size // 2, rng
+        )
         side = ("left", "right")[rng.integers(2)]
         order = 1 if side == "left" else -1
         frames = np.concatenate([heard_frames, silent_frames][::order], axis=2)
@@ -87,7 +150,11 @@ def plan_s4(stock):
         for name in stock.kept:
             heard = picture_deck(showing(here, name), stock.rng)
             sounds = sound_deck(stock, split, name)
-            decks = {other: picture_deck(mine, stock.rng) for other in shown_classes(here) if (mine := showing(here, other, {name}))}
+            decks = {
+                other: picture_deck(mine, stock.rng)
+                for other in shown_classes(here)
+                if (mine := showing(here, other, {name}))
+            }
             for _ in range(stock.counts[split]):
                 silent = draw_class(list(decks), stock)
                 yield split, name, heard, next(sounds), silent, decks[silent]
@@ -113,7 +180,13 @@ def draw_ms3(stock, size):
         for name in heard:
             stock.report["kept"][name][split]["clips"] += 1
         wave /= max(1, np.abs(wave).max())  # each recording stays within 1, their sum may not
-        yield split, np.concatenate(frames, axis=2), np.concatenate(masks, axis=2), wave, {"heard": heard, "pictures": pictures}
+        yield (
+            split,
+            np.concatenate(frames, axis=2),
+            np.concatenate(masks, axis=2),
+            wave,
+            {"heard": heard, "pictures": pictures},
+        )
 
 
 def plan_ms3(stock):
@@ -123,10 +196,16 @@ def plan_ms3(stock):
         here = stock.pictures[split]
         sounds = {name: sound_deck(stock, split, name) for name in stock.kept}
         decks = {}  # (class, classes of the clip) -> deck: a picture must suit the others of its clip
-        for _, first in zip(range(stock.counts[split]), deck([(name, name) for name in stock.kept], rng)):
+        for _, first in zip(
+            range(stock.counts[split]), deck([(name, name) for name in stock.kept], rng)
+        ):
             heard, wanted, names = 1 + (rng.random() >= ALONE), rng.integers(2, 4), [first]
             while len(names) < wanted:
-                beside = [c for c in shown_classes(here) if c not in names and stand_together(here, {*names, c})]
+                beside = [
+                    c
+                    for c in shown_classes(here)
+                    if c not in names and stand_together(here, {*names, c})
+                ]
                 if len(names) < heard:
                     beside = [c for c in beside if c in stock.kept]
                 if not beside:
@@ -144,7 +223,10 @@ def plan_ms3(stock):
 
 def draw_class(names, stock):
     """One of the classes `names` at random, DISTRACTORS of the time one that is never heard, where there is such."""
-    usual, never_heard = [c for c in names if c in stock.kept], [c for c in names if c not in stock.kept]
+    usual, never_heard = (
+        [c for c in names if c in stock.kept],
+        [c for c in names if c not in stock.kept],
+    )
     pool = never_heard if never_heard and (not usual or stock.rng.random() < DISTRACTORS) else usual
     return pool[stock.rng.integers(len(pool))]
 
@@ -154,7 +236,9 @@ def first_view(deck, name, size, width, rng):
     for _, picture in zip(range(50), deck):
         if found := view(picture, name, size, width, rng):
             return picture, *found
-    raise AtlasError(f"{picture.name}: no part of it (or of the other pictures of its split) keeps {name} in sight; leave {name} out with --classes")
+    raise AtlasError(
+        f"{picture.name}: no part of it (or of the other pictures of its split) keeps {name} in sight; leave {name} out with --classes"
+    )
 
 
 def view(picture, name, size, width, rng):
@@ -169,7 +253,12 @@ def view(picture, name, size, width, rng):
     high, wide = arrays[0].shape  # of the picture
     share = width / size  # of the frame; a window is this much as wide as tall
     masks = [Image.fromarray(a.astype(np.uint8)) for a in arrays]
-    middle = np.array([[x.mean() + 0.5, y.mean() + 0.5] if len(x) else [wide / 2, high / 2] for y, x in map(np.nonzero, arrays)])  # [T, 2]
+    middle = np.array(
+        [
+            [x.mean() + 0.5, y.mean() + 0.5] if len(x) else [wide / 2, high / 2]
+            for y, x in map(np.nonzero, arrays)
+        ]
+    )  # [T, 2]
     time = np.linspace(0, 1, T)[:, None]
     whole = min(high, wide / share)  # of the tallest window
     tries = 30
@@ -178,13 +267,24 @@ def view(picture, name, size, width, rng):
         first = rng.uniform(0.7, 1)
         tall = whole * np.clip(first * np.linspace(1, rng.uniform(0.92, 1.08), T), 0.6, 1)  # [T]
         extent = np.stack([tall * share, tall], axis=1)  # [T, 2], x and y
-        centre = path + rng.uniform(-0.25, 0.25, 2) * extent[0] + (time - 0.5) * rng.uniform(-0.06, 0.06, 2) * whole
+        centre = (
+            path
+            + rng.uniform(-0.25, 0.25, 2) * extent[0]
+            + (time - 0.5) * rng.uniform(-0.06, 0.06, 2) * whole
+        )
         corner = np.clip(centre - extent / 2, 0, [wide, high] - extent)
         boxes = np.concatenate([corner, corner + extent], axis=1).clip(0, [wide, high] * 2).tolist()
-        cut = np.stack([m.resize((width, size), Image.NEAREST, box) for m, box in zip(masks, boxes)]) > 0
+        cut = (
+            np.stack([m.resize((width, size), Image.NEAREST, box) for m, box in zip(masks, boxes)])
+            > 0
+        )
         if cut.mean((1, 2)).min() >= VISIBLE / share:
-            images = [read_image(path, (wide, high)) for path in picture.frames] * (T // len(picture.frames))
-            return np.stack([im.resize((width, size), Image.BILINEAR, box) for im, box in zip(images, boxes)]), cut
+            images = [read_image(path, (wide, high)) for path in picture.frames] * (
+                T // len(picture.frames)
+            )
+            return np.stack(
+                [im.resize((width, size), Image.BILINEAR, box) for im, box in zip(images, boxes)]
+            ), cut
     return None
 
 
@@ -192,9 +292,15 @@ def write_set(out, dataset, report, drawn, total, progress):
     """Write the clips that draw_s4 or draw_ms3 yields, then compose.json and the CSV; return the report."""
     with built_beside(out) as folder:
         written = []
-        for split, frames, masks, wave, entry in tqdm(drawn, "compose", total, unit="clip", disable=not progress):
+        for split, frames, masks, wave, entry in tqdm(
+            drawn, "compose", total, unit="clip", disable=not progress
+        ):
             name = f"c{len(written):06d}"
-            clip = s4_clip(folder, name, entry["class"], split) if dataset == "s4" else ms3_clip(folder, name, split)
+            clip = (
+                s4_clip(folder, name, entry["class"], split)
+                if dataset == "s4"
+                else ms3_clip(folder, name, split)
+            )
             written.append(write_clip(clip, frames, masks, wave, RATE))
             report["clips"].append({"id": name, "split": split, **entry})
         Path(folder, "compose.json").write_text(json.dumps(report, indent=1) + "\n")

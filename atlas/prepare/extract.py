@@ -10,6 +10,7 @@ first frame's time on, silence where the sound begins after it; AVSBench keeps w
 
 A video is bad where it is missing, cannot be decoded, has no pictures or no sound, or where either does not reach the clip's last second.
 """
+
 import concurrent.futures
 import csv
 import fcntl
@@ -44,22 +45,37 @@ def extract(videos, out, table=None, dataset="s4", size=224, jobs=1, whole=False
     own = Path(out, CSVS[dataset])
     table = Path(table or own)
     if not table.is_file():
-        raise AtlasError(f"no CSV {table}; give AVSBench's {own.name}, or one with the columns {','.join(COLUMNS[dataset])}, with --csv")
+        raise AtlasError(
+            f"no CSV {table}; give AVSBench's {own.name}, or one with the columns {','.join(COLUMNS[dataset])}, with --csv"
+        )
     if not Path(videos).is_dir():
         raise AtlasError(f"no folder {videos}; --videos holds SPLIT/CATEGORY/NAME.mp4 or NAME.mp4")
     if size < 1:
-        raise AtlasError(f"a size of {size} pixels; frames need 1 at least, and the size of the masks to be of use")
+        raise AtlasError(
+            f"a size of {size} pixels; frames need 1 at least, and the size of the masks to be of use"
+        )
     rows = _rows(table, dataset, whole)
     own.parent.mkdir(parents=True, exist_ok=True)
     with open(own.parent / ".extract.lock", "w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise AtlasError(f"another process is extracting into {own.parent}; wait for it") from None
+            raise AtlasError(
+                f"another process is extracting into {own.parent}; wait for it"
+            ) from None
         clips = [_clip(out, row, dataset) for row in rows]
         missing = [i for i, clip in enumerate(clips) if not complete(clip, size)]
-        tasks = [(clips[i], find_video(videos, clips[i]), float(rows[i]["start"]) if whole else 0.0) for i in missing]
-        progress = functools.partial(tqdm, desc=f"extracting {dataset.upper()}", unit="clip", total=len(missing), disable=None)
+        tasks = [
+            (clips[i], find_video(videos, clips[i]), float(rows[i]["start"]) if whole else 0.0)
+            for i in missing
+        ]
+        progress = functools.partial(
+            tqdm,
+            desc=f"extracting {dataset.upper()}",
+            unit="clip",
+            total=len(missing),
+            disable=None,
+        )
         reasons = list(progress(_mapped(functools.partial(_extract_clip, size=size), tasks, jobs)))
         bad = {i: reason for i, reason in zip(missing, reasons) if reason}
         _extend_csv(own, dataset, [row for i, row in enumerate(rows) if i not in bad])
@@ -68,7 +84,12 @@ def extract(videos, out, table=None, dataset="s4", size=224, jobs=1, whole=False
         lines = [(str(find_video(videos, clips[i])), reason) for i, reason in bad.items()]
         if lines:
             _write(report, "".join(f"{video}: {reason}\n" for video, reason in lines).encode())
-    return {"extracted": len(missing) - len(bad), "kept": len(clips) - len(missing), "bad": lines, "list": report if lines else None}
+    return {
+        "extracted": len(missing) - len(bad),
+        "kept": len(clips) - len(missing),
+        "bad": lines,
+        "list": report if lines else None,
+    }
 
 
 def complete(clip, size):
@@ -86,7 +107,11 @@ def complete(clip, size):
 def find_video(videos, clip):
     """VIDEOS/SPLIT/CATEGORY/NAME.mp4 (AVSBench's raw_videos of S4), or VIDEOS/NAME.mp4 where that is there."""
     flat = Path(videos, f"{clip.id}.mp4")
-    return flat if clip.category is None or flat.is_file() else Path(videos, clip.split, clip.category, flat.name)
+    return (
+        flat
+        if clip.category is None or flat.is_file()
+        else Path(videos, clip.split, clip.category, flat.name)
+    )
 
 
 def frame_numbers(rate):
@@ -121,7 +146,9 @@ def _read_frames(file, start):
         time = frame.time if frame.time is not None else k / rate
         if begin is None:
             begin = time + start
-            due = [begin + (n + 0.5) / rate for n in frame_numbers(rate)]  # a frame that comes later than half a frame late is the next one
+            due = [
+                begin + (n + 0.5) / rate for n in frame_numbers(rate)
+            ]  # a frame that comes later than half a frame late is the next one
         while len(chosen) < T and time >= due[len(chosen)]:
             chosen.append(shown or frame)
         shown = frame
@@ -130,15 +157,23 @@ def _read_frames(file, start):
     if shown is None:
         raise AtlasError("no pictures: its video stream is empty")
     if len(chosen) < T and time < begin + T - 1:
-        raise AtlasError(f"too short: its pictures end at {max(0.0, time + 1 / rate - begin):.2f} s of {T}")
+        raise AtlasError(
+            f"too short: its pictures end at {max(0.0, time + 1 / rate - begin):.2f} s of {T}"
+        )
     chosen += [shown] * (T - len(chosen))
-    return [np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for frame in chosen], begin
+    return [
+        np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for frame in chosen
+    ], begin
 
 
 def _read_sound(file, begin):
     """The sound from the time `begin` of the file on, [samples <= T * RATE]."""
     resampler = av.AudioResampler(format="fltp", rate=RATE)
-    parts, count, skip = [], 0, None  # skip: samples before the clip; negative: of silence before the sound
+    parts, count, skip = (
+        [],
+        0,
+        None,
+    )  # skip: samples before the clip; negative: of silence before the sound
     for frame in _and_none(file.decode(file.streams.audio[0])):
         if skip is None and frame is not None:
             skip = round((begin - (frame.time or 0.0)) * RATE)
@@ -170,7 +205,9 @@ def _extract_clip(task, size):
         return str(error)
     for path, frame in zip(clip.frames, frames):
         picture = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), Image.Resampling.BILINEAR).save(picture, "PNG", compress_level=1)
+        Image.fromarray(np.ascontiguousarray(frame)).resize(
+            (size, size), Image.Resampling.BILINEAR
+        ).save(picture, "PNG", compress_level=1)
         _write(Path(path), picture.getvalue())
     sound = io.BytesIO()
     soundfile.write(sound, np.clip(wave, -1, 1), RATE, format="WAV", subtype="PCM_16")
@@ -190,11 +227,15 @@ def _mapped(function, tasks, jobs):
     if jobs <= 1 or len(tasks) < 2:
         yield from map(function, tasks)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(tasks)), initializer=_end_with_parent)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(jobs, len(tasks)), initializer=_end_with_parent
+    )
     try:
         yield from pool.map(function, tasks)
     except concurrent.futures.process.BrokenProcessPool:
-        raise AtlasError("a worker process was killed (no memory?); run the same command again, with fewer --jobs: what was finished is kept") from None
+        raise AtlasError(
+            "a worker process was killed (no memory?); run the same command again, with fewer --jobs: what was finished is kept"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -202,22 +243,30 @@ def _mapped(function, tasks, jobs):
 def _end_with_parent():
     """A worker leaves Ctrl-C to its parent and ends when that is killed, instead of waiting for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()
 
 
 def _rows(table, dataset, whole):
     """The rows of the CSV, each clip once."""
     names = _names(dataset)
     if whole and dataset == "ms3":
-        raise AtlasError("MS3's CSV has no column start, so its videos cannot be cut; trim them first")
+        raise AtlasError(
+            "MS3's CSV has no column start, so its videos cannot be cut; trim them first"
+        )
     rows = read_rows(table, COLUMNS[dataset] if whole else names)
     for row in rows:
         if any(Path(row[column] or "..").name != row[column] for column in names):
-            raise AtlasError(f"{table}: the row {','.join(map(str, row.values()))} has an empty field, or one that is no plain file name")
+            raise AtlasError(
+                f"{table}: the row {','.join(map(str, row.values()))} has an empty field, or one that is no plain file name"
+            )
         try:
             float(row["start"] if whole else 0)
         except (TypeError, ValueError):
-            raise AtlasError(f"{table}: the start of {row['name']} is {row['start']!r}, which is no number of seconds") from None
+            raise AtlasError(
+                f"{table}: the start of {row['name']} is {row['start']!r}, which is no number of seconds"
+            ) from None
     return list({tuple(row[column] for column in names): row for row in rows}.values())
 
 
@@ -226,7 +275,11 @@ def _names(dataset):
 
 
 def _clip(root, row, dataset):
-    return s4_clip(root, row["name"], row["category"], row["split"]) if dataset == "s4" else ms3_clip(root, row["video_id"], row["split"])
+    return (
+        s4_clip(root, row["name"], row["category"], row["split"])
+        if dataset == "s4"
+        else ms3_clip(root, row["video_id"], row["split"])
+    )
 
 
 def _extend_csv(path, dataset, rows):

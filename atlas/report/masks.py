@@ -1,4 +1,5 @@
 """The strip of masks: what a run's models mask on test clips, from its checkpoints and its data."""
+
 import difflib
 from pathlib import Path
 
@@ -6,14 +7,21 @@ import matplotlib
 import numpy as np
 import torch
 
-from atlas.baselines import build_method
 from atlas.data import collate, swap_partners, to_device
 from atlas.errors import AtlasError
-from atlas.figures import ORANGE, PAGE, panels, shortened, title_of
+from atlas.methods.baselines import build_method
 from atlas.metrics import MaskMeter
 from atlas.model import merged
 from atlas.protocols import PROTOCOLS
-from atlas.runs import autocast_of, load_checkpoint, open_data, open_model, pick_device, read_run_config
+from atlas.report.figures import ORANGE, PAGE, panels, shortened, title_of
+from atlas.runs import (
+    autocast_of,
+    load_checkpoint,
+    open_data,
+    open_model,
+    pick_device,
+    read_run_config,
+)
 
 
 def strip(run, results, ids=(), count=3):
@@ -23,11 +31,24 @@ def strip(run, results, ids=(), count=3):
     """
     drawn = predictions(run, results, ids, count)
     joint = results["method"] == "joint"
-    heads = ["frame", "truth", *([] if joint else ["after its own task"]), "after all tasks" if joint else "after the last task", "hearing another sound"]
+    heads = [
+        "frame",
+        "truth",
+        *([] if joint else ["after its own task"]),
+        "after all tasks" if joint else "after the last task",
+        "hearing another sound",
+    ]
     figure, axes = panels(len(drawn), len(heads), PAGE, 0.4 + 1.46 * len(drawn))
     for row, clip in zip(axes, drawn):
-        pictures = [(None, ""), (clip["truth"], ""), *([] if joint else [(clip["own"], f"J {clip['J']['own']:.2f}")])]
-        pictures += [(clip["last"], f"J {clip['J']['last']:.2f}"), (clip["swap"], f"J {clip['J']['swap']:.2f} · {shortened(clip['partner'], 18)}")]
+        pictures = [
+            (None, ""),
+            (clip["truth"], ""),
+            *([] if joint else [(clip["own"], f"J {clip['J']['own']:.2f}")]),
+        ]
+        pictures += [
+            (clip["last"], f"J {clip['J']['last']:.2f}"),
+            (clip["swap"], f"J {clip['J']['swap']:.2f} · {shortened(clip['partner'], 18)}"),
+        ]
         for ax, (mask, below) in zip(row, pictures):
             ax.imshow(clip["frame"] if mask is None else overlaid(clip["frame"], mask))
             ax.set_xticks([])
@@ -43,9 +64,13 @@ def strip(run, results, ids=(), count=3):
 
 def overlaid(frame, mask):
     """frame [H, W, 3] uint8, mask [H, W] bool (True: sounding) -> the frame in dim grey, orange where the mask is, [H, W, 3] uint8."""
-    grey = np.repeat(frame.mean(-1, keepdims=True) // 8 * 8, 3, -1) * 0.55  # 32 levels: nothing to see, and a much smaller png
+    grey = (
+        np.repeat(frame.mean(-1, keepdims=True) // 8 * 8, 3, -1) * 0.55
+    )  # 32 levels: nothing to see, and a much smaller png
     colour = np.array(matplotlib.colors.to_rgb(ORANGE)) * 255
-    return np.where(mask[..., None], 0.35 * grey + 0.75 * colour, grey).clip(0, 255).astype(np.uint8)
+    return (
+        np.where(mask[..., None], 0.35 * grey + 0.75 * colour, grey).clip(0, 255).astype(np.uint8)
+    )
 
 
 def chosen_clips(cache, tasks, ids, count):
@@ -84,9 +109,22 @@ def predictions(run, results, ids=(), count=3):
     for j, i in chosen_clips(cache, tasks[:learned], ids, count):
         item, other = cache[i], cache.clips[partners[i]]
         middle = len(item["second"]) // 2
-        frame, truth = item["frames"][middle].permute(1, 2, 0).numpy(), item["masks"][middle].numpy()
+        frame, truth = (
+            item["frames"][middle].permute(1, 2, 0).numpy(),
+            item["masks"][middle].numpy(),
+        )
         clip = cache.clips[i]
-        drawn.append({"id": clip["id"], "name": clip["category"] or clip["id"], "task": j, "partner": other["category"] or other["id"], "frame": frame, "truth": truth, "J": {}})
+        drawn.append(
+            {
+                "id": clip["id"],
+                "name": clip["category"] or clip["id"],
+                "task": j,
+                "partner": other["category"] or other["id"],
+                "frame": frame,
+                "truth": truth,
+                "J": {},
+            }
+        )
         items.append((item, item | cache.sound(partners[i]), middle))
     for stage in sorted({final, *(clip["task"] + 1 for clip in drawn if config.method != "joint")}):
         load_checkpoint(Path(run, f"task_{stage:02d}"), model, method)
@@ -97,9 +135,17 @@ def predictions(run, results, ids=(), count=3):
                 model.decoder.use_head(clip["task"])
                 for name, heard in wanted:
                     with autocast():
-                        logits = model(to_device(collate([heard]), device))["masks"][middle].float().cpu()
+                        logits = (
+                            model(to_device(collate([heard]), device))["masks"][middle]
+                            .float()
+                            .cpu()
+                        )
                     clip[name] = (logits > 0).numpy()
                     meter = MaskMeter(with_F=False)
-                    meter.update(logits[None, None], torch.from_numpy(clip["truth"])[None, None], torch.ones(1, 1, dtype=torch.bool))
+                    meter.update(
+                        logits[None, None],
+                        torch.from_numpy(clip["truth"])[None, None],
+                        torch.ones(1, 1, dtype=torch.bool),
+                    )
                     clip["J"][name] = meter.compute()["J"]
     return drawn

@@ -1,0 +1,1 @@
+"""The continual-learning methods beside Low-Rank Anchoring, a file each."""
