@@ -1,1 +1,86 @@
-"""The continual-learning methods beside Low-Rank Anchoring, a file each."""
+"""The table of continual-learning methods. It is plain data and imports nothing, so the core and `--help` may read it.
+
+A new method is one file with a class derived from `atlas.lra.Method`, and one line here (docs/extend.md).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What must be known of a method before its class is loaded."""
+
+    where: str  # module:class
+    help: str  # one line for --help and the documents
+    strength: float | None = (
+        None  # default of `strength`, the factor of its penalty; None: it has none
+    )
+    lr: float | None = None  # default rate of the later tasks; None: that of the first task
+    needs_lora: bool = False  # it acts on LoRA's pairs, so lora_rank=0 is refused
+    needs_boundaries: bool = (
+        False  # it must be told where tasks begin and end, so a stream is refused
+    )
+    plain_start: bool = True  # it learns its first task exactly as finetune does
+
+
+METHODS = {
+    "lra": Entry(
+        "atlas.lra:LowRankAnchoring",
+        "Low-Rank Anchoring, the paper's method; its strength is lra_lambda",
+    ),
+    "finetune": Entry("atlas.lra:Method", "sequential LoRA finetuning, nothing against forgetting"),
+    "frozen": Entry(
+        "atlas.lra:Method", "no LoRA at all; fusion and decoder are finetuned", plain_start=False
+    ),
+    "joint": Entry("atlas.lra:Method", "all tasks at once, the upper bound", plain_start=False),
+    "lwf": Entry(
+        "atlas.methods.lwf:LwF",
+        "distils the masks of the last model on today's clips",
+        strength=1.0,
+    ),
+    "ewc": Entry(
+        "atlas.methods.ewc:EWC", "an anchor weighed by the Fisher information", strength=500.0
+    ),
+    "mas": Entry(
+        "atlas.methods.mas:MAS",
+        "an anchor weighed by the slope of the masks' squared norm",
+        strength=2.0,
+    ),
+    "si": Entry(
+        "atlas.methods.si:SI",
+        "an anchor weighed by what the path took off the loss",
+        strength=0.2,
+        plain_start=False,
+    ),
+    "ewc_lora": Entry(
+        "atlas.methods.ewc_lora:EWCLoRA",
+        "EWC on the update B A of the LoRA layers",
+        strength=1e7,
+        needs_lora=True,
+        needs_boundaries=True,
+    ),
+    "olora": Entry(
+        "atlas.methods.olora:OLoRA",
+        "a new LoRA pair a task, orthogonal to past pairs",
+        strength=0.5,
+        needs_lora=True,
+    ),
+    "inflora": Entry(
+        "atlas.methods.inflora:InfLoRA",
+        "a new LoRA pair a task, orthogonal to past inputs; strength: a share",
+        strength=0.98,
+        needs_lora=True,
+        needs_boundaries=True,
+        plain_start=False,
+    ),
+    "frozen_lora": Entry(
+        "atlas.methods.frozen_lora:FrozenLoRA",
+        "LoRA learns the first task and is held from then on",
+        needs_lora=True,
+    ),
+    "lra_plus": Entry(
+        "atlas.methods.lra_plus:LraPlus",
+        "ours: lra that distils over sounds like those of past classes",
+        strength=1.0,
+    ),
+}
