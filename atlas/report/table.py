@@ -1,86 +1,55 @@
-"""Several runs side by side: a Markdown table, a row a method, mean ± standard deviation over seeds, from their results.json alone.
+"""Several runs side by side: Markdown tables, mean ± standard deviation over seeds.
 
-Pure functions on the dicts of results.read_results. A *problem* is what the rows of one table share: protocol, classes and how they are cut into tasks. A *row* is a
-method, or a method at one setting where its runs differ in other keys than those below. Within a row runs differ in seed (and data_root) only: (seed, data_root) names a run
-there, and pairs it with a run of another row.
+A *problem* is what the rows of one table share: protocol, classes, and how they are cut into tasks.
+A *row* is a method, or one setting of it. The runs of a row differ in seed and data_root only;
+(seed, data_root) names a run there, and pairs it with a run of another row.
 """
 
-import math
 from collections import Counter
 from statistics import mean, stdev
 
 from atlas.config import Config, as_dict
 from atlas.errors import AtlasError
-from atlas.metrics import continual_metrics
+from atlas.methods import METHODS
+from atlas.report.packed import PLACES
+from atlas.results import mean_known
 
-PROBLEM = (
-    "protocol",
-    "dataset",
-    "image_size",
-    "base",
-    "step",
-    "domains",
-    "stream_blur",
-    "stream_checkpoints",
-)  # runs that differ here are not compared
-ELSEWHERE = (
-    "name",
-    "out_dir",
-    "cache_dir",
-    "data_root",
-    "synth",
-    "seed",
-    "device",
-    "workers",
-    "watch",
-    "compile",
-    "joint_run",
-    "first_task",
-    "method",
-)  # no setting of a method
-OWN = (
-    "lra_",
-    "lora_",
-    "strength",
-)  # keys that start like this belong to a method: that methods differ in them goes without saying
-COLUMNS = [
-    (score, name)
-    for score in ("J", "F")
-    for name in ("final", "incremental", "forgetting", "fwt", "intransigence")
-]
-COLUMNS.insert(4, ("J", "listening"))
+# Runs that differ in one of these keys are not compared.
+PROBLEM = ("protocol", "dataset", "image_size", "base", "step", "domains")
+PROBLEM += ("stream_blur", "stream_checkpoints")
+# These keys are no setting of a method.
+ELSEWHERE = (*PROBLEM, *PLACES, "method", "seed", "data_root", "synth", "compile", "watch")
+# Keys that begin like this belong to single methods: that methods differ in them is no news.
+OWN = ("lra_", "lora_", "strength")
+PROTOCOLS = ("til", "cil", "dil", "tfcl")
+NAMES = ("final", "incremental", "forgetting", "fwt", "listening", "intransigence")
+COLUMNS = [("val J", "final"), *(("J", name) for name in NAMES)]
+COLUMNS += [("F", name) for name in NAMES if name != "listening"]
 BRIEF = [("J", "final"), ("J", "forgetting")]
 LESS_IS_BETTER = ("forgetting", "intransigence")
 DEFAULTS = as_dict(Config())
-LEVEL, COMMON = 0.05, 3  # of the test; the fewest common seeds it is made with
+LEVEL = 0.05  # of the test
+COMMON = 3  # the fewest common seeds it is made with
 MARK, NONE, UNDEFINED = "†", "not run", "–"
 
 
-# ---- which runs belong together --------------------------------------------------------------------------------------
+# ---- which runs belong together -----------------------------------------------------------------
 
 
 def problems(runs):
-    """[results] -> [{"title", "rows": [{"label", "method", "runs": [finished results], "unfinished": int}]}], protocols in their usual order.
+    """[{"title", "rows": [{"label", "method", "runs": [finished results], "unfinished": int}]}].
 
-    Every method among the runs has a row in every problem, if only an empty one; two finished runs with one config are an error.
+    Each method among the runs has a row in every problem, if only an empty one. A run that is given
+    twice counts once; two different finished runs of one config are an error.
     """
     found = {}
     for results in runs:
-        key = (
-            [results["config"].get(name) for name in PROBLEM],
-            sorted({c for task in results["tasks"] for c in task["classes"]}),
-        )
-        found.setdefault(repr(key), []).append(results)
-    methods = sorted(
-        dict.fromkeys(results["method"] for results in runs), key=lambda method: method == "joint"
-    )  # as given, the upper bound last
-    order = ("til", "cil", "dil", "tfcl")
-    groups = sorted(
-        found.values(),
-        key=lambda group: (
-            order.index(group[0]["protocol"]) if group[0]["protocol"] in order else len(order)
-        ),
-    )
+        setting = [results["config"].get(name) for name in PROBLEM]
+        classes = sorted({name for task in results["tasks"] for name in task["classes"]})
+        found.setdefault(repr((setting, classes)), []).append(results)
+    groups = sorted(found.values(), key=protocol_order)
+    methods = list(dict.fromkeys(results["method"] for results in runs))
+    methods.sort(key=is_joint)  # as given, but the upper bound last
     return [
         {
             "title": title(group, groups),
@@ -90,190 +59,208 @@ def problems(runs):
     ]
 
 
+def is_joint(method):
+    return method == "joint"
+
+
+def protocol_order(group):
+    return [*PROTOCOLS, group[0]["protocol"]].index(group[0]["protocol"])
+
+
 def title(group, groups):
-    """What the runs of a group share: the protocol, and what tells it from the other groups of that protocol."""
-    protocol = group[0]["protocol"]
-    alike = [other for other in groups if other[0]["protocol"] == protocol]
-    differing = [
-        name
-        for name in PROBLEM[1:]
-        if len({repr(other[0]["config"].get(name)) for other in alike}) > 1
-    ]
-    said = [f"{name}={text(group[0]['config'].get(name))}" for name in differing]
+    """The protocol, and what tells this group from the other groups of the protocol."""
+    first = group[0]["config"]
+    alike = [other for other in groups if other[0]["protocol"] == group[0]["protocol"]]
+    said = []
+    for name in PROBLEM[1:]:
+        if len({repr(other[0]["config"].get(name)) for other in alike}) > 1:
+            said.append(f"{name}={text(first.get(name))}")
     if len(alike) > 1 and not said:
-        said = [f"data_root={text(group[0]['config']['data_root'])}"]
-    return " · ".join([protocol.upper(), *said])
+        said = [f"data_root={text(first['data_root'])}"]
+    return " · ".join([group[0]["protocol"].upper(), *said])
 
 
 def rows_of(method, group):
-    """The rows of one method: one for each setting that its runs differ in, named by what in it is not what most runs of the group have."""
+    """The rows of one method, one a setting, named by what is not as in most runs of the group."""
     runs = [results for results in group if results["method"] == method]
     if not runs:
         return [{"label": method, "method": method, "runs": [], "unfinished": 0}]
-    usual = {
-        key: Counter(text(value_in(results, key)) for results in group).most_common(1)[0][0]
-        for key in differing_keys(runs)
-    }
+    usual = {}
+    for key in differing_keys(runs):
+        values = Counter(text(value_in(results, key)) for results in group)
+        usual[key] = values.most_common(1)[0][0]
     rows = {}
     for results in runs:
         setting = {key: text(value_in(results, key)) for key in usual}
-        label = " ".join(
-            [method, *(f"{key}={value}" for key, value in setting.items() if value != usual[key])]
-        )
-        row = rows.setdefault(
-            label, {"label": label, "method": method, "runs": [], "unfinished": 0}
-        )
+        said = [f"{key}={value}" for key, value in setting.items() if value != usual[key]]
+        label = " ".join([method, *said])
+        empty = {"label": label, "method": method, "runs": [], "unfinished": 0}
+        row = rows.setdefault(label, empty)
         if not results["complete"]:
             row["unfinished"] += 1
-        elif replicate(results) in map(replicate, row["runs"]):
+            continue
+        twins = [other for other in row["runs"] if replicate(other) == replicate(results)]
+        if twins and twins[0]["matrix"] != results["matrix"]:
             raise AtlasError(
-                f"two of the runs are {label}, {results['protocol']}, seed {results['seed']} on {results['config']['data_root']}; give one of them"
+                f"two of the runs are {label}, {results['protocol']}, seed {results['seed']} on "
+                f"{results['config']['data_root']}; give one of them"
             )
-        else:
+        if not twins:
             row["runs"].append(results)
     return list(rows.values())
 
 
 def differing_keys(runs):
-    """The config keys, other than ELSEWHERE and PROBLEM, whose values differ among the runs."""
-    keys = dict.fromkeys(key for results in runs for key in results["config"])
-    return [
-        key
-        for key in keys
-        if key not in (*ELSEWHERE, *PROBLEM)
-        and len({repr(value_in(results, key)) for results in runs}) > 1
-    ]
+    """The config keys of settings whose values differ among the runs."""
+    found = []
+    for key in dict.fromkeys(key for results in runs for key in results["config"]):
+        known = [r for r in runs if key in r["config"] or key in DEFAULTS]  # versions differ
+        if key not in ELSEWHERE and len({text(value_in(r, key)) for r in known}) > 1:
+            found.append(key)
+    return found
 
 
 def value_in(results, key):
-    """Of a config; an older version's runs lack keys."""
-    return results["config"].get(key, DEFAULTS.get(key))
+    """The value of a key in a run; a null strength or rate stands for the method's own default."""
+    config = results["config"]
+    value = config.get(key, DEFAULTS.get(key))
+    if value is None and key in ("strength", "lr") and results["method"] in METHODS:
+        value = getattr(METHODS[results["method"]], key)
+    return config.get("lr_first") if value is None and key == "lr" else value
 
 
 def replicate(results):
-    """(seed, data_root): what tells the runs of a row apart."""
     return results["seed"], results["config"]["data_root"]
 
 
 def text(value):
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- numbers ------------------------------------------------------------------------------------
 
 
 def joint_of(results, runs):
-    """The finished joint run over the very same tasks, seed and data: the one with the nearest config, or None."""
-    fits = [
-        r
-        for r in runs
-        if r["method"] == "joint"
-        and r["complete"]
-        and replicate(r) == replicate(results)
-        and r["tasks"] == results["tasks"]
-    ]
-    return min(fits, key=lambda r: len(differing_keys([r, results])), default=None)
+    """The joint run over the same tasks, seed and data with the nearest config, or None."""
+    fits = []
+    for run in runs:
+        same = replicate(run) == replicate(results) and run["tasks"] == results["tasks"]
+        if run["method"] == "joint" and run["complete"] and same:
+            fits.append(run)
+    return min(fits, key=lambda run: len(differing_keys([run, results])), default=None)
 
 
 def value_of(results, column, joint=None):
-    """One score of one finished run; None where it is undefined. Intransigence: against `joint` (results), else as the run itself found it."""
+    """One score of a finished run, None where it is undefined. Intransigence is against the results
+    `joint`, else as the run itself found it."""
     score, name = column
+    if score == "val J":
+        return mean_known(results["val_matrix"]["J"][-1])
     if name == "listening":
         return results["metrics"]["listening"]
     if name == "intransigence" and joint is not None and results["method"] != "joint":
-        return continual_metrics(results["matrix"][score], joint["matrix"][score][-1])[name]
+        rows = results["matrix"][score][1:]
+        if None in [*rows, joint["matrix"][score][-1]]:
+            return None
+        pairs = [(best, rows[j][j]) for j, best in enumerate(joint["matrix"][score][-1])]
+        return mean_known([None if None in pair else pair[0] - pair[1] for pair in pairs])
     return results["metrics"][score][name]
 
 
 def values_of(row, column, runs):
-    """{(seed, data_root): value} of a row, without the undefined ones. `runs`: all of the problem, for the joint ones among them."""
-    values = {
-        replicate(results): value_of(results, column, joint_of(results, runs))
-        for results in row["runs"]
-    }
-    return {key: value for key, value in values.items() if value is not None}
+    """{(seed, data_root): value} of a row, without the undefined. `runs`: all of the problem."""
+    values = {}
+    for results in row["runs"]:
+        joint = joint_of(results, runs) if column[1] == "intransigence" else None
+        value = value_of(results, column, joint)
+        if value is not None:
+            values[replicate(results)] = value
+    return values
 
 
 def paired_p(a, b):
-    """p of the two-sided paired t-test of the lists a and b (n >= 2): t = mean(d) / (stdev(d) / sqrt(n)), n - 1 degrees of freedom."""
+    """p of the two-sided paired t-test of the lists a and b."""
+    from scipy.stats import ttest_rel  # it takes a second to load
+
     d = [x - y for x, y in zip(a, b, strict=True)]
-    centre, spread = mean(d), stdev(d)
-    if spread <= 1e-12 * max(map(abs, d), default=0.0):
-        return 1.0 if centre == 0 else 0.0
-    return two_sided_t(centre / (spread / math.sqrt(len(d))), len(d) - 1)
+    if stdev(d) <= 1e-12 * max(map(abs, d)):  # all differences are equal: t would be 0 / 0
+        return 1.0 if mean(d) == 0 else 0.0
+    return float(ttest_rel(a, b).pvalue)
 
 
-def two_sided_t(t, freedom):
-    """P(|t'| > |t|) of Student's t with a whole number of degrees of freedom, in closed form (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    cosine = math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(
-        1 + odd, freedom, 2
-    ):  # terms cos^(k-1) or cos^k with their products of fractions
-        total += term
-        term *= cosine**2 * k / (k + 1)
-    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return min(1.0, max(0.0, 1.0 - inside))
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
+# ---- the table ----------------------------------------------------------------------------------
 
 
 def comparison(runs):
-    """Markdown: for each problem a heading, a table, and the lines that say how to read it."""
+    """Markdown: for each problem a heading, a table, and the lines that say how to read it.
+
+    The rows are ranked by final J on validation clips, the joint run apart.
+    """
     return "\n\n".join(section(problem) for problem in problems(runs))
 
 
 def brief(runs):
-    """One table for all problems: a row a method (or setting of one), and of each problem final J and forgetting alone."""
+    """One table of all problems, of each final J and forgetting alone."""
     found, told = problems(runs), {}
-    methods = list(
-        dict.fromkeys(row["method"] for row in found[0]["rows"])
-    )  # the same in every problem
+    methods = list(dict.fromkeys(row["method"] for row in found[0]["rows"]))
     for k, problem in enumerate(found):
         for row, cells in zip(problem["rows"], cells_of(problem, BRIEF)[0]):
             place = methods.index(row["method"]), row["label"]
-            told.setdefault(place, [NONE] * len(BRIEF) * len(found))[
-                len(BRIEF) * k : len(BRIEF) * (k + 1)
-            ] = cells
-    head = [
-        "method",
-        *(f"{problem['title']}: {score} {name}" for problem in found for score, name in BRIEF),
-    ]
+            of_row = told.setdefault(place, [NONE] * len(BRIEF) * len(found))
+            of_row[len(BRIEF) * k : len(BRIEF) * (k + 1)] = cells
+    head = ["method"]
+    for problem in found:
+        head += [f"{problem['title']}: {score} {name}" for score, name in BRIEF]
     rows = [[label, *told[place, label]] for place, label in sorted(told)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    return markdown(head, rows)
+
+
+def markdown(head, rows):
+    lines = [" | ".join(cells) for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def section(problem):
-    rows, runs = problem["rows"], [results for row in problem["rows"] for results in row["runs"]]
+    problem = problem | {"rows": sorted(problem["rows"], key=rank)}
+    rows = problem["rows"]
+    runs = [results for row in rows for results in row["runs"]]
     cells, untested = cells_of(problem, COLUMNS)
-    head = [
-        "method",
-        "runs",
-        *(f"{score} {name}" for score, name in COLUMNS),
-        "s train / consolidate / evaluate",
-    ]
-    lines = [f"### {problem['title']}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [
-        f"| {' | '.join([row['label'], str(len(row['runs'])), *of_row, seconds(row)])} |"
-        for row, of_row in zip(rows, cells)
-    ]
-    return "\n".join(lines + [""] + notes(rows, runs, untested))
+    head = ["method", "runs", *(f"{score} {name}" for score, name in COLUMNS)]
+    head.append("s train / consolidate / evaluate")
+    lines = []
+    with_memory = any(memory_of(results) is not None for results in runs)
+    for row, of_row in zip(rows, cells):
+        line = [row["label"], str(len(row["runs"])), *of_row, seconds(row)]
+        if with_memory:
+            kept = [memory_of(r) for r in row["runs"] if memory_of(r) is not None]
+            line.append(f"{mean(kept) / 1e6:.1f}" if kept else UNDEFINED)
+        lines.append(line)
+    if with_memory:
+        head.append("MB kept by the method")
+    under = "  \n".join(notes(rows, runs, untested))
+    return f"### {problem['title']}\n\n{markdown(head, lines)}\n\n{under}"
+
+
+def rank(row):
+    values = values_of(row, COLUMNS[0], ())
+    return is_joint(row["method"]), -mean(values.values()) if values else 0.0
+
+
+def memory_of(results):
+    return results.get("method_memory_bytes")
 
 
 def cells_of(problem, columns):
-    """([the cells of each row], the labels of rows with too few seeds in common with the best to be tested)."""
-    rows, runs = problem["rows"], [results for row in problem["rows"] for results in row["runs"]]
+    """([the cells of each row], the labels of rows with too few seeds in common with the best)."""
+    rows = problem["rows"]
+    runs = [results for row in rows for results in row["runs"]]
+    competes = [not is_joint(row["method"]) for row in rows]
     cells, untested = [[] for _ in rows], set()
     for column in columns:
         values = [values_of(row, column, runs) for row in rows]
-        marks, few = verdicts(
-            values, [row["method"] != "joint" for row in rows], column[1] in LESS_IS_BETTER
-        )
+        marks, few = verdicts(values, competes, column[1] in LESS_IS_BETTER)
         untested |= {rows[i]["label"] for i in few}
         for row, own, of_row, mark in zip(rows, cells, values, marks):
             own.append(cell(row, column, of_row, mark))
@@ -281,38 +268,38 @@ def cells_of(problem, columns):
 
 
 def verdicts(values, competes, less_is_better):
-    """One column: ([one of "best", "near", "" a row], the rows that had too few seeds in common with the best to be tested). `values`: of values_of, a row each."""
+    """One column: (["best", "near" or "" a row], [rows not tested]).
+
+    `values`: of values_of, for each row. A row that does not compete (joint) gets no mark.
+    """
     means = [mean(v.values()) if v and c else None for v, c in zip(values, competes)]
     known = [m for m in means if m is not None]
-    if len(known) < 2:
-        return [""] * len(values), []
-    best = means.index(min(known) if less_is_better else max(known))
     found, few = [""] * len(values), []
+    if len(known) < 2:
+        return found, few
+    best = means.index(min(known) if less_is_better else max(known))
     for i, m in enumerate(means):
         common = sorted(values[i].keys() & values[best].keys())
         if m == means[best]:
             found[i] = "best"
         elif m is not None and len(common) < COMMON:
             few.append(i)
-        elif (
-            m is not None
-            and paired_p(*([values[k][key] for key in common] for k in (best, i))) >= LEVEL
-        ):
-            found[i] = "near"
+        elif m is not None:
+            pair = [[values[k][key] for key in common] for k in (best, i)]
+            found[i] = "near" if paired_p(*pair) >= LEVEL else ""
     return found, few
 
 
 def cell(row, column, values, verdict):
-    """Mean ± standard deviation over the row's runs; fewer runs than the row has are counted in brackets."""
-    if not row["runs"] or (
-        column[1] == "intransigence" and not values and row["method"] != "joint"
-    ):
+    """Mean ± deviation over the runs; in brackets of how many, where not of all of the row."""
+    no_joint = column[1] == "intransigence" and not values and not is_joint(row["method"])
+    if not row["runs"] or no_joint:
         return NONE
     if not values:
         return UNDEFINED
-    said = spread_text(list(values.values())) + (
-        f" ({len(values)})" if len(values) < len(row["runs"]) else ""
-    )
+    said = spread_text(list(values.values()))
+    if len(values) < len(row["runs"]):
+        said += f" ({len(values)})"
     return {"best": f"**{said}**", "near": f"{said} {MARK}", "": said}[verdict]
 
 
@@ -321,54 +308,48 @@ def spread_text(values):
 
 
 def seconds(row):
-    parts = ("train", "consolidate", "evaluate")
-    return (
-        " / ".join(
-            f"{mean(sum(results['seconds'][part]) for results in row['runs']):.0f}"
-            for part in parts
-        )
-        if row["runs"]
-        else NONE
-    )
+    if not row["runs"]:
+        return NONE
+    parts = []
+    for part in ("train", "consolidate", "evaluate"):
+        parts.append(mean(sum(results["seconds"][part]) for results in row["runs"]))
+    return " / ".join(f"{part:.0f}" for part in parts)
 
 
 def notes(rows, runs, untested):
     """The lines under a table: how to read it, and what to be careful with."""
-    lines = [f"Mean ± standard deviation over seeds. Forgetting and intransigence: less is better. **Bold**: the best, joint apart; {MARK}: not significantly worse "
-             f"than the best (two-sided paired t-test over common seeds, p ≥ {LEVEL}, uncorrected)."]  # fmt: skip
+    lines = [
+        "Mean ± standard deviation over seeds, ranked by final J on validation clips (val J). Of "
+        "forgetting and intransigence, less is better. **Bold**: the best, joint apart. "
+        f"{MARK}: not shown to be worse than the best (paired t-test over common seeds, "
+        f"p ≥ {LEVEL}, two-sided, uncorrected)."
+    ]
     if untested:
+        names = ", ".join(row["label"] for row in rows if row["label"] in untested)
         lines.append(
-            f"Fewer than {COMMON} seeds in common with the best, so not tested and without a mark: {', '.join(r['label'] for r in rows if r['label'] in untested)}."
+            f"Not tested, with fewer than {COMMON} seeds in common with the best: {names}."
         )
     unfinished = [f"{row['label']} ({row['unfinished']})" for row in rows if row["unfinished"]]
     if unfinished:
         lines.append(f"Left out as unfinished: {', '.join(unfinished)}.")
     if len({results["config"]["data_root"] for results in runs}) > 1:
-        lines.append(
-            "The runs are over several data_root; a seed on another one counts as another seed."
-        )
-    own = {
-        key
-        for method in {row["method"] for row in rows}
-        for key in differing_keys([r for r in runs if r["method"] == method])
-    }
+        lines.append("A seed on another data_root counts as another seed.")
+    own = set()
+    for method in {row["method"] for row in rows}:
+        own |= set(differing_keys([r for r in runs if r["method"] == method]))
     others = [key for key in differing_keys(runs) if key not in own and not key.startswith(OWN)]
     if others:
         lines.append(f"CAUTION: the methods also differ in {', '.join(others)}.")
-    machines = sorted(
-        {
-            f"{results['environment']['device']} ({results['environment']['threads']} threads)"
-            for results in runs
-        }
-    )
+    environments = [results["environment"] for results in runs]
+    machines = sorted({f"{e['device']} ({e['threads']} threads)" for e in environments})
     if machines:
         lines.append(f"Seconds on {' and '.join(machines)}.")
-    commits = Counter(
-        f"{(results['commit'] or 'unknown')[:8]}{' with changes' if results['dirty'] else ''}"
-        for results in runs
-    )
+    commits = Counter(map(commit_text, runs))
     if len(commits) > 1:
-        lines.append(
-            f"Runs of several commits: {', '.join(f'{commit} ({count})' for commit, count in commits.most_common())}."
-        )
-    return ["  \n".join(lines)]
+        said = ", ".join(f"{commit} ({count})" for commit, count in commits.most_common())
+        lines.append(f"Runs of several commits: {said}.")
+    return lines
+
+
+def commit_text(results):
+    return (results["commit"] or "unknown")[:8] + (" with changes" if results["dirty"] else "")
