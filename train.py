@@ -23,16 +23,15 @@ the table of a run again.
 
 import sys
 
-from atlas.config import parse_arguments
+from atlas import sweep
 from atlas.errors import AtlasError, one_line_errors, prepare_process
 
 if (
     __name__ == "__main__"
 ):  # before the heavy imports, so that --help and a wrong key answer at once
     prepare_process()
-    arguments = parse_arguments(__doc__)
+    arguments = sweep.parse_arguments(__doc__)
     if arguments.is_grid:
-        from atlas import sweep
         from atlas.report import table
 
         with one_line_errors():
@@ -115,7 +114,7 @@ def evaluate(run, t):
     if len(run.results["matrix"]["J"]) <= t:
         start = time.time()
         row = score_tasks(run, t)
-        run.add_row(row, time.time() - start)
+        run.add_row(row | {"seconds": time.time() - start})
     print(f"{run.row_name(t):<14} J: {row_text(run.results, t)}", flush=True)
 
 

@@ -32,12 +32,15 @@ def refuse_used_folder(config):
 def take_folder(folder, config, resume):
     """Make the folder of a run, or open it, and lock it; returns the lock, to be held on to."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = held_lock(folder / ".lock")
-    if lock is None:
+    lock = open(folder / ".lock", "a")
+    import fcntl
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         raise AtlasError(
             f"the run folder {folder} is in use by another process; wait for it, or choose "
             "another name=..."
-        )
+        ) from None
     if not resume:
         refuse_used_folder(config)
     elif {path.name for path in folder.iterdir()} - {".lock"}:

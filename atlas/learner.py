@@ -20,7 +20,8 @@ from atlas.audio import fingerprint
 from atlas.clips import built_beside
 from atlas.errors import AtlasError
 from atlas.methods import METHODS
-from atlas.model import base_encoder, build_model
+from atlas.encoders import base_encoder
+from atlas.model import build_model
 
 
 class Learner:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from atlas import parallel
 from atlas.clips import T
 from atlas.data import ClipDataset, loader, to_device
-from atlas.model import merged
+from atlas.encoders import merged
 
 THRESHOLDS = 255
 BETA2 = 0.3

@@ -139,16 +139,16 @@ class Run(Learner):
             self.tell(f"row {t} of R is {'scored again' if known else 'lost and stays null'}")
             if known and t:
                 self.load_task(t)
-            self.add_row(score_tasks(self, t) if known else None)
+            self.add_row(score_tasks(self, t) | {"seconds": 0.0} if known else None)
         if self.learned:
             self.load_task(self.learned)
 
     def tell(self, text):
         print(f"{self.folder}: {text}", flush=True)
 
-    def add_row(self, row, seconds=0.0):
-        """Add a row to every matrix (None: it was not scored), and what scoring it took."""
-        results.add_scores(self.results, row, seconds)
+    def add_row(self, row):
+        """Add a row to every matrix (None: it was not scored), and what the tasks took."""
+        results.add_scores(self.results, row)
         learned = range(1, len(self.results["matrix"]["J"]))
         spent = self.results["seconds"]
         spent["train"] = [self.journal.seconds(t, "raw") for t in learned]
