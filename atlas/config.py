@@ -223,8 +223,8 @@ def split_word(word):
     name, equals, text = word.partition("=")
     if not equals or not name.strip():
         raise AtlasError(
-            f"`{word}` on the command line is neither a config file nor key=value; "
-            "write key=value in one word, without blanks around ="
+            f"`{word}` on the command line is no key=value; write it in one word, without "
+            "blanks around ="
         )
     return name.strip(), text.strip()
 
@@ -241,7 +241,10 @@ def _read_file(path):
             raise AtlasError(f"{path} is longer than {LONGEST_FILE} bytes, so it is no config")
         root = yaml.compose(data.decode("utf-8-sig"))
     except FileNotFoundError:
-        raise AtlasError(f"no config file {path}; those of ATLAS are in configs/") from None
+        raise AtlasError(
+            f"no config file {path}; those of ATLAS are in configs/, and a key is given as "
+            "key=value, in one word"
+        ) from None
     except OSError as error:
         raise AtlasError(f"the config file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
