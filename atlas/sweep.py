@@ -44,6 +44,8 @@ class Point:
 
 
 class Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
     def error(self, message):
         raise AtlasError(f"{message}; keys are given as key=value, see --help")
 
@@ -98,10 +100,10 @@ def grid(files, words):
         config = load_config(files, [f"{key}={text}" for key, text in point.items()])
         if varied:
             point["name"] = folder_name(config, {key: point[key] for key in varied})
-        words = [f"{key}={text}" for key, text in point.items()]
+        named = [f"{key}={text}" for key, text in point.items()]
         own = [f"{key}={point[key]}" for key in varied if key not in REPLICATES]
-        command = ["--resume", *(["--cfg", *map(str, files)] if files else []), *words]
-        points.append(Point(command, load_config(files, words), " ".join(own) or "as configured"))
+        command = ["--resume", *(["--cfg", *map(str, files)] if files else []), *named]
+        points.append(Point(command, load_config(files, named), " ".join(own) or "as configured"))
         for mark in (str(points[-1].folder), repr(as_dict(config))):
             other = seen.setdefault(mark, points[-1])
             if other is not points[-1]:
@@ -123,8 +125,8 @@ def split_values(text):
         elif letter in "([{":
             depth += 1
         elif letter in ")]}":
-            depth -= 1
-        elif letter == "," and depth < 1:
+            depth = max(0, depth - 1)
+        elif letter == "," and not depth:
             values.append("")
             continue
         values[-1] += letter

@@ -71,6 +71,7 @@ class Fake:
         ('"a,b",c', ['"a,b"', "c"]),
         ("a{1,2}(b,c)", ["a{1,2}(b,c)"]),
         ("o'neil,b", ["o'neil", "b"]),
+        ("a),(b,c)", ["a)", "(b,c)"]),
     ],
 )
 def test_a_comma_separates_values_unless_it_is_protected(text, values):
