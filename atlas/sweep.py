@@ -166,9 +166,9 @@ def run_grid(arguments, table, start=start_run):
             print(shlex.join(["python", "train.py", *point.words]))
         return 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = [pool.submit(run, point, arguments.jobs, start) for point in points]
+        futures = [pool.submit(run, point, arguments.jobs, start) for point in points]
         try:
-            failed = [point for point, run in zip(points, runs) if not run.result()]
+            failed = [future for future in futures if not future.result()]
         except BaseException:  # Ctrl-C: what waits is not begun
             pool.shutdown(cancel_futures=True)
             raise
