@@ -167,6 +167,7 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+TYPES = {name: typing.get_args(f.type) or (f.type,) for name, f in FIELDS.items()}
 
 
 def as_dict(config):
@@ -223,8 +224,8 @@ def split_word(word):
     name, equals, text = word.partition("=")
     if not equals or not name.strip():
         raise AtlasError(
-            f"`{word}` on the command line is neither a config file nor key=value; "
-            "write key=value in one word, without blanks around ="
+            f"`{word}` on the command line is no key=value; write it in one word, without "
+            "blanks around ="
         )
     return name.strip(), text.strip()
 
@@ -241,7 +242,10 @@ def _read_file(path):
             raise AtlasError(f"{path} is longer than {LONGEST_FILE} bytes, so it is no config")
         root = yaml.compose(data.decode("utf-8-sig"))
     except FileNotFoundError:
-        raise AtlasError(f"no config file {path}; those of ATLAS are in configs/") from None
+        raise AtlasError(
+            f"no config file {path}; those of ATLAS are in configs/, and a key is given as "
+            "key=value, in one word"
+        ) from None
     except OSError as error:
         raise AtlasError(f"the config file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -255,37 +259,33 @@ def _read_file(path):
         raise AtlasError(f"{path} holds no lines of `key: value` (a blank follows the colon)")
     return {
         name: _typed(name, node, f"in {path}, line {line}")
-        for name, (line, node) in _pairs(root, path).items()
+        for name, (line, node) in _pairs(root, f"in {path}").items()
     }
 
 
-def _pairs(mapping, path):
+def _pairs(mapping, where):
     """{key: (line, value node)} of a YAML mapping, in which no key may stand twice."""
     pairs = {}
     for name, value in mapping.value:
         line = name.start_mark.line + 1
         if not isinstance(name, yaml.ScalarNode):
-            raise AtlasError(f"{path}, line {line}: a key must be one word")
+            raise AtlasError(f"a key {where}, line {line}, must be one word")
         if name.value in pairs:
-            lines = f"in lines {pairs[name.value][0]} and {line}"
-            raise AtlasError(f"key `{name.value}` stands twice in {path}, {lines}; delete one")
+            lines = f"lines {pairs[name.value][0]} and {line}"
+            raise AtlasError(f"key `{name.value}` stands twice {where}, {lines}; delete one")
         pairs[name.value] = line, value
     return pairs
 
 
 def _node(name, text):
     """The YAML node of a value on the command line: plain text, unless quoted or a list."""
-    structured = name in FIELDS and list in _types(name) and text[:1] in ("[", "{")
+    structured = name in FIELDS and list in TYPES[name] and text[:1] in ("[", "{")
     if not structured and text[:1] not in ("'", '"'):
         return yaml.ScalarNode(None, text)
     try:
         return yaml.compose(text)
     except (yaml.YAMLError, RecursionError):
         raise AtlasError(f"a quote or bracket is open in `{name}={text}`; close it") from None
-
-
-def _types(name):
-    return typing.get_args(FIELDS[name].type) or (FIELDS[name].type,)
 
 
 def _typed(name, node, where):
@@ -298,7 +298,7 @@ def _typed(name, node, where):
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.0)[0]
         raise AtlasError(f"unknown key `{name}` {where}; the nearest is `{near}`")
-    types, meta = _types(name), FIELDS[name].metadata
+    types, meta = TYPES[name], FIELDS[name].metadata
     value = _value(node, types, where)
     shown = f"key `{name}` {where} is `{node.value if isinstance(node.value, str) else value}`"
     if type(value) not in types or value == "":
@@ -373,13 +373,13 @@ def conflicts(config):
     if config.method == "lra" and not config.lora_rank and config.lra_scope == "lora":
         yield "lra_scope=lora anchors LoRA alone, but lora_rank=0; use lra_scope=trainable"
     if config.method == "lra" and config.lra_space == "delta" and plateau:
-        yield "lra_space=delta needs gradients that no step forms; use lra_trigger=boundary"
+        yield "lra_space=delta needs gradients of frozen weights; use lra_trigger=boundary"
     if config.method == "lra_plus" and (config.lra_scope == "lora" or config.lra_space == "delta"):
         yield "method=lra_plus keeps the whole model; use lra_scope=trainable lra_space=factors"
     if config.method == "lra_plus" and config.protocol == "til" and plateau:
-        yield "method=lra_plus keeps a head a task in TIL; use lra_trigger=boundary"
+        yield "method=lra_plus must be told the task in protocol=til; use lra_trigger=boundary"
     if config.first_task and (untold or not entry.plain_start):
-        yield f"first_task: {untold or method} has no first task like that of other methods"
+        yield f"{untold or method} shares no first task with others; leave first_task at null"
     if config.strength is not None and entry.strength is None:
         own = "takes its strength from lra_lambda" if config.method == "lra" else "has no strength"
         yield f"{method} {own}; leave strength at null"

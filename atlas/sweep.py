@@ -43,33 +43,18 @@ class Point:
         return Path(self.config.out_dir, run_name(self.config))
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """What a command line asks for."""
-
-    points: list
-    resume: bool
-    jobs: int
-    print_only: bool
-
-    @property
-    def is_grid(self):
-        return self.print_only or len(self.points) > 1
-
-    @property
-    def config(self):
-        return self.points[0].config
-
-
 class Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
     def error(self, message):
         raise AtlasError(f"{message}; keys are given as key=value, see --help")
 
 
 def parse_arguments(manual, words=None):
-    """The Arguments of a command line; `manual` is the script's docstring.
+    """What a command line asks for; `manual` is the script's docstring.
 
-    Every run's config is checked. It exits on --help and, with one line, on bad input.
+    It has points (of the grid, each checked), is_grid, config (of a single run), resume, jobs and
+    print_only. Exits on --help and, with one line, on bad input.
     """
     parser = Parser(
         usage="train.py [--cfg FILE...] [--resume] [--jobs N] [--print] [key=value...]",
@@ -81,18 +66,19 @@ def parse_arguments(manual, words=None):
     parser.add_argument("--resume", action="store_true", help="go on with a run, or begin it")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs of a grid at a time")
     parser.add_argument(
-        "--print", action="store_true", help="print the commands of a grid, run nothing"
+        "--print", dest="print_only", action="store_true", help="print a grid's commands"
     )
     parser.add_argument("words", nargs="*", metavar="key=value", help="keys; they win over files")
     with one_line_errors():
         given = parser.parse_intermixed_args(words)
-        files, keys = files_and_keys(given.words)
+        given.points = grid(*files_and_keys(given.words))
+        given.config = given.points[0].config
+        given.is_grid = given.print_only or len(given.points) > 1
         if given.jobs < 1:
             raise AtlasError(f"--jobs {given.jobs} must be at least 1")
-        points = grid(files, keys)
-        if len(points) > 1 and os.environ.get("WORLD_SIZE", "1") != "1":
+        if given.is_grid and os.environ.get("WORLD_SIZE", "1") != "1":
             raise AtlasError("torchrun takes one run; give one value for each key")
-        return Arguments(points, given.resume, given.jobs, given.print)
+        return given
 
 
 def files_and_keys(words):
@@ -108,19 +94,23 @@ def grid(files, words):
     varied = [key for key, several in values.items() if len(several) > 1]
     if "name" in varied:
         raise AtlasError("a grid takes one name; it begins the name of each run's folder")
-    points = []
+    points, seen = [], {}
     for chosen in itertools.product(*values.values()):
         point = dict(zip(values, chosen))
         config = load_config(files, [f"{key}={text}" for key, text in point.items()])
         if varied:
             point["name"] = folder_name(config, {key: point[key] for key in varied})
-        words = [f"{key}={text}" for key, text in point.items()]
+        named = [f"{key}={text}" for key, text in point.items()]
         own = [f"{key}={point[key]}" for key in varied if key not in REPLICATES]
-        command = ["--resume", *(["--cfg", *map(str, files)] if files else []), *words]
-        points.append(Point(command, load_config(files, words), " ".join(own) or "as configured"))
-    for a, b in itertools.combinations(points, 2):
-        if a.folder == b.folder:
-            raise AtlasError(f"two runs of the grid would share the folder {a.folder}")
+        command = ["--resume", *(["--cfg", *map(str, files)] if files else []), *named]
+        points.append(Point(command, load_config(files, named), " ".join(own) or "as configured"))
+        for mark in (str(points[-1].folder), repr(as_dict(config))):
+            other = seen.setdefault(mark, points[-1])
+            if other is not points[-1]:
+                raise AtlasError(
+                    f"`{shlex.join(other.words)}` and `{shlex.join(command)}` would be the same "
+                    "run, or share a folder; give different values"
+                )
     return points
 
 
@@ -135,8 +125,8 @@ def split_values(text):
         elif letter in "([{":
             depth += 1
         elif letter in ")]}":
-            depth -= 1
-        elif letter == "," and depth < 1:
+            depth = max(0, depth - 1)
+        elif letter == "," and not depth:
             values.append("")
             continue
         values[-1] += letter
@@ -151,7 +141,20 @@ def folder_name(config, varied):
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join([config.name or "", *parts]).strip("_"))
 
 
-def run_grid(arguments, table, start=None):
+def start_run(words, errors, jobs):
+    """Run train.py in a process of its own, its stderr in the file `errors`; the exit status."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    with open(errors, "wb") as file:
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            env={"OMP_NUM_THREADS": threads} | os.environ,
+        ).returncode
+
+
+def run_grid(arguments, table, start=start_run):
     """Run a grid, or print its commands; the exit status, 1 if a run failed.
 
     table(results of the finished runs) gives the text that ends it. start(words, file, jobs) begins
@@ -163,9 +166,9 @@ def run_grid(arguments, table, start=None):
             print(shlex.join(["python", "train.py", *point.words]))
         return 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = [pool.submit(run, point, arguments.jobs, start or start_run) for point in points]
+        futures = [pool.submit(run, point, arguments.jobs, start) for point in points]
         try:
-            failed = [point for point, run in zip(points, runs) if not run.result()]
+            failed = [future for future in futures if not future.result()]
         except BaseException:  # Ctrl-C: what waits is not begun
             pool.shutdown(cancel_futures=True)
             raise
@@ -199,24 +202,11 @@ def run(point, jobs, start):
     return True
 
 
-def start_run(words, errors, jobs):
-    """Run train.py in a process of its own, its stderr in the file `errors`; the exit status."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    with open(errors, "wb") as file:
-        return subprocess.run(
-            [sys.executable, str(SCRIPT), *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-            env={"OMP_NUM_THREADS": threads} | os.environ,
-        ).returncode
-
-
 def finished(point):
     """The results of a finished run, or None."""
     try:
         results = json.loads((point.folder / "results.json").read_text("utf-8"))
-        return results if results["complete"] else None
+        return results if results["complete"] and isinstance(results["config"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):  # --resume says what is wrong with it
         return None
 
@@ -225,10 +215,13 @@ def ranking(done):
     """Markdown, a row a setting, the best final J on validation clips first."""
     rows = {}
     for point, results in done:
-        last = results["val_matrix"]["J"][-1] or [None]
-        J = results["metrics"]["J"]
-        minutes = sum(sum(part) for part in results["seconds"].values()) / 60
-        scores = (average(last), J["final"], J["forgetting"], minutes)
+        try:
+            J = results["metrics"]["J"]
+            seconds = sum(sum(filter(None, part)) for part in results["seconds"].values())
+            val = average(results["val_matrix"]["J"][-1] or [None])
+            scores = (val, J["final"], J["forgetting"], seconds / 60)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise AtlasError(f"{point.folder}/results.json is damaged; remove the folder") from None
         rows.setdefault(point.setting, []).append(scores)
     best = sorted(rows.items(), key=lambda row: -(average([run[0] for run in row[1]]) or 0))
     lines = [f"| setting | runs | {' | '.join(COLUMNS)} |", "|---" * 6 + "|"]
