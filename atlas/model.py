@@ -1,13 +1,12 @@
 """The ATLAS network and its task loss: which pixels of a frame belong to what sounds?
 
-    frames -> Atlas.encode: frozen encoder with LoRA (encoders.py) -> a feature map at each scale
-    features, sound -> Atlas.segment: Fusion (gate, cross-attention) -> Decoder -> mask logits
-                                                                     -> Classifier -> class logits
+    encode:  frames -> frozen encoder with LoRA (encoders.py) -> a feature map at each scale
+    segment: features, sound -> Fusion (gate, cross-attention) -> Decoder -> mask logits
+                                                               -> Classifier -> class logits
 
-Shapes: B clips of T seconds (one frame a second); M annotated frames in a batch, `clip` [M] whose
-and `second` [M] when; L scales; C_l channels and h_l w_l pixels at scale l; S pixels a side of the
-image; D width; K classes. A second of sound has a context of D_a numbers and N tokens of D_u.
-A logit is positive on the sounding object.
+Shapes: B clips of T seconds; M annotated frames in a batch, `clip` [M] whose, `second` [M] when;
+L scales, C_l channels, h_l w_l pixels; S pixels a side of the image; D width; K classes. A second
+of sound is a context of D_a numbers and N tokens of D_u. Logits are positive on what sounds.
 """
 
 import copy
@@ -21,7 +20,7 @@ from atlas.encoders import add_lora, base_encoder, build_visual_encoder, prove
 
 
 class Atlas(nn.Module):
-    """The whole network. Its groups of trainables are lora, fusion, decoder and classifier."""
+    """The whole network."""
 
     def __init__(self, encoder, config, context_dim, token_dim, classes=None):
         """encoder: of encoders.py. classes: each task's category names, for the classifier."""
@@ -60,8 +59,7 @@ class Atlas(nn.Module):
     def segment(self, features, batch):
         """features of encode -> {"masks": logits [M, S, S]}, and "classes" [B, K] if it classifies.
 
-        Of the batch it reads clip, second, context [B, T, D_a] and tokens [B, T, N, D_u]. S is
-        batch["size"], or the size of batch["frames"]. K counts the competing classes.
+        batch: clip, second, context [B, T, D_a], tokens [B, T, N, D_u], and for S size or frames.
         """
         size = batch["size"] if "size" in batch else batch["frames"].shape[-1]
         fused, a = self.fusion(features, batch)
@@ -69,8 +67,7 @@ class Atlas(nn.Module):
         masks = F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
         outputs = {"masks": masks[:, 0]}
         if self.classifier and self.classifier.last > self.classifier.first:
-            seen_and_heard = torch.cat([fused[-1].mean((2, 3)), a], 1)  # [M, D + D_a]
-            votes = self.classifier(seen_and_heard)
+            votes = self.classifier(torch.cat([fused[-1].mean((2, 3)), a], 1))  # [M, K]
             outputs["classes"] = clip_means(votes, batch["clip"], len(batch["context"]))
         return outputs
 
@@ -81,19 +78,18 @@ class Atlas(nn.Module):
 
     def groups(self):
         """The trainables by group, {"lora" | "fusion" | "decoder" | "classifier": {name: p}}."""
-        groups = {"lora": {}, "fusion": {}, "decoder": {}, "classifier": {}}
+        groups = {"encoder": {}, "fusion": {}, "decoder": {}, "classifier": {}}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                part = name.split(".")[0]
-                groups["lora" if part == "encoder" else part][name] = parameter
-        return groups
+                groups[name.split(".")[0]][name] = parameter
+        return {"lora": groups.pop("encoder"), **groups}
 
 
 class Fusion(nn.Module):
     """Lets the sound into the features, at every scale: first a gate, then cross-attention.
 
-    The gate is F_l * (1 + tanh(W_l a + b_l)), a number for each channel. W_l and b_l are zero at
-    the start, so that the first step sees the plain encoder. `conditioning: none` has no gate.
+    The gate is F_l * (1 + tanh(W_l a + b_l)), one number a channel. W_l and b_l are zero at the
+    start, so that the first step sees the plain encoder. `conditioning: none` has no gate.
     """
 
     def __init__(self, channels, context_dim, token_dim, config):
@@ -126,8 +122,8 @@ class Fusion(nn.Module):
 class CrossAttention(nn.Module):
     """A pre-norm transformer block: x + Attention(LN(x)), then x + MLP(LN(x)).
 
-    Queries are the frame's pixels. Keys and values are the T N audio tokens of its clip. To each
-    token a learned embedding is added, of the distance from its second to the frame's.
+    Queries are a frame's pixels. Keys and values are the T N audio tokens of its clip, each with a
+    learned embedding of the distance from its second to the frame's.
     """
 
     def __init__(self, token_dim, width, heads):
@@ -234,11 +230,10 @@ def clip_means(values, clip, B):
 
 
 def build_model(config, context_dim, token_dim, classes=None):
-    """A config's Atlas in train mode, on the CPU. Its initial weights come from the seed alone.
+    """A config's Atlas in train mode, proven; its initial weights come from the seed alone.
 
-    classes: as in Atlas. What an ablation changes is drawn last, so that without gates, without
-    LoRA or at another rank the rest starts from the same weights. What the encoder cannot do is
-    an AtlasError here, before anything is written (encoders.prove).
+    What an ablation changes is drawn last, so that without gates, without LoRA or at another rank
+    the rest starts from the same weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -252,12 +247,11 @@ def build_model(config, context_dim, token_dim, classes=None):
 
 
 def count_parameters(model):
-    """{"total", "trainable", "lora"}: numbers of parameters. The total counts frozen ones too."""
-    sizes = {}
-    for group, members in model.groups().items():
-        sizes[group] = sum(p.numel() for p in members.values())
+    """{"total", "trainable", "lora"}: numbers of parameters, in total with the frozen ones."""
     total = sum(p.numel() for p in model.parameters())
-    return {"total": total, "trainable": sum(sizes.values()), "lora": sizes["lora"]}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lora = sum(p.numel() for p in model.groups()["lora"].values())
+    return {"total": total, "trainable": trainable, "lora": lora}
 
 
 # ---- the task loss ---------------------------------------------------------------------------
@@ -266,10 +260,10 @@ def count_parameters(model):
 def clip_losses(outputs, batch):
     """The loss of every clip by term: {"bce", "dice"}, and "class" if it classifies; each [B].
 
-    Mask terms are means over a clip's annotated frames, so nothing is pooled across clips. With
-    p = sigmoid(logit) and g the truth: bce is the binary cross-entropy, averaged over pixels;
-    dice is 1 - (2 sum p g + 1) / (sum p + sum g + 1), where the 1 defines a silent frame; class
-    is the cross-entropy over competing classes. No weight is applied yet.
+    Mask terms are means over a clip's frames; nothing is pooled across clips. bce is the binary
+    cross-entropy, averaged over pixels. dice is 1 - (2 sum p g + 1) / (sum p + sum g + 1) with
+    p = sigmoid(logit) and the truth g; the 1 defines it on a silent frame. class is the
+    cross-entropy over the competing classes.
     """
     logits = outputs["masks"].float().flatten(1)
     truth = batch["masks"].to(logits.dtype).flatten(1)  # [M, S S]
