@@ -161,6 +161,19 @@ def read_rows(path, columns):
     return rows
 
 
+def read_table(path, columns):
+    """The rows of a CSV table as dicts of stripped strings. It must hold `columns`."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            lost = [column for column in columns if column not in (reader.fieldnames or ())]
+            if lost:
+                raise AtlasError(f"{path} lacks the column {', '.join(lost)}")
+            return [{k: (v or "").strip() for k, v in row.items() if k} for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise AtlasError(f"cannot read the table {path}: {error}") from None
+
+
 READERS = {"s4": read_s4, "ms3": read_ms3}
 
 

@@ -1,227 +1,162 @@
-"""The config: flat keys, each with its default, meaning and allowed values, in one table. Imports no torch, so that help is instant.
+"""The config: flat keys, each with its default, meaning and allowed values, in one table.
 
-Files overlay left to right, then `key=value` from the command line, which wins. An unknown or mistyped key raises and
-names the nearest one. There is no other place where a default lives.
+YAML files overlay left to right, then `key=value` from the command line, which wins. The type of a
+key says how its text is read, so `name: 010`, `amp: off` and `lr: 1e-4` mean what they look like.
+An unknown key raises and names the nearest one. No default lives anywhere else. Imports no torch.
 """
 
-import argparse
 import dataclasses
 import difflib
-import math
+import os
+import re
 import sys
+import typing
 from dataclasses import dataclass, field
 
 import yaml
 
-from atlas.errors import AtlasError, one_line_errors
+from atlas.errors import AtlasError
+from atlas.methods import METHODS
 
-
-def key(default, help, choices=None, types=None, low=None, high=math.inf):
-    """One config key. `types`: what it may be (the default's own type if not given); `low`, `high`: the smallest and largest allowed number."""
-    types = types or (type(default),)
-    return field(
-        default=default,
-        metadata={"help": help, "choices": choices, "types": types, "low": low, "high": high},
-    )
-
-
-STRENGTHS = {  # what strength=null means: the method's public default, as the factor of ATLAS's equation (atlas/baselines.py), where a quadratic penalty has a half
-    "lwf": 1.0,  # avalanche's alpha
-    "ewc": 500.0,  # CAVS-CMR's, for continual audio-visual segmentation
-    "mas": 2.0,  # avalanche's lambda 1, without the half
-    "si": 0.2,  # mammoth's c 0.1, without the half
-    "ewc_lora": 1e7,  # the authors'
-    "olora": 0.5,  # the authors' lambda_1
-    "inflora": 0.98,  # the authors' threshold for ImageNet-R, a share
-    "lra_plus": 1.0,  # ours: the distillation weighs as much as the task; its anchor has lra_lambda
+PATHS = "data_root cache_dir out_dir visual_weights audio_weights joint_run first_task".split()
+REMOVED = ("watch", "lr_rest", "lra_rest")  # keys of earlier versions
+BOOLS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
+WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,18})")
+NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+KINDS = {
+    int: "a whole number (no leading zero)",
+    float: "a number such as 3, 0.1 or 1e-4 (no leading zero)",
+    bool: "true or false",
+    str: "text",
+    list: "a list such as [a, b]",
+    dict: "a mapping such as {a: [b, c]}",
+    type(None): "null",
 }
-ON_LORA = ("ewc_lora", "olora", "inflora", "frozen_lora")
-PLAIN = ("finetune", "frozen", "joint")  # nothing to consolidate
-SAME_FIRST = (
-    "lra",
-    "finetune",
-    "lwf",
-    "ewc",
-    "mas",
-    "ewc_lora",
-    "frozen_lora",
-    "lra_plus",
-)  # learn their first task alike, to the bit, and leave it as it was learned
+LONGEST_FILE, LONGEST_NAME = 100_000, 200  # bytes; a name gets endings, and folders take 255
+
+
+def key(default, help, choices=None, low=None, high=None):
+    """One key of the config. `low` and `high` are the smallest and largest allowed number."""
+    meta = {"help": help, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=meta)
 
 
 @dataclass(frozen=True)
 class Config:
     # -- run
-    name: str | None = key(
-        None, "run folder below out_dir; null: PROTOCOL_METHOD_seedSEED", types=(str, type(None))
-    )
+    name: str | None = key(None, "run folder in out_dir; null: PROTOCOL_METHOD_seedSEED")
     out_dir: str = key("runs", "where run folders go")
-    seed: int = key(0, "class order, weights that are not loaded, batch order, augmentation", low=0)
-    device: str = key("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    seed: int = key(0, "of class order, initial weights and batches", low=0, high=2**32 - 1)
+    device: str = key("auto", "auto: a GPU where there is one", ("auto", "cpu", "cuda"))
     amp: str = key(
         "auto",
         "mixed precision; auto: bf16 on a GPU that has it, else fp16; off on the CPU",
-        choices=("auto", "bf16", "fp16", "off"),
+        ("auto", "bf16", "fp16", "off"),
     )
-    compile: bool = key(
-        False, "torch.compile of the training step's forward pass; needs a GPU or a C++ compiler"
-    )
-    watch: bool = key(
-        True,
-        "after each epoch show J on validation clips of the task, of their middle frames; it decides nothing and costs some 4 %",
-    )
-    workers: int = key(0, "loader processes; 0: load in the main process", low=0)
+    compile: bool = key(False, "torch.compile of the forward pass; needs a GPU or a C++ compiler")
+    workers: int = key(0, "loader processes; 0: load in the main process", low=0, high=256)
 
     # -- data
-    dataset: str = key("s4", "AVSBench's single-source or multi-source set", choices=("s4", "ms3"))
+    dataset: str = key("s4", "AVSBench's single-source or multi-source set", ("s4", "ms3"))
     data_root: str = key("data/AVSBench", "the folder that holds Single-source/ or Multi-sources/")
     synth: bool = key(False, "make the synthetic set in data_root on first use")
-    image_size: int = key(224, "height and width in pixels, of input, masks and scores", low=32)
-    augment: bool = key(
-        False, "random flip, scale-and-crop and colour, one draw per clip and epoch"
-    )
+    image_size: int = key(224, "pixels a side, of input, masks and scores", low=32, high=4096)
+    augment: bool = key(False, "random flip, crop and colour, drawn once per clip and epoch")
     cache_dir: str = key("cache", "where packed caches go")
 
     # -- protocol
     protocol: str = key(
         "cil",
-        "task-, class- or domain-incremental; a task-free stream",
-        choices=("til", "cil", "dil", "tfcl"),
+        "task-, class- or domain-incremental; tfcl: a task-free stream",
+        ("til", "cil", "dil", "tfcl"),
     )
     base: int = key(11, "TIL, CIL: classes of the first task", low=1)
     step: int = key(2, "TIL, CIL: classes of each later task", low=1)
-    class_order: list | None = key(
-        None,
-        "TIL, CIL: category names in learning order; null: drawn from seed",
-        types=(list, type(None)),
-    )
-    first_task: str | None = key(
-        None,
-        "folder of a run whose first task is taken over as it was learned and scored, all else being equal; null: learn it",
-        types=(str, type(None)),
-    )
+    class_order: list | None = key(None, "TIL, CIL: a list of classes; null: drawn from seed")
+    first_task: str | None = key(None, "a run whose first task is taken over; null: learn it")
     domains: dict | list | None = key(
         None,
-        "DIL: null: human, animal, instrument, vehicle, tool; a list: their order; or a mapping",
-        types=(dict, list, type(None)),
+        "DIL: a list: the order of the domains; a mapping: {domain: [classes]}; "
+        "null: human, animal, instrument, vehicle, tool",
     )
     stream_epochs: int = key(
-        1,
-        "TF-CL: times the current batch is used before it is gone; joint: passes over everything",
-        low=1,
+        1, "TF-CL: how often a batch is used before it is gone; joint: passes over all", low=1
     )
     stream_blur: float = key(
-        0.5,
-        "TF-CL: width of the zone in which neighbouring segments mix, in segments; 0: sharp drifts",
-        low=0,
-        high=2,
+        0.5, "TF-CL: how far neighbouring segments mix, in segments; 0: sharp", low=0, high=2
     )
     stream_checkpoints: int = key(6, "TF-CL: segments of the stream, and checkpoints", low=2)
 
     # -- model
     visual: str = key("pvt_v2_b5", "timm model with features_only, frozen")
-    visual_weights: bool | str = key(
-        True, "a file, a timm tag, true (timm's hub), false (random)", types=(bool, str)
-    )
+    visual_weights: bool | str = key(True, "a file, a timm tag, true: timm's hub, false: random")
     visual_norm: str = key(
-        "timm", "timm: the model's own mean and std; half: x / 127.5 - 1", choices=("timm", "half")
+        "timm", "timm: the model's own mean and std; half: x/127.5 - 1", ("timm", "half")
     )
-    visual_pad: str = key(
-        "default", "padding of the convolutions (timm's pad_type)", choices=("default", "same")
-    )
-    audio: str = key(
-        "vggish", "frozen audio encoder", choices=("vggish", "yamnet", "audiomae", "logmel")
-    )
-    audio_weights: bool | str = key(
-        True,
-        "a file, true (published address: vggish, audiomae), false (random; logmel has none)",
-        types=(bool, str),
-    )
-    width: int = key(256, "D, width of fusion and decoder", low=8)
+    visual_pad: str = key("default", "padding of the convolutions in timm", ("default", "same"))
+    audio: str = key("vggish", "frozen audio encoder", ("vggish", "yamnet", "audiomae", "logmel"))
+    audio_weights: bool | str = key(True, "a file, true: published ones, false: random")
+    width: int = key(256, "D, width of fusion and decoder", low=8, high=8192)
     heads: int = key(8, "attention heads; divides width", low=1)
     conditioning: str = key(
-        "gate",
-        "audio gate on visual features before attention; none: off",
-        choices=("gate", "none"),
+        "gate", "the sound gates visual features before attention; none: off", ("gate", "none")
     )
-    classify: bool = key(
-        False, "a classification branch: classes seen so far (TIL: the task's own) compete"
-    )
-    lora_rank: int = key(16, "r; 0: no LoRA", low=0)
+    classify: bool = key(False, "a classifier; the classes so far compete (TIL: the task's own)")
+    lora_rank: int = key(16, "r; 0: no LoRA", low=0, high=8192)
     lora_alpha: float = key(16.0, "alpha; the update is (alpha / r) B A", low=0)
     lora_dropout: float = key(0.0, "dropout on LoRA's input; 0: off", low=0, high=0.99)
     lora_targets: str = key(
-        "auto",
-        "auto: linear layers and 1x1 convolutions; else a regular expression over module names",
+        "auto", "auto: linear layers and 1x1 convolutions; else a regular expression over names"
     )
 
     # -- method
-    method: str = key(
-        "lra",
-        "finetune: no anchor; frozen: no LoRA; joint: all classes at once; frozen_lora: LoRA learns the first task only; lra_plus: lra that keeps listening (ours)",
-        choices=("lra", *PLAIN, *STRENGTHS, "frozen_lora"),
-    )
-    strength: float | None = key(
-        None,
-        f"of the other methods (lra has lra_lambda); null: {', '.join(f'{m} {v:g}' for m, v in STRENGTHS.items())}",
-        types=(float, type(None)),
-        low=0,
-    )
-    joint_run: str | None = key(
-        None, "folder of a joint run, for intransigence; null: none", types=(str, type(None))
-    )
+    method: str = key("lra", "what acts against forgetting:", tuple(METHODS))
+    strength: float | None = key(None, "factor of the penalty; null: its default above", low=0)
+    joint_run: str | None = key(None, "folder of a joint run, for intransigence; null: none")
     lra_lambda: float = key(
-        0.1,
-        "strength of (lambda / 2) sum Omega (theta - anchor)^2; 0: plain sequential LoRA",
-        low=0,
+        0.1, "lambda, strength of lra: (lambda / 2) sum Omega (theta - anchor)^2", low=0
     )
     lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none", low=0)
     lra_power: float = key(
-        1.0, "exponent on the sensitivity: 1 Fisher, 0.5 its root, 0 uniform (plain L2)", low=0
+        1.0, "exponent on the sensitivity; 1: Fisher, 0.5: its root, 0: plain L2", low=0
     )
     lra_scope: str = key(
         "trainable",
-        "what is anchored: the LoRA factors (as the paper names it), or fusion and decoder too",
-        choices=("lora", "trainable"),
-    )
-    lra_rest: float = key(
-        1.0,
-        "trainable: factor on the sensitivity of fusion, decoder and classifier: how much firmer than LoRA they are held; 0: as lra_scope=lora",
-        low=0,
+        "what is anchored: LoRA alone, as the paper names it, or fusion and decoder too",
+        ("lora", "trainable"),
     )
     lra_space: str = key(
         "factors",
-        "what the LoRA part of theta is: A and B, or the update (alpha / r) B A",
-        choices=("factors", "delta"),
+        "what of LoRA is anchored: A and B, or the update (alpha / r) B A",
+        ("factors", "delta"),
     )
     lra_trigger: str = key(
         "boundary",
-        "when to consolidate: at task boundaries, or where a plateau of the loss ends (task-free)",
-        choices=("boundary", "plateau"),
+        "when to consolidate: after a task, or where a plateau of the loss ends (task-free)",
+        ("boundary", "plateau"),
     )
     lra_window: int = key(12, "plateau: steps in a window", low=2)
     lra_peak: float = key(
         0.4,
-        "plateau: how far a window's mean rises above the lowest of the last three, in running standard deviations, to end it",
+        "plateau: it ends when a window's mean exceeds the lowest of the last three by so many "
+        "running standard deviations",
         low=0,
     )
-    lra_clips: int = key(0, "boundary: clips used for the sensitivity of a task; 0: all", low=0)
+    lra_clips: int = key(0, "boundary: clips that measure the sensitivity; 0: all", low=0)
 
     # -- optim
-    epochs_first: int = key(15, "epochs of the first task", low=0)
-    epochs: int = key(15, "epochs of each later task", low=0)
+    epochs_first: int = key(15, "epochs of the first task", low=0, high=10_000)
+    epochs: int = key(15, "epochs of each later task", low=0, high=10_000)
     batch_size: int = key(4, "clips", low=1)
-    lr_first: float = key(1e-4, "AdamW's peak rate, first task; TF-CL: of the whole stream", low=0)
-    lr: float = key(1e-4, "AdamW's peak rate, later tasks", low=0)
-    lr_rest: float = key(
-        1.0,
-        "factor on the rate of fusion, decoder and classifier after the first task (TF-CL: on the whole stream); 0: held",
-        low=0,
+    lr_first: float = key(1e-4, "peak rate of the first task; TF-CL: of the stream", low=0)
+    lr: float | None = key(
+        None, "peak rate of later tasks; null: the method's own default, else lr_first", low=0
     )
     weight_decay: float = key(0.01, "AdamW's weight decay; 0: off", low=0)
     warmup: float = key(
         0.05,
-        "share of a task's steps spent warming up, cosine decay after it (TF-CL: of the stream's, constant after it); 0: off",
+        "share of a task's steps spent warming up, cosine decay after it "
+        "(TF-CL: of the stream's, constant after it); 0: off",
         low=0,
         high=1,
     )
@@ -234,191 +169,219 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 
-def load_config(files=(), overrides=()):
-    """Overlay YAML `files` left to right, then `key=value` strings, on the defaults, and return a Config."""
-    values = {}
-    for path in files:
-        try:
-            with open(path) as file:
-                content = yaml.safe_load(file) or {}
-        except FileNotFoundError:
-            raise AtlasError(
-                f"no config file {path}; the ones that come with ATLAS are in configs/"
-            ) from None
-        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-            raise AtlasError(f"{path} is not a readable YAML file: {error}") from None
-        if not isinstance(content, dict):
-            raise AtlasError(f"{path} holds no `key: value` lines")
-        values |= {name: _checked(name, value, path) for name, value in content.items()}
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise AtlasError(
-                f"`{text}` on the command line is neither a config file after --cfg nor key=value"
-            )
-        text_only = name in FIELDS and set(FIELDS[name].metadata["types"]) <= {str, type(None)}
-        try:  # a text key is taken as it stands: name=1 and name=no are names
-            value = yaml.safe_load(value) if value == "null" or not text_only else value
-        except yaml.YAMLError:
-            raise AtlasError(
-                f"`{text}` on the command line: the value is not readable; quote it"
-            ) from None
-        values[name] = _checked(name, value, "the command line")
-    config = Config(**values)
-    if config.width % config.heads or config.width % 8:
-        raise AtlasError(
-            f"width={config.width} must be a multiple of heads={config.heads} and of 8 (the decoder's normalisation groups)"
-        )
-    if config.dataset == "ms3" and config.protocol != "tfcl":
-        raise AtlasError(
-            f"protocol={config.protocol} needs categories, which dataset=ms3 does not have; use protocol=tfcl, or dataset=s4"
-        )
-    if config.protocol == "tfcl" and not config.lr_rest:
-        raise AtlasError(
-            "protocol=tfcl with lr_rest=0 would never teach fusion and decoder, for a stream has no first task; use a small lr_rest"
-        )
-    if config.protocol == "tfcl" and config.classify:
-        raise AtlasError("classify=true needs tasks of classes; protocol=tfcl has none")
-    if (
-        config.protocol == "tfcl"
-        and config.method not in (*PLAIN, "inflora")
-        and config.lra_trigger == "boundary"
-    ):
-        raise AtlasError(
-            "protocol=tfcl has no boundaries that lra_trigger=boundary could wait for; use lra_trigger=plateau"
-        )
-    if config.method == "lra" and not config.lora_rank and config.lra_scope == "lora":
-        raise AtlasError(
-            "method=lra anchors LoRA, but lora_rank=0; give a rank, or lra_scope=trainable, or method=finetune"
-        )
-    if config.method == "lra_plus" and (config.lra_scope, config.lra_space) != (
-        "trainable",
-        "factors",
-    ):
-        raise AtlasError(
-            "method=lra_plus runs the last model again, so it must keep all of it; use lra_scope=trainable and lra_space=factors"
-        )
-    if config.method == "lra_plus" and config.protocol == "til" and config.lra_trigger == "plateau":
-        raise AtlasError(
-            "method=lra_plus keeps a sound with its task's head, which a plateau does not tell; use lra_trigger=boundary with protocol=til"
-        )
-    if config.method in ON_LORA and not config.lora_rank:
-        raise AtlasError(
-            f"method={config.method} is about LoRA, but lora_rank=0; give a rank, or another method"
-        )
-    if config.method == "inflora" and (
-        config.protocol == "tfcl" or config.lra_trigger == "plateau"
-    ):
-        raise AtlasError(
-            "method=inflora chooses A from a task's inputs before it learns the task, which needs to be told where tasks begin; use another method without boundaries"
-        )
-    if config.first_task and (
-        config.method not in (*SAME_FIRST, "olora")
-        or config.protocol == "tfcl"
-        or config.lra_trigger == "plateau"
-    ):
-        what = (
-            f"method={config.method}"
-            if config.method not in (*SAME_FIRST, "olora")
-            else "a stream"
-            if config.protocol == "tfcl"
-            else "lra_trigger=plateau"
-        )
-        raise AtlasError(
-            f"first_task={config.first_task}: {what} does not begin with a first task that other methods would learn alike; leave first_task at null"
-        )
-    if config.lra_trigger == "plateau" and (
-        config.method == "ewc_lora" or (config.method == "lra" and config.lra_space == "delta")
-    ):
-        key = "method=ewc_lora" if config.method == "ewc_lora" else "lra_space=delta"
-        raise AtlasError(
-            f"{key} needs the gradients of the frozen weights, which no training step forms, so it cannot be gathered task-free; use lra_trigger=boundary, or lra_space=factors"
-        )
-    if config.strength is not None and config.method not in STRENGTHS:
-        instead = "; its own is lra_lambda" if config.method == "lra" else ""
-        raise AtlasError(f"method={config.method} has no strength{instead}; leave strength at null")
-    if config.method == "inflora" and (config.strength or 0) > 1:
-        raise AtlasError(
-            f"strength={config.strength}: of method=inflora it is the share of the inputs that a task's subspace holds, at most 1"
-        )
-    return config
-
-
-def _checked(name, value, where):
-    """The value as the key's type, or an AtlasError that names the key, the place and what is allowed."""
-    if name not in FIELDS:
-        near = difflib.get_close_matches(str(name), FIELDS, n=1, cutoff=0.0)[0]
-        raise AtlasError(f"unknown key `{name}` in {where}; the nearest is `{near}`")
-    meta = FIELDS[name].metadata
-    types, choices, low, high = meta["types"], meta["choices"], meta["low"], meta["high"]
-    if float in types and not isinstance(value, bool):
-        try:  # YAML reads 1e-3 as a string and 1 as an int
-            value = float(value)
-        except (TypeError, ValueError):
-            pass
-    if choices and value is False and "off" in choices:  # YAML reads a bare off as false
-        value = "off"
-    names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise AtlasError(f"key `{name}` in {where} is {value!r}, which is no {names}")
-    if choices and value not in choices:
-        raise AtlasError(
-            f"key `{name}` in {where} is {value!r}; choose from {', '.join(map(str, choices))}"
-        )
-    if low is not None and value is not None and not low <= value <= min(high, sys.float_info.max):
-        raise AtlasError(
-            f"key `{name}` in {where} is {value}; it must be a number of at least {low}"
-            + (f" and at most {high}" if high < math.inf else "")
-        )
-    return value
-
-
 def as_dict(config):
     """All keys with their values, for config.yaml and results.json."""
     return dataclasses.asdict(config)
 
 
 def run_name(config):
+    """The name of the run's folder."""
     return config.name or f"{config.protocol}_{config.method}_seed{config.seed}"
 
 
-def parse_arguments(manual, words=None):
-    """(Config, resume?) of a command line `--cfg FILE... [--resume] key=value...`; `manual` is the script's docstring. Exits on --help and on bad input."""
-    parser = argparse.ArgumentParser(
-        description=manual,
-        epilog=f"keys, their defaults and meaning:\n{key_help()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--cfg", nargs="+", default=[], metavar="FILE", help="YAML files, overlaid left to right"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with this run after a kill, to the same result; start it where there is nothing yet",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="single keys; they win over the files"
-    )
-    given = parser.parse_args(words)
-    files = [word for word in given.cfg if "=" not in word]
-    with one_line_errors():
-        return load_config(
-            files, [word for word in given.cfg if "=" in word] + given.overrides
-        ), given.resume
+def strength_of(config):
+    """The factor of the method's penalty; 0.0 where it has none."""
+    if config.method == "lra":
+        return config.lra_lambda
+    if config.strength is not None:
+        return config.strength
+    return METHODS[config.method].strength or 0.0
 
 
-def key_help():
-    """One line a key, for --help."""
-    lines = []
-    for f in FIELDS.values():
-        default = (
-            "null"
-            if f.default is None
-            else str(f.default).lower()
-            if isinstance(f.default, bool)
-            else f.default
+def rate_of(config):
+    """The peak rate of the later tasks: `lr`, else the method's own default, else `lr_first`."""
+    own = METHODS[config.method].lr if config.lr is None else config.lr
+    return config.lr_first if own is None else own
+
+
+def load_config(files=(), overrides=()):
+    """The Config of YAML `files`, overlaid left to right, and then of `key=value` strings."""
+    values = {}
+    for path in files:
+        values |= _read_file(path)
+    for word in overrides:
+        name, text = split_word(word)
+        values[name] = _typed(name, _node(name, text), "on the command line")
+    for name, value in values.items():
+        if isinstance(value, str):
+            value = value.replace("{seed}", str(values.get("seed", 0)))
+            values[name] = _expanded(name, value) if name in PATHS else value
+    name = values.get("name") or ""
+    if name in (".", "..") or "/" in name or len(name.encode()) > LONGEST_NAME:
+        raise AtlasError(
+            f"name={name} cannot name a folder; use at most {LONGEST_NAME} bytes "
+            "and no slash (out_dir is the folder above)"
         )
-        choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
-        lines.append(f"  {f.name:<15} {str(default):<14} {f.metadata['help']}{choices}")
-    return "\n".join(lines)
+    config = Config(**values)
+    for message in conflicts(config):
+        raise AtlasError(message)
+    return config
+
+
+def split_word(word):
+    """(key, text) of a `key=value` of the command line, without blanks around either."""
+    name, equals, text = word.partition("=")
+    if not equals or not name.strip():
+        raise AtlasError(
+            f"`{word}` on the command line is neither a config file nor key=value; "
+            "write key=value in one word, without blanks around ="
+        )
+    return name.strip(), text.strip()
+
+
+# ---- from text to values -----------------------------------------------------------------------
+
+
+def _read_file(path):
+    """{key: value} of one YAML file."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LONGEST_FILE + 1)
+        if len(data) > LONGEST_FILE:
+            raise AtlasError(f"{path} is longer than {LONGEST_FILE} bytes, so it is no config")
+        root = yaml.compose(data.decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise AtlasError(f"no config file {path}; those of ATLAS are in configs/") from None
+    except OSError as error:
+        raise AtlasError(f"the config file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or another one"
+        raise AtlasError(f"{path} is {found}, not UTF-8; save it in the encoding UTF-8") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise AtlasError(f"{path} is not readable YAML: {error}") from None
+    if root is None:  # empty, or comments alone
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise AtlasError(f"{path} holds no lines of `key: value` (a blank follows the colon)")
+    return {
+        name: _typed(name, node, f"in {path}, line {line}")
+        for name, (line, node) in _pairs(root, path).items()
+    }
+
+
+def _pairs(mapping, path):
+    """{key: (line, value node)} of a YAML mapping, in which no key may stand twice."""
+    pairs = {}
+    for name, value in mapping.value:
+        line = name.start_mark.line + 1
+        if not isinstance(name, yaml.ScalarNode):
+            raise AtlasError(f"{path}, line {line}: a key must be one word")
+        if name.value in pairs:
+            lines = f"in lines {pairs[name.value][0]} and {line}"
+            raise AtlasError(f"key `{name.value}` stands twice in {path}, {lines}; delete one")
+        pairs[name.value] = line, value
+    return pairs
+
+
+def _node(name, text):
+    """The YAML node of a value on the command line: plain text, unless quoted or a list."""
+    structured = name in FIELDS and list in _types(name) and text[:1] in ("[", "{")
+    if not structured and text[:1] not in ("'", '"'):
+        return yaml.ScalarNode(None, text)
+    try:
+        return yaml.compose(text)
+    except (yaml.YAMLError, RecursionError):
+        raise AtlasError(f"a quote or bracket is open in `{name}={text}`; close it") from None
+
+
+def _types(name):
+    return typing.get_args(FIELDS[name].type) or (FIELDS[name].type,)
+
+
+def _typed(name, node, where):
+    """The value of key `name` in a YAML node. Errors name the key and `where` it stands."""
+    if name in REMOVED:
+        raise AtlasError(
+            f"key `{name}` {where} is of an earlier version of ATLAS, and runs of that version "
+            "are read by it alone; in a config of your own delete the line"
+        )
+    if name not in FIELDS:
+        near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.0)[0]
+        raise AtlasError(f"unknown key `{name}` {where}; the nearest is `{near}`")
+    types, meta = _types(name), FIELDS[name].metadata
+    value = _value(node, types, where)
+    shown = f"key `{name}` {where} is `{node.value if isinstance(node.value, str) else value}`"
+    if type(value) not in types or value == "":
+        raise AtlasError(f"{shown}; it must be {' or '.join(KINDS[kind] for kind in types)}")
+    if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
+        raise AtlasError(f"key `{name}` {where} holds a character that is no text: {value!r}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise AtlasError(f"{shown}; choose from {', '.join(meta['choices'])}")
+    if meta["low"] is not None and value is not None:
+        most = meta["high"] or (10**6 if int in types else sys.float_info.max)
+        if not meta["low"] <= value <= most:
+            raise AtlasError(f"{shown}; it must be at least {meta['low']} and at most {most}")
+    return value
+
+
+def _value(node, types, where):
+    """The value of a YAML node, as the first of `types` that its text fits, else as it stands."""
+    if isinstance(node, yaml.MappingNode):
+        pairs = _pairs(node, where).items()
+        return {name: _words(value, where) for name, (_, value) in pairs}
+    if isinstance(node, yaml.SequenceNode):
+        return _words(node, where)
+    text, plain = node.value.strip(), node.style is None
+    if plain and type(None) in types and text.lower() in ("", "null", "~"):
+        return None
+    if plain and bool in types and text.lower() in BOOLS:
+        return BOOLS[text.lower()]
+    if int in types and WHOLE.fullmatch(text):
+        return int(text)
+    if float in types and NUMBER.fullmatch(text):
+        return float(text)
+    return text
+
+
+def _words(node, where):
+    """The words of a YAML list."""
+    if isinstance(node, yaml.SequenceNode):
+        words = [item.value for item in node.value if isinstance(item, yaml.ScalarNode)]
+        if len(words) == len(node.value):
+            return words
+    raise AtlasError(f"there must be a list of words, such as [a, b], {where}")
+
+
+def _expanded(name, path):
+    """A path with ~ and $VARIABLES filled in."""
+    full = os.path.expanduser(os.path.expandvars(path))
+    if full.startswith("~") or re.search(r"\$(\w|{)", full):
+        raise AtlasError(f"{name}={path} names a home or a variable that does not exist")
+    return full
+
+
+# ---- what cannot go together -------------------------------------------------------------------
+
+
+def conflicts(config):
+    """What is wrong with the combination of keys, a line each."""
+    method, entry = f"method={config.method}", METHODS[config.method]
+    tfcl, plateau = config.protocol == "tfcl", config.lra_trigger == "plateau"
+    untold = "protocol=tfcl" if tfcl else "lra_trigger=plateau" if plateau else None
+    if config.width % config.heads or config.width % 8:
+        yield f"width={config.width} must be a multiple of heads={config.heads} and of 8"
+    if config.dataset == "ms3" and not tfcl:
+        yield f"protocol={config.protocol} needs classes; dataset=ms3 has none; use protocol=tfcl"
+    if config.classify and tfcl:
+        yield "classify=true needs tasks of classes; protocol=tfcl has none"
+    if entry.needs_boundaries and untold:
+        yield f"{method} must be told where tasks begin and end, which {untold} does not tell"
+    if tfcl and not plateau and entry.where != METHODS["finetune"].where:
+        yield "protocol=tfcl has no boundaries to consolidate at; use lra_trigger=plateau"
+    if entry.needs_lora and not config.lora_rank:
+        yield f"{method} acts on LoRA, but lora_rank=0; give a rank, or use another method"
+    if config.method == "lra" and not config.lora_rank and config.lra_scope == "lora":
+        yield "lra_scope=lora anchors LoRA alone, but lora_rank=0; use lra_scope=trainable"
+    if config.method == "lra" and config.lra_space == "delta" and plateau:
+        yield "lra_space=delta needs gradients that no step forms; use lra_trigger=boundary"
+    if config.method == "lra_plus" and (config.lra_scope == "lora" or config.lra_space == "delta"):
+        yield "method=lra_plus keeps the whole model; use lra_scope=trainable lra_space=factors"
+    if config.method == "lra_plus" and config.protocol == "til" and plateau:
+        yield "method=lra_plus keeps a head a task in TIL; use lra_trigger=boundary"
+    if config.first_task and (untold or not entry.plain_start):
+        yield f"first_task: {untold or method} has no first task like that of other methods"
+    if config.strength is not None and entry.strength is None:
+        own = "takes its strength from lra_lambda" if config.method == "lra" else "has no strength"
+        yield f"{method} {own}; leave strength at null"
+    if config.method == "inflora" and (config.strength or 0) > 1:
+        yield f"strength={config.strength:g}: of method=inflora it is a share, at most 1"

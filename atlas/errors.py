@@ -10,6 +10,10 @@ class AtlasError(Exception):
     """Bad input. The message says what is wrong, where (file, clip, key), and what to do."""
 
 
+def prepare_process():
+    """A stand-in."""
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Around a script's main: bad input ends in one clear line on stderr and exit code 2, Ctrl-C in 130, a full disk in 1."""

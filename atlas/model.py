@@ -1,59 +1,47 @@
-"""The ATLAS model: frozen encoders, LoRA, audio-guided conditioning, cross-attention, FPN decoder; and the task loss.
+"""The ATLAS network and its task loss: which pixels of a frame belong to what sounds?
 
-Shapes: B clips, T seconds (= frames), M annotated frames of a batch, C channels, H W pixels, L scales, N audio tokens a second, D width.
+    frames -> Atlas.encode: frozen encoder with LoRA (encoders.py) -> a feature map at each scale
+    features, sound -> Atlas.segment: Fusion (gate, cross-attention) -> Decoder -> mask logits
+                                                                     -> Classifier -> class logits
+
+Shapes: B clips of T seconds (one frame a second); M annotated frames in a batch, `clip` [M] whose
+and `second` [M] when; L scales; C_l channels and h_l w_l pixels at scale l; S pixels a side of the
+image; D width; K classes. A second of sound has a context of D_a numbers and N tokens of D_u.
 A logit is positive on the sounding object.
 """
 
-import contextlib
 import copy
-import re
-import warnings
 
-import peft
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 
-from atlas.audio import read_weights
 from atlas.clips import T
-from atlas.errors import AtlasError
+from atlas.encoders import add_lora, base_encoder, build_visual_encoder, prove
 
 
 class Atlas(nn.Module):
-    """frames, sound -> mask logits, and class logits with a classifier. Groups of trainables: `lora` (in the encoder), `fusion`, `decoder`, `classifier`."""
+    """The whole network. Its groups of trainables are lora, fusion, decoder and classifier."""
 
-    def __init__(
-        self,
-        encoder,
-        context_dim,
-        token_dim,
-        width=64,
-        heads=4,
-        conditioning="gate",
-        norm="timm",
-        classes=None,
-    ):
-        """classes: the category names of every task, in learning order, for the classification branch; None: no such branch."""
+    def __init__(self, encoder, config, context_dim, token_dim, classes=None):
+        """encoder: of encoders.py. classes: each task's category names, for the classifier."""
         super().__init__()
-        self.encoder = encoder
         base = base_encoder(encoder)
-        self.scales = [i for i, stride in enumerate(base.feature_info.reduction()) if stride >= 4]
-        self.channels = [base.feature_info.channels()[i] for i in self.scales]
-        self.decoder = Decoder(len(self.channels), width)
-        self.fusion = Fusion(self.channels, context_dim, token_dim, width, heads, conditioning)
-        self.classifier = Classifier(width + context_dim, classes) if classes else None
-        mean, std = (
-            (base.pretrained_cfg["mean"], base.pretrained_cfg["std"])
-            if norm == "timm"
-            else ((0.5,) * 3, (0.5,) * 3)
-        )
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        strides, channels = base.feature_info.reduction(), base.feature_info.channels()
+        self.encoder = encoder
+        self.scales = [i for i, stride in enumerate(strides) if stride >= 4]
+        self.channels = [channels[i] for i in self.scales]
+        self.channels_last = getattr(base, "output_fmt", "NCHW") == "NHWC"  # as timm states it
+        self.decoder = Decoder(len(self.channels), config.width)
+        self.fusion = Fusion(self.channels, context_dim, token_dim, config)
+        self.classifier = Classifier(config.width + context_dim, classes) if classes else None
+        for name in ("mean", "std"):
+            value = base.pretrained_cfg[name] if config.visual_norm == "timm" else (0.5,) * 3
+            value = 255 * torch.tensor(value).view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
 
     def train(self, mode=True):
-        """Frozen means frozen: the encoder stays in eval (no moving statistics, no dropout); only LoRA's own dropout follows `mode`."""
+        """Frozen means frozen: the encoder stays in eval. Only LoRA's dropout follows `mode`."""
         super().train(mode)
         self.encoder.eval()
         for name, module in self.encoder.named_modules():
@@ -62,83 +50,71 @@ class Atlas(nn.Module):
         return self
 
     def encode(self, frames):
-        """frames [M, 3, H, W] uint8 -> list of L feature maps [M, C_l, H_l, W_l]. They do not depend on the sound."""
+        """frames [M, 3, S, S] uint8 -> L feature maps [M, C_l, h_l, w_l]; no sound is in them."""
         features = self.encoder((frames - self.mean) / self.std)
         features = [features[i] for i in self.scales]
-        return [
-            f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(features, self.channels)
-        ]  # Swin's are channels-last
+        if self.channels_last:
+            features = [x.permute(0, 3, 1, 2) for x in features]
+        return features
 
-    def segment(self, features, size, clip, second, context, tokens):
-        """features of encode -> {"masks": logits [M, size, size], "classes": logits [B, K] of the competing classes, with a classifier}.
+    def segment(self, features, batch):
+        """features of encode -> {"masks": logits [M, S, S]}, and "classes" [B, K] if it classifies.
 
-        `clip`, `second` [M]: whose frame, which second; context [B, T, D_a]; tokens [B, T, N, D_u].
+        Of the batch it reads clip, second, context [B, T, D_a] and tokens [B, T, N, D_u]. S is
+        batch["size"], or the size of batch["frames"]. K counts the competing classes.
         """
-        fused, a = self.fusion(features, clip, second, context, tokens)
-        logits = self.decoder(fused)  # [M, 1, H_1, W_1]
-        outputs = {
-            "masks": F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)[
-                :, 0
-            ]
-        }
+        size = batch["size"] if "size" in batch else batch["frames"].shape[-1]
+        fused, a = self.fusion(features, batch)
+        logits = self.decoder(fused)
+        masks = F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
+        outputs = {"masks": masks[:, 0]}
         if self.classifier and self.classifier.last > self.classifier.first:
-            outputs["classes"] = clip_means(
-                self.classifier(torch.cat([fused[-1].mean((2, 3)), a], 1)), clip, len(context)
-            )
+            seen_and_heard = torch.cat([fused[-1].mean((2, 3)), a], 1)  # [M, D + D_a]
+            votes = self.classifier(seen_and_heard)
+            outputs["classes"] = clip_means(votes, batch["clip"], len(batch["context"]))
         return outputs
 
     def forward(self, batch):
-        """A batch of data.collate -> {"masks": logits [M, H, W], "features": of encode, and "classes" [B, K]}."""
+        """A batch of data.collate -> {"features": of encode} and what `segment` gives."""
         features = self.encode(batch["frames"])
-        return {"features": features} | self.segment(
-            features,
-            batch["frames"].shape[-1],
-            batch["clip"],
-            batch["second"],
-            batch["context"],
-            batch["tokens"],
-        )
+        return {"features": features, **self.segment(features, batch)}
 
     def groups(self):
-        """The trainable parameters by group, {"lora" | "fusion" | "decoder" | "classifier": {name: parameter}}; what LRA may anchor."""
+        """The trainables by group, {"lora" | "fusion" | "decoder" | "classifier": {name: p}}."""
         groups = {"lora": {}, "fusion": {}, "decoder": {}, "classifier": {}}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups["lora" if name.startswith("encoder.") else name.split(".")[0]][name] = (
-                    parameter
-                )
+                part = name.split(".")[0]
+                groups["lora" if part == "encoder" else part][name] = parameter
         return groups
 
 
-def clip_means(values, clip, B):
-    """Per-frame values [M, ...] -> the mean over each clip's frames [B, ...]."""
-    total = lambda x: torch.zeros(B, *x.shape[1:], device=x.device, dtype=x.dtype).index_add(
-        0, clip, x
-    )
-    return total(values) / total(torch.ones_like(values))
-
-
 class Fusion(nn.Module):
-    """At every scale: the gate of conditioning, then cross-attention of visual tokens to all of the clip's audio tokens."""
+    """Lets the sound into the features, at every scale: first a gate, then cross-attention.
 
-    def __init__(self, channels, context_dim, token_dim, width, heads, conditioning):
+    The gate is F_l * (1 + tanh(W_l a + b_l)), a number for each channel. W_l and b_l are zero at
+    the start, so that the first step sees the plain encoder. `conditioning: none` has no gate.
+    """
+
+    def __init__(self, channels, context_dim, token_dim, config):
         super().__init__()
-        self.context_norm, self.token_norm = nn.LayerNorm(context_dim), nn.LayerNorm(token_dim)
+        width, heads = config.width, config.heads
+        self.context_norm = nn.LayerNorm(context_dim)
+        self.token_norm = nn.LayerNorm(token_dim)
         self.project = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
         self.attend = nn.ModuleList([CrossAttention(token_dim, width, heads) for _ in channels])
-        self.gates = (
-            nn.ModuleList([nn.Linear(context_dim, c) for c in channels])
-            if conditioning == "gate"
-            else None
-        )
-        for gate in self.gates or []:  # zero: the first step sees the plain encoder
-            nn.init.zeros_(gate.weight)
-            nn.init.zeros_(gate.bias)
+        self.gates = None
+        if config.conditioning == "gate":
+            self.gates = nn.ModuleList([nn.Linear(context_dim, c) for c in channels])
+            for gate in self.gates:
+                nn.init.zeros_(gate.weight)
+                nn.init.zeros_(gate.bias)
 
-    def forward(self, features, clip, second, context, tokens):
-        """-> (list of L fused maps [M, D, H_l, W_l], the normalised context of each frame [M, D_a])."""
-        a = self.context_norm(context)[clip, second]  # [M, D_a], the frame's own second
-        u = self.token_norm(tokens)[clip]  # [M, T, N, D_u]
+    def forward(self, features, batch):
+        """-> (L fused maps [M, D, h_l, w_l], the normalised context of each frame [M, D_a])."""
+        clip, second = batch["clip"], batch["second"]
+        a = self.context_norm(batch["context"])[clip, second]  # the frame's own second
+        u = self.token_norm(batch["tokens"])[clip]  # [M, T, N, D_u], all seconds of its clip
         fused = []
         for level, x in enumerate(features):
             if self.gates:
@@ -148,20 +124,21 @@ class Fusion(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """x + Attention(LN(x)), then x + MLP(LN(x)): a pre-norm transformer block.
+    """A pre-norm transformer block: x + Attention(LN(x)), then x + MLP(LN(x)).
 
-    Queries are visual tokens; keys and values the T N audio tokens, each with a learned embedding of its second's distance to the frame's.
+    Queries are the frame's pixels. Keys and values are the T N audio tokens of its clip. To each
+    token a learned embedding is added, of the distance from its second to the frame's.
     """
 
     def __init__(self, token_dim, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm, self.query = nn.LayerNorm(width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
         self.token = nn.Linear(token_dim, width)
-        self.distance = nn.Embedding(
-            2 * T - 1, width
-        )  # index 0: the token's second is T - 1 before the frame's
-        self.key_value, self.out = nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.distance = nn.Embedding(2 * T - 1, width)  # 0: T - 1 seconds before the frame's
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
@@ -169,63 +146,61 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, u, second):
         """x [M, D, h, w], u [M, T, N, D_u], second [M] -> [M, D, h, w]."""
-        M, D, h, w = x.shape
+        h, w = x.shape[2:]
         seconds = torch.arange(u.shape[1], device=u.device)
         distance = seconds[None] - second[:, None] + T - 1  # [M, T]
         u = (self.token(u) + self.distance(distance)[:, :, None]).flatten(1, 2)  # [M, T N, D]
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(
-            1, 2
-        )  # [M, heads, tokens, D / heads]
         x = x.flatten(2).transpose(1, 2)  # [M, h w, D]
-        q = split(self.query(self.norm(x)))
-        k, v = map(split, self.key_value(u).chunk(2, -1))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [M, h w, D]
-        x = x + self.out(y)
+        k, v = self.key_value(u).chunk(2, -1)
+        q = self.split(self.query(self.norm(x)))
+        y = F.scaled_dot_product_attention(q, self.split(k), self.split(v))
+        x = x + self.out(y.transpose(1, 2).flatten(2))
         x = x + self.mlp(x)
-        return x.transpose(1, 2).reshape(M, D, h, w)
+        return x.transpose(1, 2).unflatten(2, (h, w))
+
+    def split(self, x):
+        """[M, tokens, D] -> [M, heads, tokens, D / heads]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Decoder(nn.Module):
-    """A top-down feature pyramid on the fused scales and a 1x1 head: list of [M, D, H_l, W_l] -> logits [M, 1, H_1, W_1].
+    """A feature pyramid, from coarse to fine, and a 1x1 head: fused maps -> [M, 1, h_1, w_1].
 
-    TIL: each task owns a head; `active` is the one in use. CIL and DIL have one.
+    In TIL each task owns a head and `active` is the one in use. Elsewhere there is one.
     """
 
     def __init__(self, levels, width):
         super().__init__()
-        self.smooth = nn.ModuleList(
-            [
-                nn.Sequential(
-                    nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()
-                )
-                for _ in range(levels)
-            ]
-        )
-        self.heads, self.active = nn.ModuleList([nn.Conv2d(width, 1, 1)]), 0
+        self.smooth = nn.ModuleList()
+        for _ in range(levels):
+            convolution = nn.Conv2d(width, width, 3, padding=1)
+            self.smooth.append(nn.Sequential(convolution, nn.GroupNorm(8, width), nn.ReLU()))
+        self.heads = nn.ModuleList([nn.Conv2d(width, 1, 1)])
+        self.active = 0
 
     def add_head(self):
-        """A copy of the latest head, for a new task; the past ones no longer learn."""
+        """A copy of the latest head, for a new task. The past ones no longer learn."""
         new = copy.deepcopy(self.heads[-1])
         self.heads.requires_grad_(False)
         self.heads.append(new)
 
     def use_head(self, task):
-        """Switch to the head of `task` (from 0); a task not learned yet gets the latest head."""
+        """Switch to the head of `task` (from 0). A task not learned yet gets the latest head."""
         self.active = min(task, len(self.heads) - 1)
 
     def forward(self, fused):
-        x = 0
+        x = None
         for y, smooth in zip(reversed(fused), reversed(self.smooth)):
-            if torch.is_tensor(x):
+            if x is not None:
                 y = y + F.interpolate(x, size=y.shape[-2:], mode="bilinear", align_corners=False)
             x = smooth(y)
         return self.heads[self.active](x)
 
 
 class Classifier(nn.Module):
-    """Class logits from the pooled coarsest fused feature and the audio context: a linear head for the classes of each task.
+    """Class logits, from the coarsest fused map and the context: a linear head for each task.
 
-    Only the heads `first` to `last` compete: the tasks seen so far (CIL, DIL), or the one task (TIL).
+    The heads `first` to `last` - 1 compete: of the tasks seen so far (CIL, DIL), of one (TIL).
     """
 
     def __init__(self, dim, classes):
@@ -235,195 +210,77 @@ class Classifier(nn.Module):
         self.compete(0, len(classes))
 
     def compete(self, first, last):
-        self.first, self.last = first, last
+        self.first = first
+        self.last = last
 
     def labels(self, categories):
-        """The position of each category among the competing classes, [B]; -1 for one that does not compete."""
+        """Each category's number among the competing classes [B]; -1: it does not compete."""
         names = [name for task in self.classes[self.first : self.last] for name in task]
-        return torch.tensor(
-            [names.index(category) if category in names else -1 for category in categories]
-        )
+        return torch.tensor([names.index(c) if c in names else -1 for c in categories])
 
     def forward(self, x):
         """x [M, D + D_a] -> [M, K]."""
         return torch.cat([head(x) for head in self.heads[self.first : self.last]], 1)
 
 
-# ---- building --------------------------------------------------------------------------------------------------------
+def clip_means(values, clip, B):
+    """Values of frames [M, ...] -> their mean over each clip's frames [B, ...]."""
+
+    def sums(x):
+        zeros = torch.zeros(B, *x.shape[1:], device=x.device, dtype=x.dtype)
+        return zeros.index_add(0, clip, x)
+
+    return sums(values) / sums(torch.ones_like(values))
 
 
 def build_model(config, context_dim, token_dim, classes=None):
-    """The model of a config, its initial weights drawn from the seed alone. `classes`: each task's category names, for the classification branch.
+    """A config's Atlas in train mode, on the CPU. Its initial weights come from the seed alone.
 
-    What an ablation changes is drawn last: without gates, without LoRA or at another rank, the rest starts from the same weights.
+    classes: as in Atlas. What an ablation changes is drawn last, so that without gates, without
+    LoRA or at another rank the rest starts from the same weights. What the encoder cannot do is
+    an AtlasError here, before anything is written (encoders.prove).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder = build_visual_encoder(config.visual, config.visual_weights, config.visual_pad)
-        torch.manual_seed(
-            config.seed
-        )  # what follows does not depend on where the encoder's weights came from
-        model = Atlas(
-            encoder,
-            context_dim,
-            token_dim,
-            config.width,
-            config.heads,
-            config.conditioning,
-            config.visual_norm,
-            classes,
-        )
+        encoder = build_visual_encoder(config)
+        torch.manual_seed(config.seed)  # whether or not the encoder has drawn
+        model = Atlas(encoder, config, context_dim, token_dim, classes)
         if config.lora_rank and config.method != "frozen":
-            model.encoder = add_lora(
-                encoder,
-                config.lora_rank,
-                config.lora_alpha,
-                config.lora_dropout,
-                config.lora_targets,
-            )
-        return model
-
-
-def build_visual_encoder(name, weights, pad="default"):
-    """timm's `name` as a frozen feature pyramid. `weights`: a file, a timm tag, true (the hub), false (random)."""
-    options = {"pad_type": "same"} if pad == "same" else {}
-    if weights is False:
-        hub, path = {}, None
-    elif weights is True or timm.is_model_pretrained(f"{name}.{weights}"):
-        hub, path = {"pretrained": True}, None
-        name = name if weights is True else f"{name}.{weights}"
-    else:
-        hub, path = {}, weights
-    try:
-        encoder = timm.create_model(name, features_only=True, **options, **hub)
-    except OSError as error:
-        raise AtlasError(
-            f"cannot fetch the weights of {name} from timm's hub: {error}; set visual_weights to a file"
-        ) from None
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise AtlasError(
-            f"visual={name} does not build in timm as a feature pyramid: {error}"
-        ) from None
-    if path:
-        load_visual_weights(encoder, name, options, path)
-    encoder.pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
-    return encoder.eval().requires_grad_(False)
-
-
-def load_visual_weights(encoder, name, options, path):
-    """Load a file of the full timm model into its feature pyramid: strict, but for the layers after the last feature map (the head).
-
-    timm's pyramids rename `stages.0` to `stages_0`, so names are compared with every dot as an underscore.
-    """
-    plain = lambda state: {key.replace(".", "_"): key for key in state}
-    state = read_weights(path, "visual_weights")
-    with torch.device("meta"):
-        full = plain(timm.create_model(name, **options).state_dict())
-    have, want = plain(state), plain(encoder.state_dict())
-    missing, unknown = want.keys() - have.keys(), have.keys() - want.keys() - full.keys()
-    if missing or unknown:
-        example = sorted(missing or unknown)[0]
-        raise AtlasError(
-            f"{path} does not fit {name}: {len(missing)} keys missing, {len(unknown)} unknown (`{example}`, for one)"
-        )
-    try:
-        encoder.load_state_dict({key: state[have[flat]] for flat, key in want.items()})
-    except RuntimeError as error:
-        raise AtlasError(f"{path} does not fit {name}: {error}") from None
-
-
-def add_lora(encoder, rank, alpha, dropout=0.0, targets="auto"):
-    """peft's LoRA on the frozen encoder: W x + (alpha / r) B A x, B = 0 at the start (Hu et al. 2021, arXiv 2106.09685)."""
-    if targets == "auto":
-        fits = [
-            name
-            for name, m in encoder.named_modules()
-            if isinstance(m, nn.Linear)
-            or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1)
-        ]
-    else:
-        try:
-            fits = [
-                name
-                for name, m in encoder.named_modules()
-                if re.fullmatch(targets, name) and isinstance(m, (nn.Linear, nn.Conv2d))
-            ]
-        except re.error as error:
-            raise AtlasError(
-                f"lora_targets={targets!r} is not a regular expression: {error}"
-            ) from None
-    if not fits:
-        raise AtlasError(
-            f"lora_targets={targets!r} matches no linear layer or convolution of the visual encoder"
-        )
-    exactly = "|".join(
-        re.escape(name) for name in fits
-    )  # peft would match a list by its endings too
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(
-            encoder,
-            peft.LoraConfig(
-                r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=exactly, bias="none"
-            ),
-        )
-
-
-def base_encoder(encoder):
-    """The timm feature pyramid, with or without peft around it."""
-    return encoder.get_base_model() if isinstance(encoder, peft.PeftModel) else encoder
-
-
-@contextlib.contextmanager
-def merged(model):
-    """While inside, LoRA is folded into the encoder's weights (a third faster to encode); afterwards they are back, to the bit."""
-    if not isinstance(model.encoder, peft.PeftModel):
-        yield
-        return
-    layers = [m for m in model.encoder.modules() if isinstance(m, BaseTunerLayer)]
-    kept = [layer.get_base_layer().weight.data.clone() for layer in layers]
-    model.encoder.merge_adapter()
-    try:
-        yield
-    finally:
-        model.encoder.unmerge_adapter()
-        for layer, weight in zip(layers, kept):
-            layer.get_base_layer().weight.data.copy_(weight)
+            model.encoder = add_lora(encoder, config)
+        prove(model.eval(), config)
+    return model.train()
 
 
 def count_parameters(model):
-    """{"total", "trainable", "lora"}: numbers of parameters, the frozen visual encoder in the total."""
-    sizes = {
-        group: sum(p.numel() for p in members.values()) for group, members in model.groups().items()
-    }
-    return {
-        "total": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(sizes.values()),
-        "lora": sizes["lora"],
-    }
+    """{"total", "trainable", "lora"}: numbers of parameters. The total counts frozen ones too."""
+    sizes = {}
+    for group, members in model.groups().items():
+        sizes[group] = sum(p.numel() for p in members.values())
+    total = sum(p.numel() for p in model.parameters())
+    return {"total": total, "trainable": sum(sizes.values()), "lora": sizes["lora"]}
 
 
-# ---- the task loss ---------------------------------------------------------------------------------------------------
+# ---- the task loss ---------------------------------------------------------------------------
 
 
 def clip_losses(outputs, batch):
-    """The loss terms of every clip, {"bce", "dice"} and "class" with a classifier: tensors [B], unweighted; masks: a mean over the clip's annotated frames.
+    """The loss of every clip by term: {"bce", "dice"}, and "class" if it classifies; each [B].
 
-    bce: binary cross-entropy averaged over a frame's pixels. dice: 1 - (2 sum p g + 1) / (sum p + sum g + 1), p = sigmoid(logit),
-    defined on a silent frame through the 1. class: cross-entropy over the competing classes. Nothing is pooled across clips.
+    Mask terms are means over a clip's annotated frames, so nothing is pooled across clips. With
+    p = sigmoid(logit) and g the truth: bce is the binary cross-entropy, averaged over pixels;
+    dice is 1 - (2 sum p g + 1) / (sum p + sum g + 1), where the 1 defines a silent frame; class
+    is the cross-entropy over competing classes. No weight is applied yet.
     """
     logits = outputs["masks"].float().flatten(1)
-    truth = batch["masks"].to(logits.dtype).flatten(1)  # [M, HW]
+    truth = batch["masks"].to(logits.dtype).flatten(1)  # [M, S S]
     p = logits.sigmoid()
-    terms = {
-        "bce": F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1),
-        "dice": 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1),
-    }  # each [M]
-    terms = {name: clip_means(x, batch["clip"], len(batch["context"])) for name, x in terms.items()}
+    bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+    dice = 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1)
+    B = len(batch["context"])
+    terms = {"bce": clip_means(bce, batch["clip"], B), "dice": clip_means(dice, batch["clip"], B)}
     if "classes" in outputs:
-        terms["class"] = F.cross_entropy(
-            outputs["classes"].float(), batch["label"], reduction="none"
-        )
+        classes = outputs["classes"].float()
+        terms["class"] = F.cross_entropy(classes, batch["label"], reduction="none")
     return terms
 
 

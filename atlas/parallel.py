@@ -1,10 +1,13 @@
-"""One model trained by several processes: each takes its share of every batch, and what is averaged over clips is summed over processes.
+"""One model trained by several processes: each takes its part of every batch.
 
     torchrun --nproc_per_node=2 train.py --cfg configs/ss_cil.yaml
 
-`batch_size` is that of the whole batch, so the number of processes changes a run by rounding only. The trainables are few (LoRA, fusion, decoder), so their gradients
-are summed at once after the backward pass, in one flat all-reduce, instead of by DistributedDataParallel's hooks: heads that a task does not use and a last batch
-that is smaller than the number of processes then need no special care. Process 0 alone writes. Without torchrun there is one process, and every function here does nothing.
+What is averaged over clips is summed over processes. `batch_size` is that of the whole batch, so
+the number of processes changes a run by rounding only. The trainables are few (LoRA, fusion,
+decoder). So their gradients are summed at once after the backward pass, in one flat all-reduce,
+instead of by DistributedDataParallel's hooks. Heads that a task does not use and a last batch that
+is smaller than the number of processes then need no special care. Process 0 alone writes. Without
+torchrun there is one process, and every function here does nothing.
 """
 
 import functools
@@ -13,20 +16,24 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # DDP's own, in C++
 
 from atlas.errors import AtlasError
 
 
 def start(device):
-    """Join the processes that torchrun started, each with a GPU of its own where device is "cuda"; silence all but the first."""
+    """Join the processes that torchrun started, and silence all but the first.
+
+    Each has a GPU of its own where device is "cuda".
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     local = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
-        if local >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        if local >= seen:
             raise AtlasError(
-                f"process {local} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}; lower --nproc_per_node, or set device=cpu"
+                f"process {local} of this machine has no GPU of its own: torch sees {seen}; lower "
+                "--nproc_per_node, or set device=cpu"
             )
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -65,25 +72,35 @@ def in_turn(work):
 
 def first_only(function):
     """A function that only process 0 carries out; the others get None."""
-    return functools.wraps(function)(
-        lambda *words, **named: None if rank() else function(*words, **named)
-    )
+
+    @functools.wraps(function)
+    def of_first(*words, **named):
+        return None if rank() else function(*words, **named)
+
+    return of_first
 
 
 def mine(items):
-    """This process's share of a list: every n-th item."""
+    """This process's part of a list: every n-th item."""
     return items[rank() :: processes()]
 
 
 def share(clips):
-    """The share of a batch's `clips` that is this process's own: its weight in sums over processes. 1 for one process."""
+    """The weight of this process's part of a batch of `clips` in sums over processes."""
     return len(mine(range(clips))) / clips
 
 
 def batches(n, size):
-    """Positions 0 .. n - 1 in batches of `size`, of each this process's part. One that has no clip of a batch gets its first, at share 0: every process takes every step."""
-    whole = [list(range(k, min(k + size, n))) for k in range(0, n, size)]
-    return [mine(batch) or batch[:1] for batch in whole]
+    """Positions 0 .. n - 1 in batches of `size`, of each this process's part.
+
+    A process that has no clip of a batch gets its first, at share 0: every process takes every
+    step.
+    """
+    parts = []
+    for first in range(0, n, size):
+        whole = list(range(first, min(first + size, n)))
+        parts.append(mine(whole) or whole[:1])
+    return parts
 
 
 def summed(x):
@@ -98,7 +115,7 @@ def summed(x):
 
 
 def gathered(x):
-    """[x] of every process, first the first's."""
+    """[x] of every process, the first's first."""
     if processes() == 1:
         return [x]
     found = [None] * processes()
@@ -107,12 +124,12 @@ def gathered(x):
 
 
 def sum_gradients(parameters):
-    """The gradients of a whole batch, from each process's own, which it has weighted by its `share`."""
+    """The gradients of a whole batch, from each process's own, weighted by its `share`."""
     if processes() == 1:
         return
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    gradients = [p.grad for p in parameters]
-    flat = _flatten_dense_tensors(gradients)
+    flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
-    torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(part.view_as(p))

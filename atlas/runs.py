@@ -1,37 +1,323 @@
-"""A run: its data and model, its folder, its checkpoints, its device."""
+"""A run: its data, its folder, what it has learned, and how it goes on after a kill.
 
-import contextlib
-import fcntl
+A run's folder holds config.yaml (resolved), log.jsonl, results.json and task_NN/ (checkpoints).
+While a task is learned, progress.pt says how far it is. On a stream a checkpoint also holds the
+optimiser's state (updates.pt), since the stream's optimiser goes on through all of it.
+"""
+
 import json
-import math
-import os
-import shutil
+import resource
+import sys
 from pathlib import Path
 
-import peft
+import numpy as np
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-from atlas import parallel
+from atlas import parallel, results
 from atlas.audio import build_audio_encoder, fingerprint
-from atlas.clips import CSVS, READERS, built_beside
+from atlas.clips import READERS
 from atlas.config import as_dict, load_config, run_name
-from atlas.data import PackedClips, pack
+from atlas.data import ClipDataset, PackedClips, loader, pack, swap_partners, to_device
 from atlas.errors import AtlasError
-from atlas.model import Atlas, base_encoder, build_model
-from atlas.prepare.synth import synth_s4
-from atlas.prepare.synth_ms3 import synth_ms3
+from atlas.folder import (
+    checkpoints,
+    first_rows,
+    first_task,
+    read_or_none,
+    read_progress,
+    save_torch,
+    take_folder,
+    write_text,
+)
+from atlas.journal import Journal
+from atlas.learner import Learner, compiled, pick_device
+from atlas.metrics import class_names, score_disjoint, score_tasks
+from atlas.model import clip_losses, count_parameters, weighted
+from atlas.protocols import PROTOCOLS, plan_of, sequence_of
+from atlas.updates import Updates
 
-SYNTHETIC = {"s4": synth_s4, "ms3": synth_ms3}
+SENSITIVITY_BATCH = 8  # clips whose gradients are formed side by side; S does not depend on it
+
+
+class Run(Learner):
+    """A Learner with data, tasks, results and a folder. Nothing of it is on disk before `open`."""
+
+    def __init__(self, config):
+        parallel.start(pick_device(config))
+        self.folder = Path(config.out_dir, run_name(config))
+        self.cache, self.audio_sha = parallel.in_turn(lambda: open_data(config))
+        self.tasks = PROTOCOLS[config.protocol](self.cache, config)
+        self.sequence = sequence_of(self.tasks, config)
+        self.partners = swap_partners(self.cache, self.tasks)
+        self.is_stream = config.protocol == "tfcl" and config.method != "joint"
+        classes = [task.classes for task in self.tasks] if config.classify else None
+        super().__init__(config, (self.cache.context_dim, self.cache.token_dim), classes)
+        self.forward = compiled(self.model) if config.compile else self.model
+        self.results = results.new_results(self)
+        self.learned = 0  # tasks that are learned, and whose checkpoints are written
+        self.reused = 0  # of them, taken over from config.first_task
+        self.journal = Journal(self.folder)
+
+    # ---- what results.json says of a run ---------------------------------------------------------
+
+    @property
+    def class_names(self):
+        return class_names(self.cache, self.tasks)
+
+    @property
+    def parameters(self):
+        return count_parameters(self.model)
+
+    @property
+    def weights(self):
+        """{"visual" | "audio": {"source", "sha256"}} of the frozen encoders."""
+        config = self.config
+        audio = "none needed" if config.audio == "logmel" else source_of(config.audio_weights)
+        return {
+            "visual": {"source": source_of(config.visual_weights), "sha256": self.visual_sha},
+            "audio": {"source": audio, "sha256": self.audio_sha},
+        }
+
+    @property
+    def environment(self):
+        on_gpu = self.device == "cuda"
+        return {
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "threads": torch.get_num_threads(),
+            "amp": self.amp,
+            "channels_last": on_gpu,
+            "processes": parallel.processes(),
+        }
+
+    # ---- the folder ------------------------------------------------------------------------------
+
+    def open(self, resume=False):
+        """Take the folder for this run; with `resume`, go on from what it holds.
+
+        Without it, a folder that holds anything is refused. With it, a folder that was made with
+        another config is refused by the keys that differ. What is wrong is said before the folder
+        is made.
+        """
+        begun = resume and (self.folder / "config.yaml").is_file()
+        results.read_joint(self.config.joint_run, self.results["tasks"])
+        first = None if begun else first_task(self)
+        self.lock = None if parallel.rank() else take_folder(self.folder, self.config, resume)
+        parallel.wait()
+        if begun:
+            self.recover()
+        elif not parallel.rank():
+            text = yaml.safe_dump(as_dict(self.config), sort_keys=False, allow_unicode=True)
+            write_text(self.folder / "config.yaml", text)
+        if first:
+            self.load(Path(self.config.first_task, "task_01"), with_method=False)
+            self.results |= first_rows(first, 2)
+            spent = first["seconds"]["train"][0]
+            self.journal.write(task=1, raw={}, reused=self.config.first_task, seconds=spent)
+            self.reused = 1
+        parallel.wait()
+
+    def recover(self):
+        """Go on from the last checkpoint, and score again what results.json lacks."""
+        found = read_or_none(self.folder)
+        if found and found["tasks"] != self.results["tasks"]:
+            raise AtlasError(
+                f"the data of {self.folder} have changed since the run began: its tasks have other "
+                "clips; choose another name=... for a new run"
+            )
+        self.results = found or self.results
+        if self.results["complete"]:
+            return
+        self.learned = max(checkpoints(self.folder), default=0)
+        rows = len(self.results["matrix"]["J"])
+        if rows > self.learned + 1:
+            self.tell(f"task {rows - 1} has no checkpoint; going on after task {self.learned}")
+            self.results |= first_rows(self.results, self.learned + 1)
+        for t in range(rows, self.learned + 1):
+            known = t == 0 or t in checkpoints(self.folder)
+            self.tell(f"row {t} of R is {'scored again' if known else 'lost and stays null'}")
+            if known and t:
+                self.load_task(t)
+            self.add_row(score_tasks(self, t) | {"seconds": 0.0} if known else None)
+        if self.learned:
+            self.load_task(self.learned)
+
+    def tell(self, text):
+        print(f"{self.folder}: {text}", flush=True)
+
+    def add_row(self, row):
+        """Add a row to every matrix (None: it was not scored), and what the tasks took."""
+        results.add_scores(self.results, row)
+        learned = range(1, len(self.results["matrix"]["J"]))
+        spent = self.results["seconds"]
+        spent["train"] = [self.journal.seconds(t, "raw") for t in learned]
+        spent["consolidate"] = [self.journal.seconds(t, "consolidated") for t in learned]
+        self.results["method_memory_bytes"] = self.memory()
+        self.write_results()
+
+    def write_results(self):
+        text = json.dumps(self.results, indent=1, allow_nan=False)
+        write_text(self.folder / "results.json", text + "\n")
+
+    def finish(self):
+        """Add what derives from the matrices, and mark the run as complete."""
+        joint = results.read_joint(self.config.joint_run, self.results["tasks"])
+        metrics = results.derived_metrics(self.results, joint)
+        disjoint = score_disjoint(self) if self.config.dataset == "ms3" else None
+        self.results["metrics"] = metrics | {"source_disjoint": disjoint}
+        self.results["consolidations"] = self.journal.consolidations()
+        self.results["peak_memory_mb"] = peak_memory_mb(self.device)
+        self.results["complete"] = True
+        self.write_results()
+        if not parallel.rank():
+            (self.folder / "progress.pt").unlink(missing_ok=True)
+
+    # ---- learning a task -------------------------------------------------------------------------
+
+    def begin(self, t):
+        """Heads, optimiser and schedule for task t; where it was begun, as it was then.
+
+        Returns its Plan and the number of its epochs (or chunks) that are done.
+        """
+        til = self.config.protocol == "til" and self.config.method != "joint"
+        decoder, classifier = self.model.decoder, self.model.classifier
+        if til and len(decoder.heads) < t:
+            decoder.add_head()
+        decoder.use_head(t - 1)
+        if classifier:
+            last = len(classifier.heads) if self.config.method == "joint" else t
+            classifier.compete(t - 1 if til else 0, last)
+        plan = self.plan = plan_of(self.sequence, t, self.config)
+        self.updates = Updates(self, t, plan.steps)
+        done = self.load_progress(t)
+        self.updates.done = plan.steps_before(done + 1)
+        self.journal.forget_after(t, done)
+        if not done and not self.is_stream:
+            self.method.begin_task(TaskClips(self, t))
+        return plan, done
+
+    def batches(self, plan, epoch):
+        """The batches of an epoch (or chunk), of each this process's part, on the device.
+
+        batch["whole"] are the clips of the whole batch, batch["share"] this part's weight in it.
+        All that is random is drawn from (seed, task, epoch), so a resumed epoch is the same. A
+        stream's batch is gone once it is used.
+        """
+        self.epoch = epoch
+        order = plan.epochs[epoch - 1]
+        draw = (self.config.seed, plan.t, epoch)
+        rng = np.random.default_rng(draw)
+        torch.manual_seed(int(rng.integers(2**63)) + parallel.rank())  # for dropout
+        self.model.train()
+        size = self.config.batch_size
+        dataset = ClipDataset(self.cache, order, draw if self.config.augment else None)
+        batches = loader(dataset, size, self.config.workers, self.device, shared=True)
+        for k, batch in enumerate(batches):
+            whole = order[k * size : (k + 1) * size]
+            batch = self.labelled(to_device(batch, self.device))
+            yield batch | {"whole": whole, "share": parallel.share(len(whole))}
+            if self.is_stream:
+                self.cache.close(whole)
+
+    def labelled(self, batch):
+        """The batch with each clip's class among the competing ones, where there is a branch."""
+        if not self.model.classifier:
+            return batch
+        labels = self.model.classifier.labels(batch["category"])
+        return batch | {"label": labels.to(self.device)}
+
+    def save_progress(self, plan, epoch, seconds):
+        """progress.pt: how far task t is, and the state of all that learns, in one file."""
+        weights = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        state = {
+            "task": plan.t,
+            "epoch": epoch,
+            "weights": weights,
+            "method": self.method.state_dict(),
+            "updates": self.updates.state_dict(),
+        }
+        save_torch(self.folder / "progress.pt", state)
+
+    def load_progress(self, t):
+        """Load the state of task t, where it was begun; the number of its epochs that are done.
+
+        A damaged progress.pt costs the epochs of this task: it begins anew from the checkpoint
+        before it. On a stream the optimiser comes from there too.
+        """
+        state = read_progress(self.folder / "progress.pt")
+        if state and state["task"] == t:
+            self.updates.load_state_dict(state["updates"])
+            self.model.load_state_dict(state["weights"], strict=False)
+            self.method.load_state_dict(state["method"])
+            return state["epoch"]
+        if self.is_stream and t > 1:
+            path = self.folder / f"task_{t - 1:02d}" / "updates.pt"
+            before = read_progress(path)
+            if not before:
+                raise AtlasError(
+                    f"{path} is missing or damaged, and a stream cannot go on without its "
+                    f"optimiser; remove the folder {path.parent} to go on from the one before"
+                )
+            self.updates.load_state_dict(before)
+        return 0
+
+    def note_window(self, report):
+        """Log what a method's `observe` reports: task-free, a window of the loss."""
+        if report:
+            self.journal.write(task=self.plan.t, epoch=self.epoch, window=report)
+
+    def row_name(self, t):
+        """What row t of R is after."""
+        if not t:
+            return "untrained"
+        return f"{'checkpoint' if self.is_stream else 'after task'} {t}"
+
+    def save_task(self, t):
+        """Write the checkpoint of task t."""
+        extra = {"updates.pt": self.updates.state_dict()} if self.is_stream else {}
+        self.save(self.folder / f"task_{t:02d}", extra)
+        self.learned = t
+
+    def load_task(self, t):
+        """Model and method as they were after task t."""
+        self.load(self.folder / f"task_{t:02d}")
+
+
+class TaskClips:
+    """The train clips of a task for a method to measure: Method.begin_task and end_task.
+
+    They are all of the task's clips, or `lra_clips` drawn from them; each process has its part.
+    """
+
+    def __init__(self, run, t):
+        self.run = run
+        chosen = list(run.sequence[t - 1].train)
+        if 0 < run.config.lra_clips < len(chosen):
+            rng = np.random.default_rng([run.config.seed, t])
+            chosen = rng.choice(chosen, run.config.lra_clips, replace=False).tolist()
+        self.chosen = parallel.mine(chosen)
+
+    def __iter__(self):
+        self.run.model.eval()
+        counts = self.run.cache.arrays["annotated"].sum(1)[self.chosen]
+        for frames in sorted(set(counts.tolist())):
+            alike = [i for i, count in zip(self.chosen, counts) if count == frames]
+            batches = loader(ClipDataset(self.run.cache, alike), SENSITIVITY_BATCH)
+            for batch in tqdm(batches, "measuring", leave=False, disable=parallel.quiet()):
+                yield self.run.labelled(to_device(batch, self.run.device))
+
+    def loss(self, outputs, batch):
+        """The mean task loss of the clips of a batch."""
+        terms = weighted(clip_losses(outputs, batch), self.run.config)
+        return sum(terms.values()).mean()
+
+
+# ---- opening -----------------------------------------------------------------------------------
 
 
 def open_data(config):
-    """(PackedClips, SHA-256 of the audio encoder) of a config; makes the synthetic set and the packed cache where they are missing."""
-    if config.synth and not Path(config.data_root, CSVS[config.dataset]).is_file():
-        print(f"making the synthetic {config.dataset.upper()} in {config.data_root}")
-        SYNTHETIC[config.dataset](config.data_root)
+    """(PackedClips, SHA-256 of the audio encoder) of a config; packs the cache if it is missing."""
     clips = READERS[config.dataset](config.data_root)
     encoder = build_audio_encoder(config.audio, config.audio_weights)
     folder = pack(
@@ -46,341 +332,34 @@ def open_data(config):
     return PackedClips(folder), fingerprint(encoder)
 
 
-def open_model(config, cache, tasks=()):
-    """(the untrained model of a config, SHA-256 of its frozen visual encoder)."""
-    classes = [task.classes for task in tasks] if config.classify else None
-    model = build_model(config, cache.context_dim, cache.token_dim, classes)
-    return model, frozen_fingerprint(model)
+def read_run(folder):
+    """The Run of a folder, with its results; refused where its encoders are not the run's own."""
+    found = results.read_results(folder)
+    run = Run(load_config([Path(folder, "config.yaml")]))
+    run.folder = Path(folder)
+    refuse_other_encoders(folder, found, run.visual_sha, run.audio_sha)
+    run.results = found
+    run.learned = len(found["matrix"]["J"]) - 1
+    return run
 
 
-def refuse_other_encoders(run, results, visual_sha, audio_sha):
+def refuse_other_encoders(folder, found, visual_sha, audio_sha):
     """The scores of a run hold for its own frozen encoders only."""
     for name, sha in (("visual", visual_sha), ("audio", audio_sha)):
-        if sha != results["weights"][name]["sha256"]:
+        if sha != found["weights"][name]["sha256"]:
             raise AtlasError(
-                f"the {name} encoder is not the one of the run {run}: its weights differ ({name}_weights in config.yaml, or another torch)"
+                f"the {name} encoder is not the one of the run {folder}: its weights differ "
+                f"({name}_weights in config.yaml, or another version of torch)"
             )
 
 
-def frozen_fingerprint(model):
-    """The SHA-256 of the visual encoder without LoRA."""
-    encoder = base_encoder(model.encoder)
-    kept = {
-        name.replace(".base_layer", ""): value
-        for name, value in encoder.state_dict().items()
-        if "lora_" not in name
-    }
-    holder = torch.nn.Module()
-    for i, name in enumerate(sorted(kept)):
-        holder.register_buffer(f"{i:05d}", kept[name])
-    return fingerprint(holder)
+def source_of(weights):
+    return "random" if weights is False else str(weights)
 
 
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
-def folder_of(config):
-    return Path(config.out_dir, run_name(config))
-
-
-def refuse_used_folder(config):
-    """A cheap look before the heavy work: open_run is what decides."""
-    folder = folder_of(config)
-    if folder.is_dir() and {p.name for p in folder.iterdir()} - {".lock"}:
-        raise AtlasError(
-            f"the run folder {folder} is not empty and is never overwritten; choose another name=..., go on with --resume, or remove it"
-        )
-
-
-def begun(config):
-    """Whether there is a run to resume."""
-    return (folder_of(config) / "config.yaml").is_file()
-
-
-def open_run(config, resume):
-    """(folder, lock) of a run; hold on to the lock. New: an empty folder with the resolved config.yaml, and one that holds anything is refused.
-
-    With `resume`, a folder that holds this very run is opened as it is; another config is refused by the keys that differ.
-    """
-    folder = folder_of(config)
-    if parallel.rank():
-        return folder, None
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise AtlasError(
-            f"the run folder {folder} is in use by another process; wait for it, or choose another name=..."
-        ) from None
-    if {p.name for p in folder.iterdir()} - {".lock"}:
-        if not resume:
-            refuse_used_folder(config)
-        if not (folder / "config.yaml").is_file():
-            raise AtlasError(
-                f"{folder} is not empty and holds no config.yaml, so it is no run to resume; choose another name=..."
-            )
-        old, new = as_dict(read_run_config(folder)), as_dict(config)
-        differing = [
-            f"{key} ({old[key]} there, {new[key]} here)" for key in new if old[key] != new[key]
-        ]
-        if differing:
-            raise AtlasError(
-                f"{folder} was made with another config, so it cannot be resumed: {', '.join(differing)}"
-            )
-    else:
-        write_text(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
-    return folder, lock
-
-
-@parallel.first_only
-def log(folder, **line):
-    """Append one line to log.jsonl."""
-    with open(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-@parallel.first_only
-def forget_log_after(folder, task, epoch):
-    """Drop the lines of log.jsonl that a resumed run writes again: all after this epoch of this task."""
-    path = folder / "log.jsonl"
-    if path.is_file():
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [
-            line for line in lines if (line["task"], line.get("epoch", math.inf)) <= (task, epoch)
-        ]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def consolidations(folder):
-    """The consolidations of a task-free run, from its log: [{"step", "reason"}]."""
-    if parallel.rank():  # the first one's log
-        return []
-    windows = [
-        line["window"]
-        for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-        if "window" in line
-    ]
-    return [
-        {"step": window["step"], "reason": window["reason"]}
-        for window in windows
-        if window["fired"]
-    ]
-
-
-@parallel.first_only
-def write_text(path, text):
-    """Write beside and rename: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-def write_json(path, content):
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def read_run_config(folder):
-    return load_config([Path(folder, "config.yaml")])
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def writing(folder):
-    """torch and safetensors have errors of their own for a full disk: one line for all of them."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise AtlasError(
-            f"cannot write to {folder}: {error}; make room there and go on with --resume"
-        ) from None
-
-
-@parallel.first_only
-def save_checkpoint(folder, model, method):
-    """`folder` (task_NN/): LoRA in PEFT's own format, for the encoder as timm makes it; fusion and decoder in model.safetensors, the method's state in method.safetensors."""
-    shutil.rmtree(
-        folder, ignore_errors=True
-    )  # of a run that was killed between this and its scores
-    with built_beside(folder) as build, writing(folder):
-        if isinstance(model.encoder, peft.PeftModel):
-            model.encoder.save_pretrained(build)
-            (build / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-            _widen_adapter(build, method.folded())
-        rest = {
-            name: value.contiguous()
-            for name, value in model.state_dict().items()
-            if not name.startswith("encoder.")
-        }
-        save_file(rest, build / "model.safetensors")
-        save_file(
-            {name: value.contiguous() for name, value in method.state_dict().items()},
-            build / "method.safetensors",
-        )
-
-
-def _widen_adapter(folder, past):
-    """Put the pairs that a method folded into the frozen weights ({layer: (A, B)}) before the adapter's own, so that it stands for all that was learned, on timm's weights.
-
-    [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2; alpha grows with r, so that alpha / r stays.
-    """
-    own = json.loads((folder / "adapter_config.json").read_text())
-    state, total = load_file(folder / "adapter_model.safetensors"), own["r"]
-    for name, (A, B) in past.items():
-        state[f"{name}.lora_A.weight"] = torch.cat([A.cpu(), state[f"{name}.lora_A.weight"]])
-        state[f"{name}.lora_B.weight"] = torch.cat(
-            [B.cpu(), state[f"{name}.lora_B.weight"]], 1
-        ).contiguous()
-        total = own["r"] + len(A)
-    if total > own["r"]:
-        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_text(
-            folder / "adapter_config.json",
-            json.dumps(
-                own | {"r": total, "lora_alpha": own["lora_alpha"] * total / own["r"]},
-                indent=2,
-                sort_keys=True,
-            ),
-        )
-
-
-def _own_adapter(folder, rank):
-    """The adapter's own pair, of `rank`: what _widen_adapter put before it is the method's, by method.safetensors."""
-    state = load_file(folder / "adapter_model.safetensors")
-    with safe_open(folder / "method.safetensors", "pt") as file:
-        past = file.get_slice("A0").get_shape()[0] if "A0" in file.keys() else 0
-    dim = lambda name: 1 if "lora_B" in name else 0
-    return {
-        name: value.narrow(dim(name), past, rank)
-        if value.shape[dim(name)] == past + rank
-        else value
-        for name, value in state.items()
-    }
-
-
-def load_checkpoint(folder, model, method=None):
-    """Load a checkpoint into the model (and the method) that were built from the run's config."""
-    folder = Path(folder)
-    if not (folder / "model.safetensors").is_file():
-        raise AtlasError(
-            f"no checkpoint in {folder}; the run stopped before it was written, or the folder was moved"
-        )
-    try:
-        wrong = _load_parts(folder, model)
-    except RuntimeError as error:  # shapes that differ
-        wrong = [str(error).splitlines()[1].strip()]
-    if wrong:
-        raise AtlasError(
-            f"the checkpoint {folder} is of another model than the run's config.yaml describes ({wrong[0]}, for one)"
-        )
-    if method is not None:
-        method.load_state_dict(load_file(folder / "method.safetensors"))
-
-
-def _load_parts(folder, model):
-    """Load what save_checkpoint wrote of the model; the names that do not fit."""
-    if isinstance(model.encoder, peft.PeftModel):
-        found = peft.set_peft_model_state_dict(
-            model.encoder, _own_adapter(folder, model.encoder.peft_config["default"].r)
-        )
-        wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
-    else:
-        wrong = []
-    rest = load_file(folder / "model.safetensors")
-    while f"decoder.heads.{len(model.decoder.heads)}.weight" in rest:
-        model.decoder.add_head()
-    found = model.load_state_dict(rest, strict=False)
-    return [
-        *wrong,
-        *found.unexpected_keys,
-        *(name for name in found.missing_keys if not name.startswith("encoder.")),
-    ]
-
-
-@parallel.first_only
-def forget_progress(folder):
-    """The run is finished."""
-    (folder / "progress.pt").unlink(missing_ok=True)
-
-
-@parallel.first_only
-def save_progress(folder, task, epoch, seconds, *parts):
-    """progress.pt: where a run is, and the state of `parts` (model, optimiser, ...) there; one file, replaced as a whole."""
-    beside = folder / ".progress.tmp"
-    with writing(folder):
-        torch.save(
-            {
-                "task": task,
-                "epoch": epoch,
-                "seconds": seconds,
-                "parts": [trainable_state(part) for part in parts],
-            },
-            beside,
-        )
-    os.replace(beside, folder / "progress.pt")
-
-
-def load_progress(folder, task, stream, model, optimizer, scaler, method):
-    """(rounds done, seconds spent) of this very task, its state loaded into the four; or (0, 0). On a stream the optimiser also comes from the share before."""
-    path = folder / "progress.pt"
-    state = (
-        torch.load(path, map_location="cpu", weights_only=True)
-        if path.is_file()
-        else {"task": None}
-    )
-    here = state["task"] == task
-    if here or (stream and state["task"] == task - 1):
-        weights, *others = state["parts"]
-        for part, values in zip((optimizer, scaler), others):
-            part.load_state_dict(values)
-        if here:
-            model.load_state_dict(weights, strict=False)
-            method.load_state_dict(others[2])
-    return (state["epoch"], state["seconds"]) if here else (0, 0.0)
-
-
-def trainable_state(part):
-    """The state of a part of a run; of a model, the trainables only."""
-    if isinstance(part, Atlas):
-        return {name: p.detach() for name, p in part.named_parameters() if p.requires_grad}
-    return part.state_dict()
-
-
-# ---- the machine -----------------------------------------------------------------------------------------------------
-
-
-def pick_device(config):
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise AtlasError("device=cuda, but torch sees no GPU; use device=cpu or device=auto")
-    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def pick_amp(config):
-    """bf16, fp16 or off; `auto` is off on the CPU, bf16 on a GPU that has it, else fp16."""
-    if config.amp != "auto":
-        return config.amp
-    if pick_device(config) == "cpu":
-        return "off"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def autocast_of(config):
-    """A function that makes the autocast context of a config; one that does nothing where amp is off."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(pick_amp(config))
-    return lambda: torch.autocast(pick_device(config), dtype, enabled=dtype is not None)
-
-
-def compiled(model):
-    """torch.compile of the model's forward pass. It gets the tensors of a batch only: what is a list would be compiled anew for each."""
-    if next(model.parameters()).device.type == "cpu" and not any(
-        map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "c++")))
-    ):
-        raise AtlasError(
-            "compile=true on the CPU needs a C++ compiler (g++ or clang++), and none is installed; install one, or set compile=false"
-        )
-    forward = torch.compile(model)
-    return lambda batch: forward(
-        {name: value for name, value in batch.items() if torch.is_tensor(value)}
-    )
+def peak_memory_mb(device):
+    """Peak memory in MB: allocated on the GPU, or the process's resident set on the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,170 +1,272 @@
-"""Run a grid of settings through train.py and rank it on the validation matrix.
+"""The command line of train.py: one run, or a grid of runs. Imports no torch.
 
-    python sweep.py --cfg configs/ss_cil.yaml configs/tiny.yaml --out runs/power --jobs 2 seed=0,1 lra_power=1,0.5,0 lra_lambda=0.3,1,3
-
-A comma separates the values of a key; every combination is a run in its own folder below OUT. What is finished is skipped, what was begun is resumed, so the same
-command goes on after a stop. OUT/sweep.md lists the settings, best first: by final J on validation clips, mean over seeds (and over data_root, where several are given).
-Test scores stand beside it, mean ± standard deviation, and decide nothing. In a value, {seed} is the run's seed: first_task=runs/first/method=finetune,seed={seed}
-takes over the first task that another sweep learned once for all methods. With --print it runs nothing and prints the commands, one a line, as a Slurm array takes them (README).
+A key with several values, `method=lra,ewc seed=0,1,2`, makes a grid: every combination is a run in
+a process of its own. Brackets or quotes protect a comma. What is finished is skipped, what was
+begun is resumed, so the same command goes on after a stop. Settings are ranked by final J on
+validation clips, the mean over seeds (and data roots); test scores stand beside it.
 """
 
 import argparse
-import concurrent.futures
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
-from atlas.config import Config, as_dict, load_config
+from atlas.config import FIELDS, METHODS, as_dict, load_config, run_name, split_word
 from atlas.errors import AtlasError, one_line_errors
 
-REPLICATES = ("seed", "data_root")  # what a row of the table is averaged over
-COLUMNS = {
-    "val J final": lambda results: mean(results["val_matrix"]["J"][-1]),  # which decides
-    **{
-        f"J {name}": lambda results, name=name: results["metrics"]["J"][name]
-        for name in ("final", "incremental", "learning", "forgetting", "fwt")
-    },
-    "J swap": lambda results: mean(results["matrix"]["J_swap"][-1]),
-    "F final": lambda results: results["metrics"]["F"]["final"],
-    "minutes": lambda results: sum(map(sum, results["seconds"].values())) / 60,
-}
+SCRIPT = Path(__file__).parents[1] / "train.py"
+REPLICATES = ("seed", "data_root")  # what a setting is averaged over
+SECTIONS = {"name": "run", "dataset": "data", "protocol": "protocol", "visual": "model"}
+SECTIONS |= {"method": "method", "epochs_first": "optim"}  # the first key of each block
+COLUMNS = ("val J final", "J final", "J forgetting", "minutes")
 
 
-def grid(words):
-    """["a=1,2", "b=3"] -> [{"a": "1", "b": "3"}, {"a": "2", "b": "3"}]"""
-    if wrong := [word for word in words if "=" not in word]:
-        raise AtlasError(f"`{wrong[0]}` is not key=value,value")
-    given = dict(word.split("=", 1) for word in words)
-    values = [
-        [value] if key in ("first_task", "joint_run") else value.split(",")
-        for key, value in given.items()
-    ]  # the name of a sweep's folder has commas
-    return [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
+@dataclass(frozen=True)
+class Point:
+    """One run of a grid."""
+
+    words: list  # train.py's arguments
+    config: object
+    setting: str  # its varied keys, seed and data_root aside
+
+    @property
+    def folder(self):
+        return Path(self.config.out_dir, run_name(self.config))
 
 
-def words_of(point, given):
-    """What follows --cfg's files on train.py's command line, {seed} filled in. The folder's name says the settings."""
-    return [
-        *(f"{k}={v.replace('{seed}', point.get('seed', '{seed}'))}" for k, v in point.items()),
-        f"out_dir={given.out}",
-        f"name={folder_of(point, given).name}",
-    ]
+@dataclass(frozen=True)
+class Arguments:
+    """What a command line asks for."""
+
+    points: list
+    resume: bool
+    jobs: int
+    print_only: bool
+
+    @property
+    def is_grid(self):
+        return self.print_only or len(self.points) > 1
+
+    @property
+    def config(self):
+        return self.points[0].config
 
 
-def launch(point, given):
-    """Train one point, or go on with it, or skip it where it is finished; its error line, or None."""
-    folder, words = folder_of(point, given), words_of(point, given)
-    if before := finished(folder):
-        same = as_dict(Config()) | before["config"] | {"first_task": None} == as_dict(
-            load_config(given.cfg, words)
-        ) | {"first_task": None}
-        error = (
-            None if same else f"{folder} holds a run of other config files; choose another --out"
-        )
-    else:
-        threads = str(max(1, (os.cpu_count() or 1) // given.jobs))
-        command = [
-            sys.executable,
-            str(Path(__file__).parents[1] / "train.py"),
-            "--resume",
-            "--cfg",
-            *given.cfg,
-            *words,
-        ]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads} | os.environ
-        )
-        error = (
-            f"{folder.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-            if done.returncode
-            else None
-        )
-    if error or not before:
-        print(error or f"done {folder.name}", flush=True)
-    return error
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise AtlasError(f"{message}; keys are given as key=value, see --help")
 
 
-def folder_of(point, given):
-    return Path(
-        given.out,
-        ",".join(
-            f"{k}={v.rstrip('/').rpartition('/')[2]}" for k, v in point.items() if k != "first_task"
-        )
-        or "as_configured",
+def parse_arguments(manual, words=None):
+    """The Arguments of a command line; `manual` is the script's docstring.
+
+    Every run's config is checked. It exits on --help and, with one line, on bad input.
+    """
+    parser = Parser(
+        usage="train.py [--cfg FILE...] [--resume] [--jobs N] [--print] [key=value...]",
+        description=manual,
+        epilog=f"keys=defaults:\n{key_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--cfg", action="store_true", help="YAML files follow; later ones win")
+    parser.add_argument("--resume", action="store_true", help="go on with a run, or begin it")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs of a grid at a time")
+    parser.add_argument(
+        "--print", action="store_true", help="print the commands of a grid, run nothing"
+    )
+    parser.add_argument("words", nargs="*", metavar="key=value", help="keys; they win over files")
+    with one_line_errors():
+        given = parser.parse_intermixed_args(words)
+        files, keys = files_and_keys(given.words)
+        if given.jobs < 1:
+            raise AtlasError(f"--jobs {given.jobs} must be at least 1")
+        points = grid(files, keys)
+        if len(points) > 1 and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise AtlasError("torchrun takes one run; give one value for each key")
+        return Arguments(points, given.resume, given.jobs, given.print)
 
 
-def finished(folder):
+def files_and_keys(words):
+    """(config files, key=value words) of a command line, either in their order."""
+    files = [word for word in words if "=" not in word or os.path.isfile(word)]
+    return files, [word for word in words if word not in files]
+
+
+def grid(files, words):
+    """The Points of config files and `key=value,value` words: every combination, each checked."""
+    texts = dict(map(split_word, words))  # of two equal keys the last wins
+    values = {key: split_values(text) for key, text in texts.items()}
+    varied = [key for key, several in values.items() if len(several) > 1]
+    if "name" in varied:
+        raise AtlasError("a grid takes one name; it begins the name of each run's folder")
+    points = []
+    for chosen in itertools.product(*values.values()):
+        point = dict(zip(values, chosen))
+        config = load_config(files, [f"{key}={text}" for key, text in point.items()])
+        if varied:
+            point["name"] = folder_name(config, {key: point[key] for key in varied})
+        words = [f"{key}={text}" for key, text in point.items()]
+        own = [f"{key}={point[key]}" for key in varied if key not in REPLICATES]
+        command = ["--resume", *(["--cfg", *map(str, files)] if files else []), *words]
+        points.append(Point(command, load_config(files, words), " ".join(own) or "as configured"))
+    for a, b in itertools.combinations(points, 2):
+        if a.folder == b.folder:
+            raise AtlasError(f"two runs of the grid would share the folder {a.folder}")
+    return points
+
+
+def split_values(text):
+    """["a", "b"] of "a,b"; a comma in brackets, or in quotes that open a value, does not split."""
+    values, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and not values[-1]:
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif letter == "," and depth < 1:
+            values.append("")
+            continue
+        values[-1] += letter
+    return [value.strip() for value in values]
+
+
+def folder_name(config, varied):
+    """The name of a grid's run: the given name, or protocol, method and seed; then what varies."""
+    shown = {"protocol": config.protocol, "method": config.method, "seed": f"seed{config.seed}"}
+    parts = [text for key, text in shown.items() if key in varied or not config.name]
+    parts += [f"{key}-{text}" for key, text in varied.items() if key not in shown]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join([config.name or "", *parts]).strip("_"))
+
+
+def run_grid(arguments, table, start=None):
+    """Run a grid, or print its commands; the exit status, 1 if a run failed.
+
+    table(results of the finished runs) gives the text that ends it. start(words, file, jobs) begins
+    train.py, writes its errors to the file and returns its exit status.
+    """
+    points, failed = arguments.points, []
+    if arguments.print_only:
+        for point in points:
+            print(shlex.join(["python", "train.py", *point.words]))
+        return 0
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = [pool.submit(run, point, arguments.jobs, start or start_run) for point in points]
+        try:
+            failed = [point for point, run in zip(points, runs) if not run.result()]
+        except BaseException:  # Ctrl-C: what waits is not begun
+            pool.shutdown(cancel_futures=True)
+            raise
+    done = [(point, results) for point in points if (results := finished(point))]
+    if done:
+        print(f"\n{ranking(done)}\n\n{table([results for _, results in done])}")
+    if failed:
+        print(f"error: {len(failed)} of {len(points)} runs failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run(point, jobs, start):
+    """Train one point, or go on with it, or skip it where it is finished; whether it is well."""
+    if before := finished(point):
+        old, new = before["config"], json.loads(json.dumps(as_dict(point.config)))
+        if differing := [k for k in new if k != "first_task" and old.get(k) != new[k]]:
+            text = f"holds a run of another config ({', '.join(differing)}); choose another name="
+            print(f"error: {point.folder} {text}", file=sys.stderr, flush=True)
+            return False
+        print(f"finished before: {point.folder}", flush=True)
+        return True
+    errors = point.folder.with_name(point.folder.name + ".err")
+    errors.parent.mkdir(parents=True, exist_ok=True)
+    if status := start(point.words, errors, jobs):
+        lines = errors.read_text(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
+        print(f"{last} (run {point.folder}, all of it: {errors})", file=sys.stderr, flush=True)
+        return False
+    errors.unlink()
+    print(f"done: {point.folder}", flush=True)
+    return True
+
+
+def start_run(words, errors, jobs):
+    """Run train.py in a process of its own, its stderr in the file `errors`; the exit status."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    with open(errors, "wb") as file:
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            env={"OMP_NUM_THREADS": threads} | os.environ,
+        ).returncode
+
+
+def finished(point):
     """The results of a finished run, or None."""
-    path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {"complete": False}
-    return results if results["complete"] else None
+    try:
+        results = json.loads((point.folder / "results.json").read_text("utf-8"))
+        return results if results["complete"] else None
+    except (OSError, ValueError, KeyError, TypeError):  # --resume says what is wrong with it
+        return None
 
 
-def table(points, given):
-    """Markdown, a row a setting, best validation J first."""
-    from atlas.report.table import UNDEFINED, spread_text  # torch comes with it
-
-    rows, varied = (
-        {},
-        [k for k in points[0] if len({point[k] for point in points}) > 1 and k not in REPLICATES],
-    )
-    for point in points:
-        if results := finished(folder_of(point, given)):
-            rows.setdefault(
-                " ".join(f"{k}={point[k]}" for k in varied) or "as configured", []
-            ).append([score(results) for score in COLUMNS.values()])
-    lines = [f"| setting | runs | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for setting, runs in sorted(
-        rows.items(), key=lambda item: -mean(scores[0] for scores in item[1])
-    ):
-        lines.append(
-            f"| {setting} | {len(runs)} | {' | '.join(UNDEFINED if None in v else spread_text(v) for v in zip(*runs))} |"
-        )
+def ranking(done):
+    """Markdown, a row a setting, the best final J on validation clips first."""
+    rows = {}
+    for point, results in done:
+        last = results["val_matrix"]["J"][-1] or [None]
+        J = results["metrics"]["J"]
+        minutes = sum(sum(part) for part in results["seconds"].values()) / 60
+        scores = (average(last), J["final"], J["forgetting"], minutes)
+        rows.setdefault(point.setting, []).append(scores)
+    best = sorted(rows.items(), key=lambda row: -(average([run[0] for run in row[1]]) or 0))
+    lines = [f"| setting | runs | {' | '.join(COLUMNS)} |", "|---" * 6 + "|"]
+    for setting, runs in best:
+        lines.append(f"| {setting} | {len(runs)} | {' | '.join(map(spread, zip(*runs)))} |")
     return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--cfg", nargs="+", required=True, metavar="FILE", help="YAML files, overlaid left to right"
-    )
-    parser.add_argument("--out", required=True, help="folder of the runs and of sweep.md")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument(
-        "--print", action="store_true", help="print the commands instead of running them"
-    )
-    parser.add_argument("grid", nargs="*", metavar="key=v1,v2", help="values to combine")
-    given = parser.parse_args()
-    points = grid(given.grid + [w for w in given.cfg if "=" in w])
-    given.cfg = [w for w in given.cfg if "=" not in w]
-    if given.print:
-        print(
-            *(
-                shlex.join(
-                    ["python", "train.py", "--resume", "--cfg", *given.cfg, *words_of(point, given)]
-                )
-                for point in points
-            ),
-            sep="\n",
-        )
-        return 0
-    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        errors = [error for error in pool.map(lambda point: launch(point, given), points) if error]
-    text = table(points, given)
-    Path(given.out).mkdir(parents=True, exist_ok=True)
-    Path(given.out, "sweep.md").write_text(f"`{' '.join(map(str, sys.argv))}`\n\n{text}\n")
-    print(text)
-    return 1 if errors else 0
+def average(values):
+    """The mean, or None where a value is missing."""
+    return None if None in values else mean(values)
 
 
-if __name__ == "__main__":
-    with one_line_errors():
-        sys.exit(main())
+def spread(values):
+    """Mean and standard deviation as text."""
+    if None in values:
+        return "–"
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def key_help():
+    """The keys, their defaults and meaning, under the titles of their blocks, in 80 columns."""
+    lines = []
+    for name, f in FIELDS.items():
+        if name in SECTIONS:
+            lines.append(f"\n-- {SECTIONS[name]}")
+        default = "null" if f.default is None else str(f.default)
+        default = default.lower() if isinstance(f.default, bool) else default
+        choices = f.metadata["choices"]
+        given = f" [{' | '.join(choices)}]" if choices and name != "method" else ""
+        lines += wrapped(f"  {name}={default}", 26, f.metadata["help"] + given)
+        if name == "method":
+            for method, entry in METHODS.items():
+                strength = "" if entry.strength is None else f" (strength {entry.strength:g})"
+                lines += wrapped(f"    {method}", 17, entry.help + strength)
+    return "\n".join(lines)
+
+
+def wrapped(head, column, text):
+    start = f"{head} ".ljust(column)
+    return textwrap.wrap(text, 79, initial_indent=start, subsequent_indent=" " * column)

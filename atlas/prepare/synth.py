@@ -1,16 +1,17 @@
-"""A synthetic AVSBench: things that look and sound alike, in S4's tree, made from a seed.
+"""A synthetic AVSBench in S4's tree, made from a seed: things that look and sound alike.
 
-Each of the 23 classes is one combination of shape, texture and two colours (LOOKS) and one timbre (TIMBRES), whatever the seed.
-A clip shows one heard and one or two silent things of different classes, all of them in all T frames, drifting and turning.
-The heard one is drawn, placed and layered exactly as the silent ones are, so that nothing but the sound tells it apart.
-Its visible pixels are the mask.
+A class is a combination of shape, texture and two colours (LOOKS) and a timbre (TIMBRES). A clip
+shows one heard and one or two silent things of other classes, drifting and turning through all T
+frames. The heard one is drawn, placed and layered as the silent ones are, so that only the sound
+tells it apart. The mask is what is seen of it.
 
-A clip depends on (seed, class, split, its number) and on the classes of the set, not on how many clips are made or how large:
-a larger set begins with the same clips, and at another `size` the same scenes are drawn. Lengths are in frame widths, areas in
-frame areas, x to the right, y down; images are [H, W, 3], H = W = size.
+A clip depends on the seed, its class, split and number, and on the classes of the set. A larger set
+begins with the same clips, and another `size` draws the same scenes. Lengths are in frame widths,
+areas in frame areas. x points right and y down. Images are [H, W, 3] with H = W = size.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +19,30 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from atlas.audio import RATE
-from atlas.clips import CSVS, DOMAINS, SPLITS, T, built_beside, s4_clip, write_clip, write_csv
+from atlas.clips import (
+    CSVS,
+    DOMAINS,
+    RATE,
+    SPLITS,
+    T,
+    built_beside,
+    s4_clip,
+    write_clip,
+    write_csv,
+)
 from atlas.errors import AtlasError
 
 CLASSES = tuple(name for names in DOMAINS.values() for name in names)
-
-# ---------------------------------------------------------------- what a class looks like
+VISIBLE = 0.65  # of a thing is in sight in every frame
 
 PALETTE = {  # hue, saturation, value
-    "red": (0.0, 0.9, 0.85), "orange": (0.07, 0.95, 0.95), "yellow": (0.15, 0.9, 0.95), "lime": (0.25, 0.85, 0.8), "green": (0.36, 0.9, 0.5),
-    "teal": (0.48, 0.85, 0.7), "sky": (0.55, 0.6, 0.95), "blue": (0.63, 0.9, 0.8), "violet": (0.74, 0.7, 0.75), "magenta": (0.85, 0.8, 0.85),
-    "pink": (0.94, 0.5, 0.97), "brown": (0.06, 0.75, 0.42), "white": (0.1, 0.04, 0.97), "black": (0.6, 0.2, 0.08),
+    "red": (0.0, 0.9, 0.85), "orange": (0.07, 0.95, 0.95), "yellow": (0.15, 0.9, 0.95),
+    "lime": (0.25, 0.85, 0.8), "green": (0.36, 0.9, 0.5), "teal": (0.48, 0.85, 0.7),
+    "sky": (0.55, 0.6, 0.95), "blue": (0.63, 0.9, 0.8), "violet": (0.74, 0.7, 0.75),
+    "magenta": (0.85, 0.8, 0.85), "pink": (0.94, 0.5, 0.97), "brown": (0.06, 0.75, 0.42),
+    "white": (0.1, 0.04, 0.97), "black": (0.6, 0.2, 0.08),
 }  # fmt: skip
-LOOKS = {  # shape, texture, two colours. A domain shares textures, and colours and shapes come back elsewhere: no cue gives a class away alone
+LOOKS = {  # shape, texture, two colours; none of them gives a class away alone
     "baby_laughter": ("disc", "gradient", "pink", "white"),
     "female_singing": ("heart", "gradient", "red", "yellow"),
     "male_speech": ("drop", "gradient", "blue", "sky"),
@@ -62,7 +73,9 @@ def _star(u, v, points, inner):
     """Points at distance 1, notches at `inner`; inner = cos(π / points) is the regular polygon."""
     half = np.pi / points
     angle = np.abs((np.arctan2(u, -v) + half) % (2 * half) - half)
-    r, ex, ey = np.hypot(u, v), inner * np.cos(half) - 1, inner * np.sin(half)
+    r = np.hypot(u, v)
+    ex = inner * np.cos(half) - 1
+    ey = inner * np.sin(half)
     return ((r * np.cos(angle) - 1) * ey - r * np.sin(angle) * ex) / np.hypot(ex, ey)
 
 
@@ -70,13 +83,42 @@ def _box(u, v, width, height):
     return np.maximum(np.abs(u) - width, np.abs(v) - height)
 
 
-# Each maps u (right) and v (down) to an approximate signed distance to the outline, negative inside; all fit in about the unit circle.
+def _heart(u, v):
+    point = (np.abs(u) + np.abs(v) - 0.85) * 0.71
+    return np.minimum(point, np.hypot(np.abs(u) - 0.425, v + 0.425) - 0.6)
+
+
+def _drop(u, v):
+    tip = np.maximum((np.abs(u) - 0.5 * (v + 1.1)) * 0.89, v - 0.1)
+    return np.minimum(np.hypot(u, v - 0.35) - 0.65, tip)
+
+
+def _arrow(u, v):
+    tip = np.maximum((np.abs(u) - 0.85 * (v + 1)) * 0.76, v)
+    return np.minimum(tip, _box(u, v - 0.4, 0.36, 0.6))
+
+
+def _chevron(u, v):
+    band = np.abs(v + 0.35 - 0.75 * np.abs(u)) - 0.42
+    return np.maximum(np.abs(u) - 0.95, band * 0.8)
+
+
+def _hourglass(u, v):
+    return np.maximum(np.abs(v) - 0.9, (np.abs(u) - 0.15 - 0.7 * np.abs(v)) * 0.82)
+
+
+def _dumbbell(u, v):
+    return np.minimum(np.hypot(np.abs(u) - 0.6, v) - 0.42, _box(u, v, 0.6, 0.2))
+
+
+# u (right), v (down) -> about the signed distance to the outline, negative inside. All fit in about
+# the unit circle.
 SHAPES = {
     "disc": lambda u, v: np.hypot(u, v) - 1,
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.28,
     "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.68 - np.hypot(u - 0.55, v)),
-    "heart": lambda u, v: np.minimum((np.abs(u) + np.abs(v) - 0.85) * 0.71, np.hypot(np.abs(u) - 0.425, v + 0.425) - 0.6),
-    "drop": lambda u, v: np.minimum(np.hypot(u, v - 0.35) - 0.65, np.maximum((np.abs(u) - 0.5 * (v + 1.1)) * 0.89, v - 0.1)),
+    "heart": _heart,
+    "drop": _drop,
     "triangle": lambda u, v: _star(u, v, 3, 0.5),
     "square": lambda u, v: _box(u, v, 0.75, 0.75),
     "frame": lambda u, v: np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.6) - 0.24,
@@ -87,11 +129,11 @@ SHAPES = {
     "burst": lambda u, v: _star(u, v, 9, 0.65),
     "gear": lambda u, v: np.hypot(u, v) - 0.84 - 0.14 * np.tanh(3 * np.cos(7 * np.arctan2(v, u))),
     "trefoil": lambda u, v: (np.hypot(u, v) - 0.7 - 0.28 * np.cos(3 * np.arctan2(u, -v))) * 0.8,
-    "arrow": lambda u, v: np.minimum(np.maximum((np.abs(u) - 0.85 * (v + 1)) * 0.76, v), _box(u, v - 0.4, 0.36, 0.6)),
-    "chevron": lambda u, v: np.maximum(np.abs(u) - 0.95, (np.abs(v + 0.35 - 0.75 * np.abs(u)) - 0.42) * 0.8),
-    "hourglass": lambda u, v: np.maximum(np.abs(v) - 0.9, (np.abs(u) - 0.15 - 0.7 * np.abs(v)) * 0.82),
-    "dumbbell": lambda u, v: np.minimum(np.hypot(np.abs(u) - 0.6, v) - 0.42, _box(u, v, 0.6, 0.2)),
-}  # fmt: skip
+    "arrow": _arrow,
+    "chevron": _chevron,
+    "hourglass": _hourglass,
+    "dumbbell": _dumbbell,
+}
 
 
 def _hard(wave):
@@ -99,17 +141,24 @@ def _hard(wave):
     return 0.5 + 0.5 * np.clip(3 * wave, -1, 1)
 
 
-# Each maps u, v, a phase pair in radians and a fineness (about 1) to the share of the second colour, 0 to 1.
+def _blotches(u, v, p, k):
+    across = np.sin(4 * k * u + 1.7 * np.sin(3 * v + p[0]))
+    return _hard(across + np.sin(5 * k * v + 1.7 * np.sin(4 * u + p[1])))
+
+
+# u, v, two phases in radians, a fineness (about 1) -> the share of the second colour, 0 to 1.
 TEXTURES = {
     "gradient": lambda u, v, p, k: np.clip(0.5 + 0.6 * v + 0.1 * np.sin(p[0]), 0, 1),
     "halves": lambda u, v, p, k: _hard(3 * u + 0.4 * np.sin(p[0])),
     "stripes": lambda u, v, p, k: _hard(np.sin(7.5 * k * u + p[0])),
-    "checker": lambda u, v, p, k: _hard(2 * np.sin(5.5 * k * u + p[0]) * np.sin(5.5 * k * v + p[1])),
+    "checker": lambda u, v, p, k: _hard(
+        2 * np.sin(5.5 * k * u + p[0]) * np.sin(5.5 * k * v + p[1])
+    ),
     "dots": lambda u, v, p, k: _hard(np.sin(8 * k * u + p[0]) + np.sin(8 * k * v + p[1]) - 0.6),
     "rings": lambda u, v, p, k: _hard(np.sin(9 * k * np.hypot(u, v) + p[0])),
     "spokes": lambda u, v, p, k: _hard(np.sin(6 * np.arctan2(v, u) + p[0])),
-    "blotches": lambda u, v, p, k: _hard(np.sin(4 * k * u + 1.7 * np.sin(3 * v + p[0])) + np.sin(5 * k * v + 1.7 * np.sin(4 * u + p[1]))),
-}  # fmt: skip
+    "blotches": _blotches,
+}
 
 
 @dataclass(frozen=True)
@@ -126,27 +175,24 @@ class Thing:
 
 
 def draw_object(name, rng):
-    """A thing of class `name`. Area, position and motion follow the same law for every class, heard or not."""
+    """A thing of class `name`. Area, place and motion follow the same law for every class."""
     area = rng.uniform(0.07, 0.15) * np.exp(np.linspace(-1, 1, T) * rng.uniform(-0.12, 0.12))
-    margin = 0.75 * np.sqrt(
-        area.max() / 1.5
-    )  # a typical radius; corners of the longest shapes may leave the frame
-    start, heading, length = (
-        rng.uniform(margin, 1 - margin, 2),
-        rng.uniform(0, 2 * np.pi),
-        rng.uniform(0.08, 0.3),
-    )
+    margin = 0.75 * np.sqrt(area.max() / 1.5)  # a typical radius; long corners may leave the frame
+    start = rng.uniform(margin, 1 - margin, 2)
+    heading = rng.uniform(0, 2 * np.pi)
+    length = rng.uniform(0.08, 0.3)
     end = np.clip(start + length * np.array([np.cos(heading), np.sin(heading)]), margin, 1 - margin)
-    hsv = np.array([PALETTE[colour] for colour in LOOKS[name][2:]]) + rng.uniform(-1, 1, (2, 3)) * (
-        0.025,
-        0.08,
-        0.08,
-    )
+    hsv = np.array([PALETTE[colour] for colour in LOOKS[name][2:]])
+    hsv = hsv + rng.uniform(-1, 1, (2, 3)) * (0.025, 0.08, 0.08)
     return Thing(
-        name=name, area=area, path=start + np.linspace(0, 1, T)[:, None] * (end - start),
+        name=name,
+        area=area,
+        path=start + np.linspace(0, 1, T)[:, None] * (end - start),
         angle=rng.uniform(-0.5, 0.5) + np.linspace(-0.5, 0.5, T) * rng.uniform(-0.6, 0.6),
-        colours=np.array([_rgb(*colour) for colour in hsv]), phase=rng.uniform(0, 2 * np.pi, 2), fineness=rng.uniform(0.85, 1.15),
-    )  # fmt: skip
+        colours=np.array([_rgb(*colour) for colour in hsv]),
+        phase=rng.uniform(0, 2 * np.pi, 2),
+        fineness=rng.uniform(0.85, 1.15),
+    )
 
 
 def _rgb(hue, saturation, value):
@@ -157,24 +203,30 @@ def _rgb(hue, saturation, value):
 
 @functools.cache
 def _unit_area(shape):
-    """Area of a shape in its own coordinates, so that things of all classes can be drawn equally large."""
+    """The area of a shape in its own coordinates, so that all things can be drawn equally large."""
     grid = np.linspace(-1.3, 1.3, 400)
     return (SHAPES[shape](grid, grid[:, None]) < 0).mean() * 2.6**2
 
 
 def _look(thing, t, size):
-    """Coverage [H, W] in 0 to 1 and the thing's own coordinates u, v of every pixel in frame t."""
+    """The thing in frame t: its cover [H, W] in 0 to 1, and every pixel in its coordinates u, v."""
     shape = LOOKS[thing.name][0]
     radius = np.sqrt(thing.area[t] / _unit_area(shape))
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
-    x, y = (pixels - thing.path[t, 0]) / radius, ((pixels - thing.path[t, 1]) / radius)[:, None]
-    cos, sin = np.cos(thing.angle[t]), np.sin(thing.angle[t])
-    u, v = (cos * x + sin * y).astype(np.float32), (cos * y - sin * x).astype(np.float32)
+    x = (pixels - thing.path[t, 0]) / radius
+    y = ((pixels - thing.path[t, 1]) / radius)[:, None]
+    cos = np.cos(thing.angle[t])
+    sin = np.sin(thing.angle[t])
+    u = (cos * x + sin * y).astype(np.float32)
+    v = (cos * y - sin * x).astype(np.float32)
     return np.clip(0.5 - SHAPES[shape](u, v) * np.float32(radius * size), 0, 1), u, v
 
 
 def render_frame(things, t, background):
-    """Paint `things` in order, the last in front, on background [H, W, 3] in 0 to 1: image in 0 to 1, visible masks [len(things), H, W] bool."""
+    """Paint `things` in order, the last in front, on background [H, W, 3] in 0 to 1.
+
+    Returns the image in 0 to 1 and what is seen of each thing, [len(things), H, W] bool.
+    """
     image, masks = background.copy(), []
     for thing in things:
         cover, u, v = _look(thing, t, len(background))
@@ -185,29 +237,28 @@ def render_frame(things, t, background):
     return image, np.array(masks)
 
 
-def draw_scene(names, rng, visible=0.65):
-    """Things of the classes `names`, layered at random, each with at least this share of itself in sight in every frame. Back to front."""
-    order, grid = (
-        rng.permutation(len(names)),
-        np.zeros((48, 48, 3), np.float32),
-    )  # judged on a fixed grid: the same scene at every size
+def draw_scene(names, rng):
+    """Things of the classes `names`, layered at random, back to front, none of them hidden."""
+    order = rng.permutation(len(names))
     while True:
         things = [draw_object(names[k], rng) for k in order]
-        gaps = [
-            np.hypot(*(a.path - b.path).T) / (np.sqrt(a.area) + np.sqrt(b.area))
-            for i, a in enumerate(things)
-            for b in things[:i]
-        ]
-        if gaps and np.min(gaps) < 0.4:  # a cheap test first
-            continue
-        if all(
-            (
-                render_frame(things, t, grid)[1].mean((1, 2))
-                >= visible * np.array([thing.area[t] for thing in things])
-            ).all()
-            for t in range(T)
-        ):
+        if not _crowded(things) and all(_in_sight(things, t) for t in range(T)):
             return things
+
+
+def _crowded(things):
+    """Whether two things come so close that one must hide the other: a cheap first test."""
+    for a, b in itertools.combinations(things, 2):
+        distance = np.hypot(*(a.path - b.path).T)
+        if (distance / (np.sqrt(a.area) + np.sqrt(b.area))).min() < 0.4:
+            return True
+    return False
+
+
+def _in_sight(things, t):
+    """Whether enough of each thing is seen in frame t, on a grid that does not know the size."""
+    seen = render_frame(things, t, np.zeros((48, 48, 3), np.float32))[1].mean((1, 2))
+    return all(mask >= VISIBLE * thing.area[t] for mask, thing in zip(seen, things))
 
 
 def draw_background(rng, size):
@@ -217,33 +268,41 @@ def draw_background(rng, size):
         coarse = rng.normal(0, grey, (cells, cells, 1)) + rng.normal(0, colour, (cells, cells, 3))
         for channel in range(3):
             plane = Image.fromarray(coarse[..., channel].astype(np.float32))
-            backdrop[..., channel] += np.asarray(
-                plane.resize((size, size), Image.Resampling.BICUBIC)
-            )
+            plane = plane.resize((size, size), Image.Resampling.BICUBIC)
+            backdrop[..., channel] += np.asarray(plane)
     return np.clip(backdrop, 0.1, 0.9)
 
 
-# ---------------------------------------------------------------- what a class sounds like
-
-# f0 Hz, harmonics falling as 1/k^tilt (or `partials`, ratios to f0), raised around `formants` Hz; glide: octaves up and down, times a
-# second; noise: band in Hz, at `hiss` times the tone's level. Loudness: strike (events a second, decay in s) or throb (Hz, depth).
-# notes: semitones above f0, one drawn for each event.
+# f0 Hz, with harmonics falling as 1/k^tilt (or `partials`, ratios to f0), raised around `formants`
+# Hz. glide: octaves, times a second. noise: a band in Hz, at `hiss` times the tone's level.
+# strike: events a second, decay in s. throb: Hz, depth. notes: semitones above f0, one an event.
 TIMBRES = {
-    "baby_laughter": dict(f0=400, tilt=0.8, formants=(1100, 3300), glide=(0.15, 2.5), throb=(5, 1.0)),
-    "female_singing": dict(f0=330, tilt=1.0, formants=(850, 2900), glide=(0.05, 6), throb=(0.8, 0.3)),
-    "male_speech": dict(f0=115, tilt=0.9, formants=(500, 1600), glide=(0.12, 1.2), throb=(3.5, 0.9)),
-    "dog_barking": dict(f0=260, tilt=0.5, formants=(900,), noise=(500, 2500), hiss=0.6, strike=(2.8, 0.09)),
+    "baby_laughter": dict(f0=400, tilt=0.8, formants=(1100, 3300), glide=(0.15, 2.5),
+        throb=(5, 1.0)),
+    "female_singing": dict(f0=330, tilt=1.0, formants=(850, 2900), glide=(0.05, 6),
+        throb=(0.8, 0.3)),
+    "male_speech": dict(f0=115, tilt=0.9, formants=(500, 1600), glide=(0.12, 1.2), throb=(3.5, 0.9),
+        ),
+    "dog_barking": dict(f0=260, tilt=0.5, formants=(900,), noise=(500, 2500), hiss=0.6,
+        strike=(2.8, 0.09)),
     "cat_meowing": dict(f0=620, tilt=0.6, formants=(1900,), glide=(0.35, 1), throb=(1.1, 0.8)),
-    "lions_roaring": dict(f0=75, tilt=0.5, formants=(300,), noise=(80, 900), hiss=0.9, throb=(1.2, 0.7)),
-    "horse_clip-clop": dict(f0=700, partials=(1, 1.9), noise=(600, 2200), hiss=1.0, strike=(5, 0.025), notes=(0, 4)),
+    "lions_roaring": dict(f0=75, tilt=0.5, formants=(300,), noise=(80, 900), hiss=0.9,
+        throb=(1.2, 0.7)),
+    "horse_clip-clop": dict(f0=700, partials=(1, 1.9), noise=(600, 2200), hiss=1.0,
+        strike=(5, 0.025), notes=(0, 4)),
     "coyote_howling": dict(f0=900, tilt=2.8, glide=(0.4, 1), throb=(1, 0.4)),
     "mynah_bird_singing": dict(f0=3200, tilt=2.5, glide=(0.3, 6), throb=(4, 1.0)),
-    "playing_acoustic_guitar": dict(f0=200, tilt=0.8, formants=(600,), strike=(3, 0.22), notes=(0, 4, 7)),
-    "playing_tabla": dict(f0=150, partials=(1, 1.5, 2.1, 2.9), noise=(150, 900), hiss=0.2, strike=(4.5, 0.1), notes=(0, 7)),
-    "playing_violin": dict(f0=650, tilt=0.5, formants=(2600,), glide=(0.03, 5.5), throb=(1, 0.2), notes=(0, 2)),
+    "playing_acoustic_guitar": dict(f0=200, tilt=0.8, formants=(600,), strike=(3, 0.22),
+        notes=(0, 4, 7)),
+    "playing_tabla": dict(f0=150, partials=(1, 1.5, 2.1, 2.9), noise=(150, 900), hiss=0.2,
+        strike=(4.5, 0.1), notes=(0, 7)),
+    "playing_violin": dict(f0=650, tilt=0.5, formants=(2600,), glide=(0.03, 5.5), throb=(1, 0.2),
+        notes=(0, 2)),
     "playing_piano": dict(f0=290, tilt=2.2, strike=(4, 0.35), notes=(0, 4, 7)),
-    "playing_ukulele": dict(f0=500, tilt=0.9, formants=(2200,), strike=(6.5, 0.06), notes=(0, 4, 7)),
-    "playing_glockenspiel": dict(f0=1600, partials=(1, 2.76, 3.9), strike=(3.5, 0.25), notes=(0, 2, 4)),
+    "playing_ukulele": dict(f0=500, tilt=0.9, formants=(2200,), strike=(6.5, 0.06), notes=(0, 4, 7),
+        ),
+    "playing_glockenspiel": dict(f0=1600, partials=(1, 2.76, 3.9), strike=(3.5, 0.25),
+        notes=(0, 2, 4)),
     "helicopter": dict(f0=50, tilt=1.2, noise=(60, 1200), hiss=1.5, throb=(11, 1.0)),
     "race_car": dict(f0=260, tilt=0.3, glide=(0.25, 0.8), noise=(2500, 7500), hiss=0.25),
     "driving_buses": dict(f0=45, tilt=1.0, noise=(40, 450), hiss=0.7, throb=(0.7, 0.2)),
@@ -255,14 +314,17 @@ TIMBRES = {
 }  # fmt: skip
 
 
-def sound(name, rng, seconds=T):
-    """A stretch of class `name`'s timbre, [seconds * RATE] in ±1, without a silent second; pitch, tempo, phase and level vary."""
-    timbre, clock = TIMBRES[name], np.arange(int(seconds * RATE)) / RATE
+def sound(name, rng):
+    """T seconds of class `name`'s timbre, [T * RATE] in ±1, no second of it silent.
+
+    Pitch, tempo, phase and level vary.
+    """
+    timbre = TIMBRES[name]
+    clock = np.arange(T * RATE) / RATE
     pitch, tempo = np.exp(rng.uniform(-0.12, 0.12, 2))
     rate, decay = timbre.get("strike", (2, None))
-    onsets = (np.cumsum(rng.uniform(0.7, 1.3, int(2 * rate * (seconds + 2)))) - 2) / (
-        rate * tempo
-    )  # from before 0 to beyond the end
+    gaps = rng.uniform(0.7, 1.3, int(2 * rate * (T + 2)))
+    onsets = (np.cumsum(gaps) - 2) / (rate * tempo)  # from before 0 to beyond the end
     event = np.searchsorted(onsets, clock, side="right") - 1
     wave = np.zeros(len(clock))
     if "f0" in timbre:
@@ -270,9 +332,8 @@ def sound(name, rng, seconds=T):
         octaves, speed = timbre.get("glide", (0, 1))
         glide = octaves * np.sin(2 * np.pi * (speed * tempo * clock + rng.random()))
         f0 = timbre["f0"] * pitch
-        wave = _tone(
-            2 * np.pi / RATE * np.cumsum(f0 * np.exp2(notes / 12 + glide)), f0, rng, **timbre
-        )
+        phase = 2 * np.pi / RATE * np.cumsum(f0 * np.exp2(notes / 12 + glide))
+        wave = _tone(phase, f0, rng, timbre)
         wave /= wave.std()
     if "noise" in timbre:
         wave += timbre.get("hiss", 1) * _noise(len(clock), rng, np.array(timbre["noise"]) * pitch)
@@ -282,31 +343,27 @@ def sound(name, rng, seconds=T):
         speed, depth = timbre["throb"]
         wave *= 1 - depth * (0.5 + 0.5 * np.sin(2 * np.pi * (speed * tempo * clock + rng.random())))
     wave /= wave.std()
-    wave += 10 ** (-rng.uniform(20, 30) / 20) * _noise(
-        len(clock), rng, (50, rng.uniform(1000, 7500))
-    )
+    level = 10 ** (-rng.uniform(20, 30) / 20)
+    wave += level * _noise(len(clock), rng, (50, rng.uniform(1000, 7500)))
     wave *= 10 ** (-rng.uniform(18, 26) / 20)
     return wave / max(1, np.abs(wave).max() / 0.95)
 
 
-def _tone(phase, pitch, rng, partials=(), tilt=1.0, formants=(), **_):
-    """Sum of sines at the given phase [samples], of a fundamental of `pitch` Hz."""
-    if partials:
-        return sum(
-            np.sin(ratio * phase + rng.uniform(0, 2 * np.pi)) / (k + 1)
-            for k, ratio in enumerate(partials)
-        )
-    k = np.arange(
-        1, max(2, int(5000 / pitch))
-    )  # glides and notes may raise it by half an octave: below RATE / 2 still
-    level = k**-tilt * (
-        1
-        + 6
-        * sum(np.exp(-(((k * pitch - formant) / (0.15 * formant)) ** 2)) for formant in formants)
-    )
-    spectrum = np.zeros(
-        2049, complex
-    )  # one period by inverse FFT, then looked up: a sine for each harmonic would be ten times slower
+def _tone(phase, pitch, rng, timbre):
+    """A sum of sines at the given phase [samples], of a fundamental of `pitch` Hz."""
+    if "partials" in timbre:
+        wave = 0
+        for k, ratio in enumerate(timbre["partials"]):
+            wave = wave + np.sin(ratio * phase + rng.uniform(0, 2 * np.pi)) / (k + 1)
+        return wave
+    # Glides and notes may raise a harmonic by half an octave. It stays below RATE / 2.
+    k = np.arange(1, max(2, int(5000 / pitch)))
+    peaks = 0
+    for formant in timbre.get("formants", ()):
+        peaks = peaks + np.exp(-(((k * pitch - formant) / (0.15 * formant)) ** 2))
+    level = k ** -timbre.get("tilt", 1.0) * (1 + 6 * peaks)
+    # One period by inverse FFT, then looked up. A sine for each harmonic is ten times slower.
+    spectrum = np.zeros(2049, complex)
     spectrum[k] = level * np.exp(1j * rng.uniform(0, 2 * np.pi, len(k)))
     return np.fft.irfft(spectrum)[(phase * (4096 / (2 * np.pi))).astype(np.int64) % 4096]
 
@@ -320,30 +377,25 @@ def _noise(samples, rng, band):
     return wave / wave.std()
 
 
-# ---------------------------------------------------------------- clips
-
-
 def make_clip(name, rng, size=96, classes=CLASSES):
-    """One S4 clip: frames [T, H, W, 3] uint8, masks [T, H, W] bool of the heard thing, wave [samples]. Silent things come from `classes`."""
+    """One S4 clip of class `name`, with silent things of `classes`.
+
+    Returns frames [T, H, W, 3] uint8, masks [T, H, W] bool of the heard thing, wave [samples].
+    """
     others = [other for other in classes if other != name]
     silent = rng.choice(others, min(rng.integers(1, 3), len(others)), replace=False)
-    things, wave, backdrop = (
-        draw_scene([name, *silent.tolist()], rng),
-        sound(name, rng),
-        draw_background(rng, size),
-    )
+    things = draw_scene([name, *silent.tolist()], rng)
+    wave = sound(name, rng)
+    frames, visible = paint(things, draw_background(rng, size), rng)
     heard = [thing.name for thing in things].index(name)
-    frames, visible = paint(things, backdrop, rng)
     return frames, visible[:, heard], wave
 
 
 def paint(things, backdrop, rng):
-    """Frames [T, H, W, 3] uint8 with a little camera grain, and the visible pixels of each thing [T, len(things), H, W] bool."""
+    """Frames [T, H, W, 3] uint8 with a little grain; what is seen [T, things, H, W] bool."""
     size = len(backdrop)
-    frames, masks = (
-        np.empty((T, size, size, 3), np.uint8),
-        np.empty((T, len(things), size, size), bool),
-    )
+    frames = np.empty((T, size, size, 3), np.uint8)
+    masks = np.empty((T, len(things), size, size), bool)
     for t in range(T):
         image, masks[t] = render_frame(things, t, backdrop)
         image += 0.015 * rng.standard_normal((size, size, 1), dtype=np.float32)
@@ -351,53 +403,60 @@ def paint(things, backdrop, rng):
     return frames, masks
 
 
-def chosen_classes(dataset, root, classes, seed, size, counts):
-    """The classes of a synthetic set in CLASSES' order, once all arguments are found good and the set is not there yet."""
+def chosen_classes(tree, classes, seed, size, counts):
+    """The classes of a set in CLASSES' order. Bad arguments and a `tree` that exists are errors."""
+    names = [name for name in CLASSES if classes is None or name in classes]
     unknown = sorted(set(classes or ()) - set(CLASSES))
     if unknown:
-        raise AtlasError(
-            f"synthetic {dataset.upper()}: no class {unknown[0]!r}; the classes are {', '.join(CLASSES)}"
-        )
-    if classes is not None and len(set(classes)) < 2:
-        raise AtlasError(
-            f"synthetic {dataset.upper()}: give at least two classes; the silent objects of a clip are of another class than the heard one"
-        )
+        raise AtlasError(f"there is no class {unknown[0]!r}; the classes are {', '.join(CLASSES)}")
+    if len(names) < 2:
+        raise AtlasError("a synthetic set needs at least two classes: some things are silent")
     if size < 32 or seed < 0 or min(counts) < 0:
         raise AtlasError(
-            f"synthetic {dataset.upper()}: size must be at least 32, seed and clip counts at least 0; got size {size}, seed {seed}, clips {counts}"
+            f"size {size}, seed {seed}, clips {counts}: the size must be at least 32, the others 0"
         )
-    tree = Path(root, CSVS[dataset]).parent
-    if tree.exists() or Path(root).is_file():
+    if tree.exists() or tree.parent.is_file():
         raise AtlasError(
-            f"{tree} is there already; a synthetic set is never written over anything: use it as it is, remove it or name another --out"
+            f"{tree} is there already and is not written over: remove it or name another --out"
         )
-    return [name for name in CLASSES if classes is None or name in classes]
+    return names
 
 
 def synth_s4(root, seed=0, size=96, train=32, val=3, test=5, classes=None, progress=True):
-    """Write a synthetic S4 below `root`, as Single-source/: `train`, `val` and `test` clips for each of `classes` (default: all 23), the whole tree or nothing."""
-    root, counts = Path(root), (train, val, test)
-    classes = chosen_classes("s4", root, classes, seed, size, counts)
-    jobs = [
-        (name, split, i)
-        for name in classes
-        for split, count in zip(SPLITS, counts)
-        for i in range(count)
-    ]
-    clips, tree = [], Path(root, CSVS["s4"]).parent
+    """Write a synthetic S4 as ROOT/Single-source/, the whole tree or nothing; return the root.
+
+    `train`, `val`, `test`: clips of each class. `classes`: default all 23.
+    """
+    tree = Path(root, CSVS["s4"]).parent
+    counts = (train, val, test)
+    classes = chosen_classes(tree, classes, seed, size, counts)
+    jobs = []
+    for name in classes:
+        for split, count in zip(SPLITS, counts):
+            jobs += [(name, split, i) for i in range(count)]
+    clips = []
     with built_beside(tree, inside=tree.name) as folder:
         for name, split, i in tqdm(
-            jobs, desc="synthetic S4", unit="clip", disable=None if progress else True
+            jobs, "synthetic S4", unit="clip", disable=None if progress else True
         ):
             where = CLASSES.index(name), SPLITS.index(split), i
-            video = "s{:02d}{}{:05d}".format(
-                *where
-            )  # unique in its first 11 characters, which stand for the YouTube id
-            clips.append(
-                write_clip(
-                    s4_clip(folder, video, name, split),
-                    *make_clip(name, np.random.default_rng([seed, *where]), size, classes),
-                )
-            )
+            video = "s{:02d}{}{:05d}".format(*where)
+            clip = s4_clip(folder, video, name, split)
+            made = make_clip(name, np.random.default_rng([seed, *where]), size, classes)
+            clips.append(write_clip(clip, *made))
         write_csv(folder, clips)
-    return root
+    return Path(root)
+
+
+def make_set(dataset, root, **settings):
+    """A synthetic set of the name `dataset`: synth_s4 or synth_ms3 with these settings."""
+    from atlas.prepare.synth_ms3 import synth_ms3  # which draws with this module
+
+    return {"s4": synth_s4, "ms3": synth_ms3}[dataset](root, **settings)
+
+
+def make_missing(config):
+    """Make the synthetic set of a config with synth: true, where it is not there yet."""
+    if config.synth and not Path(config.data_root, CSVS[config.dataset]).is_file():
+        print(f"making the synthetic {config.dataset.upper()} in {config.data_root}")
+        make_set(config.dataset, config.data_root)

@@ -1,0 +1,162 @@
+"""The folder of a run: its lock, its files written whole, what stands in it after a kill."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from atlas import parallel, results
+from atlas.config import as_dict, load_config, run_name
+from atlas.errors import AtlasError
+from atlas.learner import writing
+
+
+@parallel.first_only
+def write_text(path, text):
+    """Write beside and rename: a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def refuse_used_folder(config):
+    """A cheap look before the heavy work: `Run.open` is what decides."""
+    folder = Path(config.out_dir, run_name(config))
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock"}:
+        raise AtlasError(
+            f"the run folder {folder} is not empty and is never overwritten; choose another "
+            "name=..., go on with --resume, or remove it"
+        )
+
+
+def take_folder(folder, config, resume):
+    """Make the folder of a run, or open it, and lock it; returns the lock, to be held on to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "a")
+    import fcntl
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise AtlasError(
+            f"the run folder {folder} is in use by another process; wait for it, or choose "
+            "another name=..."
+        ) from None
+    if not resume:
+        refuse_used_folder(config)
+    elif {path.name for path in folder.iterdir()} - {".lock"}:
+        path = folder / "config.yaml"
+        if not path.is_file():
+            raise AtlasError(
+                f"{folder} is not empty and holds no config.yaml, so it is no run to resume; "
+                "choose another name=..."
+            )
+        old = as_dict(load_config([path]))
+        new = as_dict(config)
+        differing = [f"{k} ({old[k]} there, {new[k]} here)" for k in new if old[k] != new[k]]
+        if differing:
+            raise AtlasError(
+                f"{folder} was made with another config, so it cannot be resumed: "
+                f"{', '.join(differing)}"
+            )
+    return lock
+
+
+def checkpoints(folder):
+    """The numbers of the tasks whose checkpoint folders are there."""
+    found = [path.name[5:] for path in Path(folder).glob("task_*") if path.is_dir()]
+    return sorted(int(number) for number in found if number.isdigit())
+
+
+def read_or_none(folder):
+    """The results of a folder; None, with a line, where they are damaged or not there."""
+    try:
+        return results.read_results(folder)
+    except AtlasError as error:
+        print(f"{error}; the rows of R are scored again from the checkpoints", flush=True)
+        return None
+
+
+def save_torch(path, state):
+    """torch.save beside and renamed, by the first process."""
+    if parallel.rank():
+        return
+    beside = path.with_name(f".{path.name}.tmp")
+    with writing(path.parent):
+        torch.save(state, beside)
+        os.replace(beside, path)
+
+
+def read_progress(path):
+    """The state in a file of `save_torch`; None where it is missing, or, with a line, damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken file makes torch raise
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        print(f"{path} is damaged ({reason}) and is not used", flush=True)
+        return None
+
+
+# ---- a first task that another run has learned --------------------------------------------------
+
+FREE = {  # keys that do not shape a first task
+    *("name", "out_dir", "cache_dir", "device", "workers", "joint_run", "first_task", "method"),
+    *("strength", "epochs", "lr", "protocol"),
+}
+
+
+def first_task(run):
+    """The results of the finetune run config.first_task, whose first task this run takes over.
+
+    None where none is named. All that shapes a first task must be the same there (settings,
+    versions, threads, processor, precision); else it is refused by what differs.
+    """
+    path = run.config.first_task
+    if not path:
+        return None
+    first = results.read_results(path)
+    differing = differences(first, run)
+    if first["method"] != "finetune":
+        differing.append(f"method={first['method']}: only a finetune run can be reused")
+    if len(first["matrix"]["J"]) < 2:
+        differing.append("it has not learned and scored a task yet")
+    if differing:
+        raise AtlasError(
+            f"first_task={path} cannot be the first task of this run: {'; '.join(differing)}; "
+            "learn it anew with first_task=null"
+        )
+    return first
+
+
+def differences(first, run):
+    """What shaped the first task of the results `first` otherwise than it would here."""
+    own = as_dict(run.config)
+    pairs = {}
+    for key in own:
+        if key not in FREE and not key.startswith("lra_"):
+            pairs[key] = (first["config"].get(key), own[key])
+    if run.config.classify or {first["protocol"], run.config.protocol} - {"til", "cil"}:
+        pairs["protocol"] = (first["protocol"], run.config.protocol)
+    for name in run.results["environment"]:
+        if name != "date":
+            here = run.results["environment"][name]
+            pairs[name] = (first["environment"].get(name), here)
+    found = [f"{what} ({a} there, {b} here)" for what, (a, b) in pairs.items() if a != b]
+    return found + [f"the {key}" for key in ("tasks", "weights") if first[key] != run.results[key]]
+
+
+def first_rows(found, rows):
+    """The first rows of every matrix of some results, with what they took."""
+    spent = found["seconds"]
+    classes = found.get("class_matrix")
+    return {
+        "matrix": {name: matrix[:rows] for name, matrix in found["matrix"].items()},
+        "val_matrix": {"J": found["val_matrix"]["J"][:rows]},
+        "class_matrix": classes and classes | {"J": classes["J"][:rows]},
+        "seconds": {
+            "train": spent["train"][: rows - 1],
+            "consolidate": spent["consolidate"][: rows - 1],
+            "evaluate": spent["evaluate"][:rows],
+        },
+    }

@@ -1,0 +1,59 @@
+"""Learning without forgetting (LwF), for masks."""
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from atlas.config import strength_of
+from atlas.lra import Anchor
+
+
+class LwF(Anchor):
+    """strength * mean over frames and pixels of BCE(sigmoid(z_old), z), on the clips of this task.
+
+    z_old are the mask logits of the model after the last task. This is the binary form of the
+    distillation, as masks ask for, without a temperature. The old model is one copy of the
+    trainables (`anchor`), run on each batch. In TIL the past tasks' heads are distilled, a mean
+    over them, on the features that they read, and the new task's head is free. The classification
+    branch is not distilled. Source: Li & Hoiem 2016 (arXiv 1606.09282).
+    """
+
+    def __init__(self, run):
+        super().__init__(run, run.groups(), strength_of(run.config))
+        for name in self._buffers.keys() - {"anchor", "last_theta"}:  # no importance is kept
+            self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
+        self.features = None  # what the mask head reads
+        run.model.decoder.smooth[0].register_forward_hook(self.keep_features)
+
+    def keep_features(self, module, given, output):
+        self.features = output
+
+    def penalty(self, batch=None, outputs=None):
+        model = self.run.model
+        til = self.run.config.protocol == "til"
+        heads = model.decoder.heads[: model.decoder.active] if til else ()
+        if not self.armed or not self.strength or (til and not heads):
+            return torch.zeros((), device=self.anchor.device)
+        features = self.features
+        training = model.training
+        last = dict(zip(self.names, self.split(self.anchor)))
+        with torch.no_grad(), self.run.autocast():
+            old = functional_call(model.eval(), last, (batch,))["masks"]
+            targets = [head(self.features) for head in heads] or [old]
+        model.train(training)
+        logits = [head(features.float()) for head in heads] or [outputs["masks"]]
+        losses = []
+        for z, y in zip(logits, targets):
+            losses.append(F.binary_cross_entropy_with_logits(z.float(), y.float().sigmoid()))
+        return self.strength * sum(losses) / len(losses)
+
+    def end_task(self, clips):
+        return self.absorb(None, self.theta().detach()) if self.strength else None
+
+    def note(self, theta, clips):
+        """The window is of losses alone."""
+
+    def absorb(self, S, theta):
+        self.anchor.copy_(theta)
+        self.armed = True
+        return {}

@@ -1,0 +1,51 @@
+"""Memory aware synapses (MAS)."""
+
+import torch
+
+from atlas import parallel
+from atlas.config import strength_of
+from atlas.lra import Anchor, per_clip_gradients
+
+
+class MAS(Anchor):
+    """(strength / 2) sum_i Omega_i (theta_i - anchor_i)^2 over every trainable parameter.
+
+    Omega <- Omega + (1/n) sum_x |d f2(x) / d theta_i|,  anchor <- theta.
+
+    f2(x) is the squared norm of the mask probabilities of one clip, as a mean over its pixels and
+    annotated frames, since a sum would grow with the image. No label enters. Task-free, it is
+    |d / d theta_i| of the batch's f2 at every step, a mean over the window. This is a lower bound
+    of the clips' mean, and is exact where they agree in sign.
+    Source: Aljundi et al. 2018 (arXiv 1711.09601); their lambda is strength / 2.
+    """
+
+    def __init__(self, run):
+        super().__init__(run, run.groups(), strength_of(run.config))
+
+    @staticmethod
+    def squared_norm(outputs, batch=None):
+        return outputs["masks"].float().sigmoid().square().mean()
+
+    def measure(self, clips):
+        return per_clip_gradients(self.run.model, self.anchored, clips, self.squared_norm)
+
+    def importance_of(self, gradient):
+        return gradient.abs()
+
+    def penalty(self, batch=None, outputs=None):
+        if self.trigger and self.strength:
+            norm = self.squared_norm(outputs)
+            self.slope = flat_gradient(norm, self.anchored)
+        return super().penalty()
+
+    def note(self, theta, clips):
+        self.window.add_(parallel.summed(parallel.share(clips) * self.slope).abs())
+
+
+def flat_gradient(value, parameters):
+    """The gradient of a scalar over `parameters`, one flat vector; its graph is kept."""
+    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    parts = []
+    for gradient, p in zip(found, parameters):
+        parts.append((torch.zeros_like(p) if gradient is None else gradient).flatten())
+    return torch.cat(parts).float()

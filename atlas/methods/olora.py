@@ -1,0 +1,82 @@
+"""O-LoRA: a new LoRA pair a task, orthogonal to the past ones."""
+
+import math
+
+import torch
+import torch.nn as nn
+
+from atlas.config import strength_of
+from atlas.methods.frozen_lora import FrozenLoRA
+
+
+class OLoRA(FrozenLoRA):
+    """strength * sum over layers and past tasks of |A_old A^T|.
+
+    The new update then reads other directions than the past ones. At a task's end the pair is
+    folded into the frozen weight, W <- W + (alpha / r) B A, and begins anew (A drawn, B = 0). The
+    past pairs are kept, for the penalty and to fold them again when a checkpoint is loaded, so the
+    memory grows by r (in + out) a layer and task. Only LoRA is held, as published. Task-free, a
+    pair ends where a plateau has ended, as it is then: what the steps since then changed cannot be
+    taken off. Source: Wang et al. 2023 (arXiv 2310.14152), lambda_1; lambda_2 = 0, as theirs.
+    """
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.strength = strength_of(run.config)
+        self.unit = self.strength or 1.0
+        self.frozen = [pair.weight.detach().clone() for pair in self.pairs]  # before any folding
+        for i, pair in enumerate(self.pairs):
+            A = pair.A.detach().flatten(1)
+            B = pair.B.detach().flatten(1)
+            self.register_buffer(f"A{i}", A[:0].clone())  # [tasks r, in]
+            self.register_buffer(f"B{i}", B[:, :0].clone())  # [out, tasks r]
+
+    def past(self, name):
+        return [getattr(self, f"{name}{i}") for i in range(len(self.pairs))]
+
+    def penalty(self, batch=None, outputs=None):
+        if not self.armed or not self.strength:
+            return super().penalty(batch, outputs)
+        overlaps = []
+        for old, pair in zip(self.past("A"), self.pairs):
+            overlaps.append((old @ pair.A.flatten(1).float().T).abs().sum())
+        return self.strength * sum(overlaps)
+
+    @torch.no_grad()
+    def end_pair(self):
+        for i, pair in enumerate(self.pairs):
+            A = torch.cat([getattr(self, f"A{i}"), pair.A.flatten(1)])
+            setattr(self, f"A{i}", A)
+            setattr(self, f"B{i}", torch.cat([getattr(self, f"B{i}"), pair.B.flatten(1)], 1))
+            drawn = torch.empty(pair.A.shape)
+            generator = torch.Generator().manual_seed(len(A) * len(self.pairs) + i)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)  # as PEFT does
+            pair.A.copy_(drawn)
+            pair.B.zero_()
+            pair.A.grad = None
+            pair.B.grad = None
+        self.fold()
+        self.armed = True
+
+    def hold(self, pair):
+        """The new pair learns."""
+
+    def fold(self):
+        """Put all past pairs into the frozen weights."""
+        for pair, frozen, A, B in zip(self.pairs, self.frozen, self.past("A"), self.past("B")):
+            pair.weight.data.copy_(frozen + (pair.scale * B @ A).view_as(frozen))
+
+    def adapters(self):
+        """The past pairs of every layer, one after the other: A [tasks r, in], B [out, tasks r]."""
+        found = {}
+        for name, pair, A, B in zip(self.names, self.pairs, self.past("A"), self.past("B")):
+            A = A.view(-1, *pair.A.shape[1:])
+            B = B.view(len(B), -1, *pair.B.shape[2:])
+            found[name] = (A, B)
+        return found
+
+    def load_state_dict(self, state, strict=True):
+        """The frozen weights follow the buffers."""
+        found = super().load_state_dict(state, strict)
+        self.fold()
+        return found

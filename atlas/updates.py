@@ -1,0 +1,80 @@
+"""From a loss to an update: AdamW, its schedule, loss scaling and the sum over processes.
+
+train.py's learning step calls `backward` and `step`; nothing else of this stands in the algorithm.
+"""
+
+import math
+
+import torch
+
+from atlas import parallel
+from atlas.config import rate_of
+
+
+class Updates:
+    """The optimiser of one task, or of a whole stream.
+
+    A task gets a fresh optimiser and schedule. On a stream there is one for all of it.
+    """
+
+    def __init__(self, run, t, steps, done=0):
+        """steps: optimiser steps of the whole schedule; done: those already taken."""
+        config = run.config
+        self.constant = run.is_stream
+        self.peak = config.lr_first if t == 1 or self.constant else rate_of(config)
+        self.warmup = config.warmup
+        self.grad_clip = config.grad_clip
+        self.steps = steps
+        self.done = done
+        self.parameters = [p for p in run.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.peak, weight_decay=config.weight_decay, fused=True
+        )
+        scaled = run.amp == "fp16" and run.device == "cuda"
+        self.scaler = torch.amp.GradScaler(run.device, enabled=scaled)
+
+    def backward(self, loss, share):
+        """Leave in the parameters the gradients of the whole batch, unscaled and unclipped.
+
+        loss: of this process's part of the batch, of which `share` is its weight.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(share * loss).backward()
+        parallel.sum_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+
+    def step(self):
+        """Clip the gradients and update the parameters at the rate of this step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.done += 1
+
+    @property
+    def rate(self):
+        """The learning rate of the next step."""
+        return self.peak * schedule(self.done, self.steps, self.warmup, self.constant)
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def schedule(step, steps, warmup, constant=False):
+    """The learning rate as a factor of its peak.
+
+    It rises linearly over the first `warmup` share of the steps. Then it falls to zero along half
+    a cosine, or stays at its peak (`constant`).
+    """
+    warm = warmup * steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if constant:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
