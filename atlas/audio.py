@@ -5,6 +5,7 @@ a clip's wave to a context a [T, D_a] and tokens U [T, N, D_u], both per second.
 [T, 1, 96, 64]; AudioMAE takes filter banks [frames, 128].
 """
 
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -170,11 +171,6 @@ def log_mel(wave, seconds, offset=0.01):
     return torch.cat([patches, patches[-1:].expand(seconds - count, -1, -1, -1)])
 
 
-def fine_log_mel(wave, seconds):
-    """YAMNet's log-mel: VGGish's with a smaller offset."""
-    return log_mel(wave, seconds, offset=0.001)
-
-
 def fbank(wave, seconds):
     """AudioMAE's input, Kaldi's filter banks [frames, 128], of the first `seconds` of a wave.
 
@@ -245,7 +241,7 @@ class YAMNet(nn.Module):
     (3 x 2)."""
 
     context_dim, token_dim, tokens = 1024, 1024, 6
-    front_end = staticmethod(fine_log_mel)
+    front_end = staticmethod(functools.partial(log_mel, offset=0.001))
 
     def __init__(self):
         super().__init__()
