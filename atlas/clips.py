@@ -47,7 +47,7 @@ DOMAINS = {  # the line breaks of AVSBench's own class list; the names of the gr
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 PIXELS = 10**8  # of a picture, at most; Pillow's own bound only warns
 Image.MAX_IMAGE_PIXELS = None
-YOUTUBE = re.compile(r"(?=[a-z_-]*[A-Z0-9])([A-Za-z0-9_-]{11})(_(0|[1-9]\d*))*")
+YOUTUBE = re.compile(r"(?=[a-z_-]{0,10}[A-Z0-9])([A-Za-z0-9_-]{11})(_(0|[1-9]\d*))*")
 POINTER = b"version https://git-lfs"
 
 
@@ -76,8 +76,8 @@ def source_of(name):
 
 def s4_clip(root, name, category, split):
     """One S4 clip below `root`, which holds Single-source/. Its files need not exist."""
-    data, folder = f"{Path(root)}/Single-source/s4_data", f"{split}/{category}/{name}"
-    numbers = range(1, T + 1)
+    data, numbers = f"{Path(root)}/Single-source/s4_data", range(1, T + 1)
+    folder = f"{split}/{category}/{name}"
     masks = [f"{data}/gt_masks/{folder}/{name}_{k}.png" for k in numbers]
     return Clip(
         id=name,
@@ -169,12 +169,10 @@ def locked(path, in_use=None):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # another process has it
         if in_use:
-            file.close()
             raise AtlasError(in_use) from None
         print(f"waiting for the process that has locked {path}", file=sys.stderr)
         fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError as error:
-        file.close()
         raise AtlasError(
             f"cannot lock {path} ({error.strerror}), so two processes could write the same files; "
             "choose a folder on a disk with locks (out_dir, cache_dir)"
