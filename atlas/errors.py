@@ -90,7 +90,9 @@ def explained(error):
     """An OSError in words: the file, what is wrong with it, what to do."""
     files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
     what = f"{files}: {error.strerror}" if files else str(error)
-    remedy = REMEDIES.get(errno.errorcode.get(error.errno), "check the disk, and run again")
+    remedy = REMEDIES.get(
+        errno.errorcode.get(error.errno), "check the disk or the network, and run again"
+    )
     return f"{what}; {remedy}"
 
 
