@@ -155,6 +155,8 @@ def draw_heatmap(ax, R, results, cell, untold=True):
             ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fc=PALE, ec="white", lw=0.4))
         if untold or not future[i, j]:
             said = "–" if np.isnan(value) else f"{value:.2f}"
+            if cell < 0.25 and said.startswith("0"):
+                said = said[1:]
             ax.text(j, i, said, ha="center", va="center", fontsize=size, color=colour)
     stream = column_word(results) == "segment"
     ax.set_xticks(range(tasks), [str(j + 1) for j in range(tasks)])

@@ -32,7 +32,8 @@ LOOKS = {"lra": (BLUE, "o"), "lra_plus": (ORANGE, "D"), "finetune": (RED, "s")}
 LOOKS["joint"] = (BLACK, "X")
 OTHERS = (GREEN, PURPLE, SKY)
 MARKERS = "^v<>PdphH8"
-FEW = 7  # so many rows are all in colour
+FEW = 8  # so many rows are all in colour
+LONGEST = 34  # letters of a name
 NAME = 10  # height of a written name in pixels, at matplotlib's 100 to the inch
 # Where a name may stand beside its point, in pixels: right and left, nearest first
 PLACES = [
@@ -59,8 +60,9 @@ def comparison_figures(runs, methods=(), score="J"):
         rows = [row for row in problem["rows"] if row["runs"]]
         if not rows:
             continue
+        rows = shortly_named(rows)
         name = problem["title"].lower().replace(" · ", "_").replace("/", "_")
-        asked = [row for row in rows if {row["label"], row["method"]} & set(methods)]
+        asked = [r for r in rows if {r["label"], r["full"], r["method"]} & set(methods)]
         figures[f"compare_{name}"] = overview(problem["title"], rows, asked, score)
         drawn = asked if methods else [row for row in rows if row["method"] != "joint"]
         if drawn:
@@ -68,6 +70,17 @@ def comparison_figures(runs, methods=(), score="J"):
     if not figures:
         raise AtlasError("none of these runs is finished, so there is nothing to draw")
     return figures
+
+
+def shortly_named(rows):
+    """The rows with short labels, without the method where all have one; `full`: as it was."""
+    alike = len({row["method"] for row in rows}) == 1
+    named = []
+    for row in rows:
+        setting = row["label"].partition(" ")[2] if alike else ""
+        short = shortened(setting or row["label"], LONGEST)
+        named.append(row | {"label": short, "full": row["label"]})
+    return named
 
 
 def looks(rows, asked=()):
@@ -151,7 +164,7 @@ def draw_curves(ax, rows, look, score):
         ends[row["label"]] = (tasks, curve[-1])
     word = column_word(rows[0]["runs"][0])
     ax.set(xlabel=f"{word}s learned", ylabel=f"mean {score} over them", title="forgetting curve")
-    ax.set_xlim(0.7, tasks * 1.35 + 0.6)
+    ax.set_xlim(0.7, tasks * (1.1 + 0.028 * max(map(len, ends))))
     ax.set_xticks(range(1, tasks + 1))
     return ends
 
@@ -242,7 +255,7 @@ def heatmaps(title, rows, score="J"):
         R = np.mean([matrix_of(run, score) for run in row["runs"]], axis=0)
         cell = (PAGE - 1.1) / across / R.shape[1]
         image = draw_heatmap(ax, R, row["runs"][0], cell, untold=False)
-        ax.set_title(shortened(row["label"], 92 // across))
+        ax.set_title(row["label"])
         if ax not in axes[:, 0]:
             ax.set_ylabel("")
         if ax not in axes[-1]:
