@@ -68,9 +68,9 @@ def read_stock(root):
 
 def _files(root, kind, rows):
     """Yield (class, path, source) of everything in ROOT/KIND/CLASS/."""
-    if not Path(root, kind).is_dir():
-        raise AtlasError(f"{root} is no stock: it has no folder {kind}/ (see prepare_data.py)")
-    for folder in _visible(Path(root, kind)):
+    if not any(Path(root, kind).is_dir() for kind in COLUMNS):
+        raise AtlasError(f"{root} is no stock: it holds neither pictures/ nor sounds/")
+    for folder in _visible(Path(root, kind)) if Path(root, kind).is_dir() else ():
         for path in _visible(folder) if folder.is_dir() else ():
             row = rows.get((folder.name, path.stem), {})
             yield folder.name, path, row.get("source") or f"{folder.name}/{path.name}"
