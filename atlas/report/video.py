@@ -4,8 +4,8 @@ The model is shown what it was trained on. Counted from its first frame, the vid
 clips of T seconds. A frame of second k is conditioned on the sound of second k, and attends to the
 sound of all of its clip. Past its end, a sound is silent.
 
-One reader decodes the frames, one the sound that the model hears, one the sound of the overlay.
-Each is a few frames, or a clip's sound, ahead. So memory does not grow with the video.
+Frames, the sound to hear and the sound to play have a reader each, which is a few frames or a
+clip's sound ahead. So memory does not grow with the video.
 
 Shapes: T seconds of a clip, H W pixels of the video. Times are seconds, as fractions.
 """
@@ -37,8 +37,8 @@ from atlas.runs import refuse_other_encoders
 
 PIECE = 8  # frames decoded, masked and encoded at a time
 FILL = (230, 159, 0)  # Okabe and Ito's orange
-EDGE = (255, 255, 255)  # a light line inside the mask, a dark one around it: on any picture
-RIM = (0, 0, 0)  # one of the two shows
+EDGE = (255, 255, 255)  # inside the mask's outline
+RIM = (0, 0, 0)  # outside; on any picture one of the two shows
 OPACITY = 0.45
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}  # what H.264 goes into
 QUALITY = {"crf": "18", "preset": "veryfast"}  # x264's
@@ -105,7 +105,7 @@ def filmed(learner, encoder, tracks, target, done):
 
 
 def open_trained(run, task=None):
-    """(Learner after the last task of a run, its audio encoder, the task's number); no clip."""
+    """(Learner after the last task of a run, its audio encoder, the number of that task)."""
     found = read_results(run)
     config = load_config([Path(run, "config.yaml")])
     learned = len(found["matrix"]["J"]) - 1
@@ -127,9 +127,9 @@ def open_trained(run, task=None):
 
 
 def masks_of(learner, pictures, seconds, sound):
-    """Where pictures [H, W, 3] of one clip sound: for each a mask [H, W] bool.
+    """Masks [H, W] bool, True on what sounds, of pictures [H, W, 3] of one clip.
 
-    seconds: of each. sound: the clip's (context [T, D_a], tokens [T, N, D_u]).
+    seconds: of each picture. sound: the clip's (context [T, D_a], tokens [T, N, D_u]).
     """
     small = [resized(picture, learner.config.image_size) for picture in pictures]
     batch = {
@@ -152,11 +152,10 @@ def masks_of(learner, pictures, seconds, sound):
 
 
 class Tracks:
-    """The video, the sound to hear and the sound to play, each with a reader of its own.
+    """The streams to read, and their clocks.
 
     start: the time of the first frame; sound_start: the same by the clock of the sound. late: when
-    the file begins; the overlay begins at 0. The sound of another file begins with the first frame
-    and ends with the last.
+    the file begins; the overlay begins at 0. Another file's sound begins with the first frame.
     """
 
     def __init__(self, source, sound, files):
@@ -177,10 +176,10 @@ class Tracks:
         self.shape = self.picture(self.first).shape[:2]
 
     def picture(self, frame):
-        """A frame as it is to be seen, upright, [H, W, 3] uint8, in the size of the first."""
-        size = {"height": self.first.height, "width": self.first.width}
+        """A frame upright, [H, W, 3] uint8, in the size of the first."""
+        first = self.first
         with reading(self.video):
-            picture = frame.to_ndarray(format="rgb24", **size)
+            picture = frame.to_ndarray(format="rgb24", width=first.width, height=first.height)
         return np.ascontiguousarray(np.rot90(picture, self.turns))
 
     def second(self, frame):
@@ -196,7 +195,7 @@ def pieces(tracks):
 
 @contextlib.contextmanager
 def reading(source):
-    """What a broken file, or a stream of it, makes PyAV raise: as one line."""
+    """What a broken file makes PyAV raise, as one line. source: a path, or a stream."""
     try:
         yield
     except (av.FFmpegError, ValueError) as error:
@@ -212,23 +211,22 @@ def opened(path, kind, files):
     with reading(path):
         container = files.enter_context(av.open(str(path), metadata_errors="ignore"))
     stream = best_stream(container, kind)
-    if stream is None and kind == "video":
-        raise AtlasError(f"{path} holds no video")
     if stream is None:
-        raise AtlasError(f"{path} holds no sound; give the model another to hear with --audio FILE")
+        what = "video" if kind == "video" else "sound; give one to hear with --audio FILE"
+        raise AtlasError(f"{path} holds no {what}")
     return stream
 
 
 def best_stream(container, kind):
     """The default stream of a kind, or else the first; None: there is none. A cover is no video."""
-    found = [stream for stream in container.streams if stream.type == kind]
-    found = [stream for stream in found if not stream.disposition & Disposition.attached_pic]
-    default = [stream for stream in found if stream.disposition & Disposition.default]
+    found = [s for s in container.streams if s.type == kind]
+    found = [s for s in found if not s.disposition & Disposition.attached_pic]
+    default = [s for s in found if s.disposition & Disposition.default]
     return (default or found or [None])[0]
 
 
 def decoded(stream):
-    """The frames of a video or sound stream; those of a video have timestamps that rise."""
+    """The frames of a stream; those of a video have timestamps that rise."""
     last = None
     with reading(stream):
         for frame in stream.container.decode(stream):
@@ -250,23 +248,19 @@ def time_of(frame):
 
 
 def decoding_time(packet):
-    """What orders the packets of a file."""
     return packet.dts * packet.time_base
 
 
 def beginning(stream):
-    """When the file of a stream begins."""
-    return max(Fraction(0), Fraction(stream.container.start_time or 0, av.time_base))
+    """When a stream's file begins."""
+    return Fraction(max(0, stream.container.start_time or 0), av.time_base)
 
 
 # ---- hearing -----------------------------------------------------------------------------------
 
 
 def waves(stream, start):
-    """The sound from the time `start` on, mono at 16 kHz, in blocks [samples] float32.
-
-    Gaps between timestamps are silent.
-    """
+    """The sound from `start` on, mono at 16 kHz, in blocks [samples] float32; gaps are silent."""
     resampler = av.AudioResampler(format="fltp", rate=RATE)
     given = 0  # samples so far
     at = None  # where the resampler's next sample belongs
@@ -290,9 +284,9 @@ def waves(stream, start):
 
 
 def heard_clips(tracks, encoder):
-    """What the frozen encoder hears in one clip after the other, then in silence, without end.
+    """Clip by clip what the frozen encoder hears, (context [T, D_a], tokens [T, N, D_u]) float32.
 
-    It gives (context [T, D_a], tokens [T, N, D_u]) float32.
+    It never ends: silence follows the sound.
     """
     blocks = waves(tracks.heard, tracks.sound_start)
     wave = np.zeros(0, np.float32)
@@ -346,7 +340,7 @@ def written_beside(out):
 
 
 def add_video(output, tracks):
-    """The overlay's video stream: H.264 in the time base, shape and colours of the source."""
+    """A stream of H.264 in the time base, shape and colours of the source."""
     first = tracks.first
     target = output.add_stream("libx264", rate=rate_of(tracks.video), options=QUALITY)
     target.height, target.width = (n + n % 2 for n in tracks.shape)
@@ -361,17 +355,15 @@ def add_video(output, tracks):
 
 
 def encodable(picture, frame, late):
-    """A picture [H, W, 3] as the frame to encode in place of `frame`, earlier by `late`.
-
-    H.264 wants even sizes: an odd last row or column is there twice.
-    """
+    """A picture [H, W, 3] as the frame to encode in place of `frame`, earlier by `late`."""
     height, width = picture.shape[:2]
-    picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    odd = ((0, height % 2), (0, width % 2), (0, 0))  # H.264 wants even sizes
+    picture = np.pad(picture, odd, mode="edge")
     new = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
         format="yuv420p", dst_colorspace=frame.colorspace, dst_color_range=1
     )
-    new.pts = frame.pts - math.floor(late / frame.time_base)
     new.time_base = frame.time_base
+    new.pts = frame.pts - math.floor(late / frame.time_base)
     new.duration = frame.duration
     return new
 
