@@ -1,6 +1,7 @@
 """The folder of a run: its lock, its files written whole, what stands in it after a kill."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,10 +20,15 @@ def write_text(path, text):
     os.replace(beside, path)
 
 
+def is_used(folder):
+    """Whether a folder holds anything but the lock and what a kill left half written."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
 def refuse_used_folder(config):
     """A cheap look before the heavy work: `Run.open` is what decides."""
     folder = Path(config.out_dir, run_name(config))
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock"}:
+    if is_used(folder):
         raise AtlasError(
             f"the run folder {folder} is not empty and is never overwritten; choose another "
             "name=..., go on with --resume, or remove it"
@@ -34,6 +40,7 @@ def take_folder(folder, config, resume):
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "a")
     import fcntl
+
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -43,7 +50,7 @@ def take_folder(folder, config, resume):
         ) from None
     if not resume:
         refuse_used_folder(config)
-    elif {path.name for path in folder.iterdir()} - {".lock"}:
+    elif is_used(folder):
         path = folder / "config.yaml"
         if not path.is_file():
             raise AtlasError(
@@ -58,6 +65,8 @@ def take_folder(folder, config, resume):
                 f"{folder} was made with another config, so it cannot be resumed: "
                 f"{', '.join(differing)}"
             )
+    for half in folder.glob(".task_*.tmp"):  # a kill while a checkpoint was written
+        shutil.rmtree(half)
     return lock
 
 
@@ -68,11 +77,14 @@ def checkpoints(folder):
 
 
 def read_or_none(folder):
-    """The results of a folder; None, with a line, where they are damaged or not there."""
+    """The results of a folder; None where there are none, or, with a line, damaged ones."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return None
     try:
         return results.read_results(folder)
     except AtlasError as error:
-        print(f"{error}; the rows of R are scored again from the checkpoints", flush=True)
+        print(f"{path} is written anew from the checkpoints: {error}", flush=True)
         return None
 
 

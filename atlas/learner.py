@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from atlas import parallel
 from atlas.audio import fingerprint
 from atlas.clips import built_beside
+from atlas.encoders import base_encoder
 from atlas.errors import AtlasError
 from atlas.methods import METHODS
-from atlas.encoders import base_encoder
 from atlas.model import build_model
 
 
@@ -86,8 +86,8 @@ class Learner:
         folder = Path(folder)
         if not (folder / "model.safetensors").is_file():
             raise AtlasError(
-                f"there is no checkpoint in {folder}: the run stopped before it was written, or "
-                "the folder was moved"
+                f"there is no checkpoint in {folder}: model.safetensors is missing; where that is "
+                "an unfinished run, remove this folder, and --resume learns the task again"
             )
         try:
             wrong = self.load_model(folder)

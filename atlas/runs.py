@@ -85,6 +85,7 @@ class Run(Learner):
         on_gpu = self.device == "cuda"
         return {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "amp": self.amp,
             "channels_last": on_gpu,
@@ -103,6 +104,9 @@ class Run(Learner):
         begun = resume and (self.folder / "config.yaml").is_file()
         results.read_joint(self.config.joint_run, self.results["tasks"])
         first = None if begun else first_task(self)
+        if first:
+            self.load(Path(self.config.first_task, "task_01"), with_method=False)
+            self.choose_heads(1)
         self.lock = None if parallel.rank() else take_folder(self.folder, self.config, resume)
         parallel.wait()
         if begun:
@@ -111,7 +115,6 @@ class Run(Learner):
             text = yaml.safe_dump(as_dict(self.config), sort_keys=False, allow_unicode=True)
             write_text(self.folder / "config.yaml", text)
         if first:
-            self.load(Path(self.config.first_task, "task_01"), with_method=False)
             self.results |= first_rows(first, 2)
             spent = first["seconds"]["train"][0]
             self.journal.write(task=1, raw={}, reused=self.config.first_task, seconds=spent)
@@ -121,6 +124,8 @@ class Run(Learner):
     def recover(self):
         """Go on from the last checkpoint, and score again what results.json lacks."""
         found = read_or_none(self.folder)
+        if found:
+            refuse_other_encoders(self.folder, found, self.visual_sha, self.audio_sha)
         if found and found["tasks"] != self.results["tasks"]:
             raise AtlasError(
                 f"the data of {self.folder} have changed since the run began: its tasks have other "
@@ -180,14 +185,7 @@ class Run(Learner):
 
         Returns its Plan and the number of its epochs (or chunks) that are done.
         """
-        til = self.config.protocol == "til" and self.config.method != "joint"
-        decoder, classifier = self.model.decoder, self.model.classifier
-        if til and len(decoder.heads) < t:
-            decoder.add_head()
-        decoder.use_head(t - 1)
-        if classifier:
-            last = len(classifier.heads) if self.config.method == "joint" else t
-            classifier.compete(t - 1 if til else 0, last)
+        self.choose_heads(t)
         plan = self.plan = plan_of(self.sequence, t, self.config)
         self.updates = Updates(self, t, plan.steps)
         done = self.load_progress(t)
@@ -196,6 +194,17 @@ class Run(Learner):
         if not done and not self.is_stream:
             self.method.begin_task(TaskClips(self, t))
         return plan, done
+
+    def choose_heads(self, t):
+        """Use the heads that learn task t: TIL's own mask head, and the classes that compete."""
+        til = self.config.protocol == "til" and self.config.method != "joint"
+        decoder, classifier = self.model.decoder, self.model.classifier
+        if til and len(decoder.heads) < t:
+            decoder.add_head()
+        decoder.use_head(t - 1)
+        if classifier:
+            last = len(classifier.heads) if self.config.method == "joint" else t
+            classifier.compete(t - 1 if til else 0, last)
 
     def batches(self, plan, epoch):
         """The batches of an epoch (or chunk), of each this process's part, on the device.
