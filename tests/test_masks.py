@@ -83,6 +83,7 @@ def test_the_strip_of_a_run_shows_each_task_with_its_own_head_and_the_partners_s
             assert clip[name].shape == (32, 32) and clip[name].dtype == bool
         assert set(clip["J"]) == {"own", "last", "swap"}
     assert (drawn[-1]["own"] == drawn[-1]["last"]).all()
+    run = read_run(til_run)  # a model with the heads of three tasks does not go back to one
     figure = strip(run, [drawn[1]["id"], drawn[0]["id"]])
     heads = [ax.get_title() for ax in figure.axes[:5]]
     assert len(figure.axes) == 2 * 5 and inside(figure)
