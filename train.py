@@ -117,7 +117,8 @@ def evaluate(run, t):
         start = time.time()
         row = score_tasks(run, t)
         run.add_row(row | {"seconds": time.time() - start})
-    print(f"{run.row_name(t):<14} J: {row_text(run.results, t)}", flush=True)
+    place = f"{'checkpoint' if run.is_stream else 'after task'} {t}" if t else "untrained"
+    print(f"{place:<14} J: {row_text(run.results, t)}", flush=True)
 
 
 def checked_losses(run, batch, losses):
