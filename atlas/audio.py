@@ -51,10 +51,8 @@ def read_wave(path):
         with soundfile.SoundFile(path) as file:
             rate, frames, notes = file.samplerate, file.frames, file.extra_info
             if rate not in RATES or frames * file.channels > SAMPLES:
-                raise AtlasError(
-                    f"the sound {path} has {frames} samples at {rate} Hz, which is no clip; cut it "
-                    "to minutes, at an ordinary rate"
-                )
+                what = f"the sound {path} has {frames} samples at {rate} Hz"
+                raise AtlasError(f"{what}; cut it to minutes, at an ordinary rate")
             wave = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         why = why_unreadable(path, error)
@@ -85,15 +83,19 @@ def mono(channels, path):
 
 
 def resampled(wave, rate):
-    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)] at 16 kHz, by FFmpeg."""
+    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)] at 16 kHz, by FFmpeg.
+
+    Silence stands before and after it. (FFmpeg would mirror the beginning, so it gets a second.)
+    """
     if rate == RATE:
         return wave
-    frame = av.AudioFrame.from_ndarray(wave.float().numpy()[None], format="fltp", layout="mono")
+    heard = nn.functional.pad(wave.float(), (rate, 0)).numpy()[None]
+    frame = av.AudioFrame.from_ndarray(heard, format="fltp", layout="mono")
     frame.sample_rate = rate
     resampler = av.AudioResampler("fltp", "mono", RATE)
-    count = -(-len(wave) * RATE // rate)
     parts = [*resampler.resample(frame), *resampler.resample(None)]
-    heard = np.concatenate([np.zeros(0, np.float32), *(part.to_ndarray()[0] for part in parts)])
+    heard = np.concatenate([part.to_ndarray()[0] for part in parts])[RATE:]
+    count = -(-len(wave) * RATE // rate)
     return torch.from_numpy(np.pad(heard[:count], (0, max(0, count - len(heard)))))
 
 
@@ -221,14 +223,10 @@ class VGGish(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
         self.features = nn.Sequential(*layers)
-        self.embeddings = nn.Sequential(
-            nn.Linear(512 * 4 * 6, 4096),
-            nn.ReLU(),
-            nn.Linear(4096, 4096),
-            nn.ReLU(),
-            nn.Linear(4096, 128),
-            nn.ReLU(),
-        )
+        embeddings = []
+        for wide, width in ((512 * 4 * 6, 4096), (4096, 4096), (4096, 128)):
+            embeddings += [nn.Linear(wide, width), nn.ReLU()]
+        self.embeddings = nn.Sequential(*embeddings)
 
     def forward(self, patches):
         # [T, 6, 4, 512]: TensorFlow's order, as the embedding expects
@@ -350,8 +348,7 @@ def read_weights(path, key):
             state = state[name]
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise AtlasError(
-            f"{key}: {path} holds no state dict, which is names and tensors, by itself or under "
-            "`state_dict` or `model`"
+            f"{key}: {path} holds no state dict: names and tensors (also under state_dict or model)"
         )
     state = {n: v.float() if v.is_floating_point() else v for n, v in state.items()}
     broken = [name for name, value in state.items() if not value.isfinite().all()]

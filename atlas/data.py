@@ -177,6 +177,7 @@ class PackedClips:
                 whole = os.path.getsize(path) == array.offset + array.nbytes
                 if not whole or (array.dtype, array.shape) != kind:
                     raise ValueError("it has another size than index.json says")
+                self.arrays[name] = np.asarray(array)  # the memmap class is slow to index
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             raise AtlasError(
                 f"the file {path} of the cache is damaged: {why_unreadable(path, error)}; delete "

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from atlas import parallel, results
+from atlas.clips import locked
 from atlas.config import as_dict, load_config, run_name
 from atlas.errors import AtlasError
 from atlas.learner import writing
@@ -38,16 +39,8 @@ def refuse_used_folder(config):
 def take_folder(folder, config, resume):
     """Make the folder of a run, or open it, and lock it; returns the lock, to be held on to."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "a")
-    import fcntl
-
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise AtlasError(
-            f"the run folder {folder} is in use by another process; wait for it, or choose "
-            "another name=..."
-        ) from None
+    in_use = f"the run folder {folder} is in use; wait for it, or choose another name=..."
+    lock = locked(folder / ".lock", in_use)
     if not resume:
         refuse_used_folder(config)
     elif is_used(folder):

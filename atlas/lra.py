@@ -306,7 +306,7 @@ def per_clip_gradients(model, parameters, batches, loss):
     For each batch of n clips, cut up where they are many, it yields the list of [n, *shape] over
     `parameters` (a list, of the model's), zero where a parameter is unused. batches: of
     data.collate, the clips of a batch annotated in equally many frames. loss(outputs, batch) is a
-    scalar, for a batch of one clip. The model is used as it stands (put it into eval mode), in fp32.
+    scalar, for a batch of one clip. The model is used as it stands (in eval mode), in fp32.
     """
 
     def of_one(values, clip):

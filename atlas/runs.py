@@ -329,15 +329,7 @@ def open_data(config):
     """(PackedClips, SHA-256 of the audio encoder) of a config; packs the cache if it is missing."""
     clips = READERS[config.dataset](config.data_root)
     encoder = build_audio_encoder(config.audio, config.audio_weights)
-    folder = pack(
-        clips,
-        config.data_root,
-        config.cache_dir,
-        config.image_size,
-        encoder,
-        config.audio,
-        config.dataset,
-    )
+    folder = pack(clips, config.data_root, config.cache_dir, config.image_size, encoder)
     return PackedClips(folder), fingerprint(encoder)
 
 

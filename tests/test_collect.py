@@ -337,6 +337,13 @@ def test_a_folder_of_something_else_is_said(tmp_path, key, said):
     assert not (tmp_path / "stock").exists()
 
 
+def test_a_table_names_no_file_outside_the_stock(tmp_path):
+    davis(tmp_path / "davis", True)
+    (tmp_path / "davis" / "classes.csv").write_text("sequence,class,video\ncows,../cow,farm\n")
+    with pytest.raises(AtlasError, match="'../cow'"):
+        fill_stock(tmp_path / "stock", {"davis": tmp_path / "davis"})
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"images": [{}]}', '{"categories": [{"id": 1}]}'])
 def test_a_broken_coco_file_is_named(tmp_path, text):
     made(tmp_path / "annotations" / "instances_val2017.json").write_text(text)

@@ -121,9 +121,9 @@ def test_a_domain_without_classes_of_the_data_is_no_task():
 @pytest.mark.parametrize(
     "domains, what",
     [
-        (["human"], "in none: ambulance_siren"),
+        (["human"], "missing: ambulance_siren"),
         (["humans"], "`humans`; choose from human"),
-        ({"a": ALL, "b": ["helicopter"]}, "in two: helicopter"),
+        ({"a": ALL, "b": ["helicopter"]}, "twice: helicopter"),
     ],
 )
 def test_a_class_in_no_domain_or_in_two_is_refused(domains, what):
@@ -248,7 +248,7 @@ def test_without_blur_drifts_are_sharp_and_the_seed_draws_the_order():
 @pytest.mark.parametrize(
     "change, what",
     [
-        ({"stream_checkpoints": 61}, "61 segments"),
+        ({"stream_checkpoints": 61}, "stream_checkpoints=61"),
         ({"batch_size": 64}, "2 batches"),
         ({"stream_checkpoints": 25}, "no (val|test) clip"),
     ],

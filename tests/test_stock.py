@@ -214,9 +214,9 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     "spoil, said",
     [
-        (spoil_mask, "50x50"),
+        (spoil_mask, "cow1.png"),
         (grey_mask, "100"),
-        (empty_mask, "is empty"),
+        (empty_mask, "cow/cow1.png: its mask is empty"),
         (twice_in_a_class, "cow/again.png (source cow/again.png), cow/cow1.png (source cow1)"),
         (twice_of_two_sources, "dog/again.png"),
         (sound_twice, "cow/cow1_a.wav (source cow_sound1), dog/again.wav"),

@@ -14,6 +14,7 @@ from atlas.audio import log_mel
 from atlas.clips import CSVS, DOMAINS
 from atlas.errors import AtlasError
 from atlas.prepare import synth
+from atlas.prepare.timbres import TIMBRES, sound
 
 SMALL = dict(
     size=48,
@@ -100,7 +101,7 @@ def test_the_classes_are_avsbenchs_and_differ():
         4,
         4,
     ]
-    assert set(synth.CLASSES) == set(synth.LOOKS) == set(synth.TIMBRES)
+    assert set(synth.CLASSES) == set(synth.LOOKS) == set(TIMBRES)
     assert (
         len({look[:2] for look in synth.LOOKS.values()}) == 23
     )  # shape with texture is enough; no single cue is
@@ -176,7 +177,7 @@ def test_only_the_sound_tells_which_thing_is_heard():
 
 def log_mel_statistics(name, seed):
     """Per second, mean and standard deviation over time of a sound's log-mel bands, [5, 128]."""
-    wave = synth.sound(name, np.random.default_rng(seed))
+    wave = sound(name, np.random.default_rng(seed))
     patches = log_mel(torch.from_numpy(wave), 5)[:, 0].numpy()
     return np.concatenate([patches.mean(1), patches.std(1)], axis=1)
 

@@ -27,6 +27,7 @@ VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow din
 motorbike person pottedplant sheep sofa train tvmonitor""".split()  # by palette index; 255 is void
 LEAST = 0.05  # of a picture
 LONGEST = 512  # pixels of a side
+SOUNDS = (".wav", ".ogg", ".flac", ".mp3")
 
 
 @dataclass
@@ -66,7 +67,7 @@ def fill_stock(out, folders, class_map=None, most=200, lists=()):
                 place = item.category, item.name
                 if place in rows[kind] or (lists and place not in listed[kind]):
                     continue
-                if not lists and item.masks and np.mean(item.masks) < LEAST:
+                if not lists and item.masks and share(item.masks) < LEAST:
                     left["pictures in which the class is small"] += 1
                 elif not lists and taken[item.category] == most:
                     left[f"{kind} of a class above --most"] += 1
@@ -85,6 +86,12 @@ def fill_stock(out, folders, class_map=None, most=200, lists=()):
     return added, left, missing
 
 
+def share(masks):
+    """What a class covers of a picture, on average over a video; 0 where it is ever out of sight."""
+    shares = [mask.mean() for mask in masks]
+    return np.mean(shares) if min(shares) else 0
+
+
 def read_lists(paths):
     """{"pictures" | "sounds": {(class, name without suffix): row}} of tables of sources."""
     listed = {kind: {} for kind in COLUMNS}
@@ -97,6 +104,9 @@ def read_lists(paths):
 
 def write(out, item):
     """Write the files of an item and return its name in the table."""
+    for name in (item.category, item.name):
+        if not name or Path(name).name != name:
+            raise AtlasError(f"{item.files[0]}: {name!r} of its row cannot name a file or folder")
     if not item.masks:
         name = f"{item.name}{item.files[0].suffix.lower()}"
         shutil.copyfile(item.files[0], _made(out, "sounds", item.category, name))
@@ -106,7 +116,7 @@ def write(out, item):
         if image.size != mask.shape[::-1]:
             raise AtlasError(f"the picture {path} and its mask differ in size")
         scale = min(1, LONGEST / max(image.size))
-        size = [round(side * scale) for side in image.size]
+        size = [max(1, round(side * scale)) for side in image.size]
         name = f"{item.name}/{k:05d}" if len(item.files) > 1 else item.name
         mask = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
         mask.save(_made(out, "masks", item.category, f"{name}.png"))
@@ -251,7 +261,7 @@ def from_sounds(root, names, left):
     for category, entry in names.items():
         for folder in (category, *entry["sounds"]):
             for path in sorted(root.glob(f"{folder}/*")):
-                if path.suffix.lower() in (".wav", ".ogg", ".flac", ".mp3"):
+                if path.suffix.lower() in SOUNDS:
                     name = f"{root.name}_{path.stem}"
                     row = {"source": name, "dataset": root.name, "path": f"{folder}/{path.name}"}
                     yield Found(category, name, row, [path])
@@ -264,7 +274,7 @@ def from_list(root, listed):
         repository = row["repository"].split("@")[0].split("/")[-1]
         paths = [root / row["path"], root / repository / row["path"]]
         paths.append(takes.get(Path(row["path"]).stem, paths[0]))
-        paths = [path for path in paths if path.is_file()]
+        paths = [path for path in paths if path.is_file() and path.suffix.lower() in SOUNDS]
         if paths:
             yield Found(category, name, row, paths[:1])
 

@@ -28,7 +28,7 @@ from atlas import clips
 from atlas.audio import draw_schedule, gate, read_wave
 from atlas.clips import RATE, SPLITS, T, read_mask
 from atlas.errors import AtlasError
-from atlas.prepare.stock import LEAST, read_pair, read_stock, sources_of
+from atlas.prepare.stock import LEAST, read_pictures, read_stock, sources_of
 
 CLIPS = {"s4": 40, "ms3": 1000}  # train clips: of a class (S4), in all (MS3)
 CLIPS_A_SOURCE = 2  # val and test
@@ -153,10 +153,7 @@ def divide(sources, heard, rng):
             mine = sorted(sources[name])
             got = Counter(split_of[source] for source in mine if source in split_of)
             for source in rng.permutation([s for s in mine if s not in split_of]).tolist():
-                lack = {
-                    split: (not got[split], SHARE[split] * len(mine) - got[split])
-                    for split in SHARE
-                }
+                lack = {s: (not got[s], SHARE[s] * len(mine) - got[s]) for s in SHARE}
                 split_of[source] = max(SHARE, key=lack.get)
                 got[split_of[source]] += 1
         lacking = [c for c in heard if len({split_of[s] for s in sources[c]}) < len(SPLITS)]
@@ -183,16 +180,14 @@ class Pool:
         train = recipe.clips or CLIPS[recipe.dataset]
         if recipe.dataset == "ms3":
             train = -(-train // len(self.heard))
+        if split == "train":
+            return self.heard * train
         shown, known = sources_of(self.pictures), sources_of(self.sounds)
         counts = {}
         for name in self.heard:
             most = CLIPS_A_SOURCE * min(len(shown[name]), len(known[name]))
-            counts[name] = {
-                "train": train,
-                "val": min(train // 4, most),
-                "test": min(train // 2, most),
-            }
-        return [name for k in range(train) for name in self.heard if k < counts[name][split]]
+            counts[name] = min(train // {"val": 4, "test": 2}[split], most)
+        return [name for k in range(train) for name in self.heard if k < counts[name]]
 
     def showing(self, name, without):
         """The pictures of class `name` that show none of the classes `without`."""
@@ -214,11 +209,8 @@ class Pool:
         if recipe.dataset == "ms3":
             wanted = self.rng.integers(2, 4)
             if self.rng.random() >= ONE_HEARD:
-                beside = [
-                    c
-                    for c in self.heard
-                    if c != first and self.showing(c, heard) and self.showing(first, {c})
-                ]
+                beside = [c for c in self.heard if self.showing(first, {c})]
+                beside = [c for c in beside if c != first and self.showing(c, heard)]
                 heard += self.rng.choice(beside, min(1, len(beside))).tolist()
         while len(heard) + len(silent) < wanted:
             names = sorted({p.category for p in self.pictures} - {*heard, *silent})
@@ -246,26 +238,24 @@ def make_clip(pool, first, recipe):
     wave = np.zeros(T * RATE)
     frames, masks, shown = [], [], []
     for place, left, right in zip(pool.rng.permutation(len(names)).tolist(), edges, edges[1:]):
-        name, role = names[place], "heard" if place < len(heard) else "silent"
+        name = names[place]
         suited = pool.showing(name, {*heard} - {name})
-        picture = pool.draw(role, suited)
+        picture = pool.draw("heard" if place < len(heard) else "silent", suited)
         seen, mask = view(picture, (recipe.size, right - left), pool.rng)
-        schedule = np.zeros(T, bool)
-        entry = {"class": name, "picture": picture.name, "source": picture.source}
-        entry |= {"mask": picture.mask, "columns": [left, right], "schedule": schedule}
-        entry |= {"recording": None, "recording_source": None}
-        if role == "heard":
+        schedule, sound = np.zeros(T, bool), None
+        if place < len(heard):
             sound = pool.draw("sound", [s for s in pool.sounds if s.category == name])
             own = load_sound(sound.files[0])
             schedule = np.ones(T, bool)
             if recipe.dataset == "ms3":
                 schedule = draw_schedule(own, CHANCES[place], pool.rng)
             wave += own * gate(schedule)
-            entry |= {"recording": sound.name, "recording_source": sound.source}
-        entry["schedule"] = schedule.astype(int).tolist()
         frames.append(seen)
         masks.append(mask & schedule[:, None, None])
-        shown.append(entry)
+        entry = {"class": name, "picture": picture.name, "source": picture.source}
+        entry |= {"mask": picture.mask, "columns": [left, right]}
+        entry |= {"schedule": schedule.astype(int).tolist(), "recording": sound and sound.name}
+        shown.append(entry | {"recording_source": sound and sound.source})
     sounding = {entry["class"]: entry for entry in shown if entry["recording"]}
     drawn = all(entry["mask"] == "drawn" for entry in sounding.values())
     report = {"source": sounding[first]["source"], "mask": "drawn" if drawn else "made"}
@@ -281,8 +271,7 @@ def view(picture, shape, rng):
     keeps VISIBLE of the whole frame in sight, or else the best.
     """
     height, width = shape
-    pairs = [read_pair(*paths) for paths in zip(picture.files, picture.masks)]
-    pairs = pairs * (T // len(pairs))
+    pairs = read_pictures(picture) * (T // len(picture.files))
     high, wide = pairs[0][1].shape
     middle = np.array([np.argwhere(mask).mean(0)[::-1] + 0.5 for _, mask in pairs])  # [T, 2], x y
     masks = [Image.fromarray(mask.astype(np.uint8)) for _, mask in pairs]

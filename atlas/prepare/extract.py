@@ -1,19 +1,16 @@
 """Videos as clips: mp4 files and AVSBench's CSV -> frames and sounds in AVSBench's tree (clips.py).
 
-Frames. AVSBench (preprocess_s4.py, preprocess_ms3.py) samples each second 16 times and keeps the
-16th: with f = the frame rate rounded to a whole number, second l = 0..4 is frame
-n = floor(l f + 15/16 f) of the video, counted from 0, and its last frame where there is none of
-that number: 23, 48, 73, 98, 123 at 25 a second. Frame n is the one on display n / rate seconds
-after the first one: at a varying rate, the one that ffmpeg's conversion to a constant rate
-(AVSBench's reader) would make it. 224 x 224 pixels, squeezed, not cropped.
-Ours: below 10 frames a second, f is not rounded, which would bend the time.
+Frames. AVSBench samples each second 16 times and keeps the 16th: with f = the frame rate rounded to
+a whole number (ours: below 10 it is not rounded, which would bend the time), second l = 0..4 is
+frame n = floor(l f + 15/16 f), counted from 0, or else the last one: 23, 48, 73, 98, 123 at 25 a
+second. Frame n is the one on display n / rate seconds after the first one, which is what ffmpeg's
+conversion to a constant rate makes it. 224 x 224 pixels, squeezed, not cropped.
 
-Sound. 16 kHz and 16 bit as AVSBench's. Ours: one channel, the mean of all of the default track,
-and T seconds from the first frame's time on, silence where the sound begins after it. What ends
-early stays short, as in AVSBench.
+Sound. 16 kHz and 16 bit. Ours: the mean of all channels of the default track, T seconds from the
+first frame's time on, silence where the sound begins after it. What ends early stays short.
 
-A video is bad where it is missing, damaged, has no pictures or no sound, or where either does not
-reach the clip's last second.
+A video is bad where it is missing or damaged, or where its pictures or its sound do not reach the
+clip's last second.
 """
 
 import concurrent.futures

@@ -80,15 +80,16 @@ def _visible(folder):
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def read_pair(path, mask_path):
-    """(frame [H, W, 3] uint8, mask [H, W] bool) of a picture and its mask."""
-    frame, mask = read_frame(path), read_mask(mask_path)
-    if mask.shape != frame.shape[:2]:
-        raise AtlasError(
-            f"the mask {mask_path} is {mask.shape[1]}x{mask.shape[0]}, its picture "
-            f"{frame.shape[1]}x{frame.shape[0]}; they must be equal"
-        )
-    return frame, mask
+def read_pictures(item):
+    """[(frame [H, W, 3] uint8, mask [H, W] bool)] of a photo or video, all of one size."""
+    pairs = []
+    for path, mask_path in zip(item.files, item.masks):
+        frame, mask = read_frame(path), read_mask(mask_path)
+        size = pairs[0][1].shape if pairs else frame.shape[:2]
+        if not mask.shape == frame.shape[:2] == size:
+            raise AtlasError(f"{path} and {mask_path} (or those before them) differ in size")
+        pairs.append((frame, mask))
+    return pairs
 
 
 def read_rows(root, kind):
@@ -132,25 +133,21 @@ def check_stock(root):
         except AtlasError as error:
             errors.append(str(error))
     for same in contents.values():
-        classes = {item.category for item in same}
-        if len(same) > 1 and (
-            not same[0].masks or len(classes) < len(same) or len({item.source for item in same}) > 1
-        ):
+        if len({i.category for i in same}) < len(same) or len({i.source for i in same}) > 1:
             named = ", ".join(f"{i.category}/{i.name} (source {i.source})" for i in same)
             errors.append(f"the same content stands several times: {named}")
     shown, known = sources_of(pictures), sources_of(sounds)
     counts = [f"{'class':<16}{'pictures':>9}{'drawn':>8}{'sources':>8}{'sounds':>8}{'sources':>8}"]
     for name in sorted({*shown, *known}):
         masks = [item.mask for item in pictures if item.category == name]
-        numbers = (len(shown[name]), sum(i.category == name for i in sounds), len(known[name]))
-        counts.append(
-            f"{name:<16}{len(masks):>9}{masks.count('drawn'):>8}"
-            + "".join(f"{number:>8}" for number in numbers)
-        )
-        if shown[name] and min(len(shown[name]), len(known[name])) < LEAST:
+        files = sum(item.category == name for item in sounds)
+        seen, heard = len(shown[name]), len(known[name])
+        drawn = masks.count("drawn")
+        counts.append(f"{name:<16}{len(masks):>9}{drawn:>8}{seen:>8}{files:>8}{heard:>8}")
+        if shown[name] and min(seen, heard) < LEAST:
             warnings.append(
-                f"{name} is too small to be heard by default: it has {len(shown[name])} sources "
-                f"of pictures and {len(known[name])} of sounds, of {LEAST} needed"
+                f"{name} is too small to be heard by default: it has {seen} sources of pictures "
+                f"and {heard} of sounds, and needs {LEAST}"
             )
     return counts, errors, warnings
 
@@ -158,10 +155,9 @@ def check_stock(root):
 def _content(item):
     """A digest of the pixels or samples of an item that can be used."""
     digest = hashlib.sha256()
-    for path, mask_path in zip(item.files, item.masks):
-        frame, mask = read_pair(path, mask_path)
+    for frame, mask in read_pictures(item):
         if not mask.any():
-            raise AtlasError(f"the mask {mask_path} is empty")
+            raise AtlasError(f"{item.category}/{item.name}: its mask is empty")
         digest.update(str(frame.shape).encode() + frame.tobytes())
     if not item.masks:
         wave = read_wave(item.files[0]).numpy()

@@ -58,6 +58,7 @@ def comparison_figures(runs, methods=(), score="J"):
         raise AtlasError(f"--methods: {wrong.pop()} is not among {', '.join(sorted(known))}")
     for problem in found:
         rows = [row for row in problem["rows"] if row["runs"]]
+        rows = [row for row in rows if None not in finals(row, score)]
         if not rows:
             continue
         rows = shortly_named(rows)
@@ -81,6 +82,10 @@ def shortly_named(rows):
         short = shortened(setting or row["label"], LONGEST)
         named.append(row | {"label": short, "full": row["label"]})
     return named
+
+
+def finals(row, score):
+    return [run["metrics"][score]["final"] for run in row["runs"]]
 
 
 def looks(rows, asked=()):
@@ -129,13 +134,11 @@ def overview(title, rows, asked=(), score="J"):
 
 def draw_final(ax, rows, look, score):
     """A line a method, the best on top: mean ± deviation, and small points for the seeds."""
-    finals = {}
-    for row in rows:
-        finals[row["label"]] = [run["metrics"][score]["final"] for run in row["runs"]]
-    order = sorted(finals, key=lambda label: mean(finals[label]))
+    found = {row["label"]: finals(row, score) for row in rows}
+    order = sorted(found, key=lambda label: mean(found[label]))
     for y, label in enumerate(order):
         colour, marker = look[label]
-        values = finals[label]
+        values = found[label]
         spread = stdev(values) if len(values) > 1 else 0.0
         ax.errorbar(mean(values), y, xerr=spread, color=colour, marker=marker, capsize=2, ms=4.5)
         ax.plot(values, [y - 0.3] * len(values), ".", color=colour, ms=2.5, alpha=0.6)
@@ -155,7 +158,7 @@ def draw_curves(ax, rows, look, score):
         front = 3 if colour != GREY else 2
         if row["method"] == "joint":
             steps = [tasks]
-            curve = [mean(run["metrics"][score]["final"] for run in row["runs"])]
+            curve = [mean(finals(row, score))]
         else:
             steps = range(1, tasks + 1)
             curve = np.mean([learned_so_far(run, score) for run in row["runs"]], axis=0)
