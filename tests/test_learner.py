@@ -139,13 +139,13 @@ def test_a_torn_file_of_a_checkpoint_is_named_with_the_remedy(spare, copied, nam
 
 
 def test_no_checkpoint_is_one_line(spare, tmp_path):
-    with pytest.raises(AtlasError, match="no checkpoint in"):
+    with pytest.raises(AtlasError, match="damaged .it is missing."):
         spare.load(tmp_path / "task_07")
 
 
 @pytest.mark.parametrize("keys", [{"width": 32}, {"lora_rank": 4}, {"method": "olora"}])
 def test_a_checkpoint_of_another_model_or_method_is_refused(make, saved, keys):
-    with pytest.raises(AtlasError, match="another model or method"):
+    with pytest.raises(AtlasError, match="another model than"):
         make(**keys).load(saved[1])
 
 
@@ -274,5 +274,5 @@ def test_autocast_is_the_runs_precision(make):
 
 def test_compile_without_a_compiler_is_one_line(make, monkeypatch):
     monkeypatch.setattr(learners.shutil, "which", lambda name: None)
-    with pytest.raises(AtlasError, match="needs a C.. compiler.*compile=false"):
+    with pytest.raises(AtlasError, match="needs g.. or clang.*compile=false"):
         compiled(make().model)

@@ -279,7 +279,7 @@ def test_a_checkpoint_that_is_torn_is_named_and_going_on_without_it_works(whole,
     with pytest.raises(AtlasError) as error:
         train.main(here, resume=True)
     assert f"{path} is damaged" in str(error.value)
-    assert f"remove the folder {path.parent}" in str(error.value)
+    assert f"remove {path.parent}" in str(error.value)
     shutil.rmtree(path.parent)
     assert learned_again(here, monkeypatch) == [2]
     same(folder, copy)
@@ -291,9 +291,9 @@ def test_the_optimiser_of_a_stream_that_is_torn_is_named(whole):
     shutil.rmtree(copy / "task_02")
     path = copy / "task_01" / "updates.pt"
     path.write_bytes(b"")
-    with pytest.raises(AtlasError, match="updates.pt is missing or damaged") as error:
+    with pytest.raises(AtlasError, match="updates.pt is damaged") as error:
         train.main(here, resume=True)
-    assert f"remove the folder {path.parent}" in str(error.value)
+    assert f"remove {path.parent}" in str(error.value)
 
 
 def test_a_row_whose_checkpoint_is_lost_stays_null_and_so_does_what_needs_it(
@@ -341,7 +341,7 @@ def test_without_resume_a_folder_is_never_overwritten(whole):
 
 def test_data_or_encoders_that_changed_are_refused(whole):
     folder, config = whole("cil")
-    for change, said in (("tasks", "the data of .* have changed"), ("weights", "audio encoder")):
+    for change, said in (("tasks", "its tasks now have other clips"), ("weights", "audio encoder")):
         copy, here = unfinished(folder, config, f"changed_{change}")
         results = read_results(copy)
         results["tasks"][0]["clips"]["train"] -= change == "tasks"
@@ -417,5 +417,5 @@ def test_a_folder_in_use_is_one_line(whole):
     _, config = whole("cil")
     here = replace(config, name="in_use", domains=None)
     lock = take_folder(Path(here.out_dir, here.name), here, resume=True)
-    one_line(run(*command(here, "--resume")), "in use by another process")
+    one_line(run(*command(here, "--resume")), "is in use")
     lock.close()

@@ -288,7 +288,7 @@ def test_a_run_that_took_over_a_first_task_is_resumed_to_the_same_bits(
         ({"epochs_first": 2}, "epochs_first"),
         ({"base": 3}, "base"),
         ({"amp": "bf16"}, "amp"),
-        ({"protocol": "dil", "domains": {"a": ["male_speech"], "b": []}}, "protocol"),
+        ({"protocol": "dil", "domains": {"a": ["male_speech"], "b": []}}, "tasks"),
     ],
 )
 def test_a_first_task_that_was_learned_otherwise_is_refused(place, giver, keys, said):
@@ -322,7 +322,7 @@ def test_only_a_finetune_run_with_its_first_task_can_be_reused(place, learn, giv
             train.main(replace(place, name="other", first_task=str(path)))
         assert not Path(place.out_dir, "other").exists()
 
-    refused(learn("again"), "method=lra: only a finetune run")
+    refused(learn("again"), "it is no finetune run")
     refused(tmp_path / "nowhere", "no results.json")
     copy = Path(shutil.copytree(giver, tmp_path / "giver"))
     (copy / "task_01" / "model.safetensors").write_bytes(b"half of it")
