@@ -28,6 +28,7 @@ from atlas.updates import Updates
 STREAM = {
     "protocol": "tfcl",
     "stream_checkpoints": 2,
+    "batch_size": 2,
     "stream_epochs": 2,
     "lra_trigger": "plateau",
     "lra_window": 2,
@@ -55,7 +56,6 @@ def place(config, tmp_path_factory):
         visual=LIGHT,
         out_dir=str(tmp_path_factory.mktemp("resume")),
         step=2,
-        batch_size=2,
         epochs_first=2,
         epochs=2,
         method="lra",
@@ -153,19 +153,18 @@ def stop(config, number, *names):
     "kind, number, event",
     [
         ("cil", 3, "score"),  # of the untrained model
-        ("cil", 7, "step"),  # in the second epoch
+        ("cil", 4, "step"),  # in the second epoch
         ("cil", 3, "log"),  # after the epochs: what was measured is lost
         ("cil", 2, "measurement"),
         ("cil", 2, "tensors"),  # in a checkpoint
         ("cil", 1, "checkpoint"),  # which is not yet in its place
         ("cil", 9, "score"),  # after a checkpoint, in its evaluation
         ("cil", 1, "finish"),
-        ("til", 12, "step"),
+        ("til", 6, "step"),
         ("til", 10, "score"),
-        ("dil", 9, "step"),
+        ("dil", 5, "step"),
         ("tfcl", 11, "step"),
         ("tfcl", 9, "score"),
-        ("tfcl", 2, "begin"),
     ],
 )
 def test_a_stopped_run_resumes_to_the_same_bits(whole, kind, number, event):
@@ -185,7 +184,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_bits(whole, kind
     stops = 0
     while stop(here, int(rng.integers(8, 32))):
         stops += 1
-    assert stops >= 3
+    assert stops >= 2
     same(folder, Path(here.out_dir, here.name))
 
 
@@ -241,7 +240,7 @@ def test_a_torn_progress_costs_its_task_alone(whole, monkeypatch, capsys):
     folder, config = whole("cil")
     here = replace(config, name="torn_progress")
     copy = Path(here.out_dir, here.name)
-    assert stop(here, 15, "step")  # 8 of the first task, 4 an epoch in the second
+    assert stop(here, 8, "step")  # two steps an epoch: the last of the second task
     assert (copy / "task_01").is_dir()
     path = copy / "progress.pt"
     path.write_bytes(path.read_bytes()[:-2000])
@@ -271,7 +270,7 @@ def test_a_checkpoint_that_is_removed_is_learned_again_and_only_that(
     same(folder, copy)
 
 
-def test_a_checkpoint_that_is_torn_is_named_and_going_on_without_it_works(whole, monkeypatch):
+def test_a_checkpoint_that_is_torn_is_named_with_the_remedy(whole):
     folder, config = whole("cil")
     copy, here = unfinished(folder, config, "torn_checkpoint")
     path = copy / "task_02" / "model.safetensors"
@@ -279,10 +278,7 @@ def test_a_checkpoint_that_is_torn_is_named_and_going_on_without_it_works(whole,
     with pytest.raises(AtlasError) as error:
         train.main(here, resume=True)
     assert f"{path} is damaged" in str(error.value)
-    assert f"remove {path.parent}" in str(error.value)
-    shutil.rmtree(path.parent)
-    assert learned_again(here, monkeypatch) == [2]
-    same(folder, copy)
+    assert f"remove {path.parent}" in str(error.value)  # which the test above does
 
 
 def test_the_optimiser_of_a_stream_that_is_torn_is_named(whole):
