@@ -3,40 +3,36 @@ import math
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT
 
 from atlas.errors import AtlasError
 from atlas.metrics import MaskMeter
 from atlas.report import bench
 
 
-def test_quick_yields_every_line(tmp_path):
-    """Runs, and every figure is finite; nothing is said about times."""
-    done = run("bench.py", "--quick", "--json", tmp_path / "bench.json")
-    assert done.returncode == 0, done.stderr
+def test_quick_yields_every_line(tmp_path, capsys):
+    """Every line runs, and every figure is finite; nothing is said about times."""
+    words = ["--quick", "--json", str(tmp_path / "bench.json"), "--only"]
+    lines = [name for name in bench.LINES if name not in ("startup", "gpu")]
+    bench.main(bench.arguments([*words, *lines]))
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert {name for name in found if not name.startswith("gpu")} == set(bench.LINES) - {"gpu"}
+    assert list(found) == lines
+    table = [row for row in capsys.readouterr().out.splitlines() if row.startswith("|")][2:]
+    assert [row.split()[1] for row in table] == lines
     for name, line in found.items():
-        assert (
-            line["name"] == name
-            and ("ratio" in line) != ("share" in line)
-            and {"median", "min", "max", "runs"} <= line.keys()
-        )
-        assert all(
-            math.isfinite(value) for value in line.values() if isinstance(value, (int, float))
-        )
-        assert line["min"] <= line["median"] <= line["max"]
-    assert found["loader"]["decoded_once"] and found["loader"]["decoded_again"] == 0
+        numbers = [value for value in line.values() if not isinstance(value, str)]
+        assert line["name"] == name and all(map(math.isfinite, numbers))
+        assert line["min"] <= line["median"] <= line["max"] and line["runs"] == 2
+        kind = {"penalty": "share", "observe": "share", "sensitivity": "cost", "evaluation": "cost"}
+        assert line["kind"] == kind.get(name, "ratio")
     assert found["metrics"]["difference"] < 1e-6 and found["step"]["difference"] < 1e-4
-    assert found["penalty"]["bytes_after_2"] == found["penalty"]["bytes_after_20"]
+    assert not (ROOT / "runs" / "bench").exists()
 
 
 def test_the_plain_scores_are_MaskMeters():
     g = torch.Generator().manual_seed(0)
-    logits, masks = (
-        3 * torch.randn(3, 5, 16, 16, generator=g),
-        torch.rand(3, 5, 16, 16, generator=g) < 0.3,
-    )
+    logits = 3 * torch.randn(3, 5, 16, 16, generator=g)
+    masks = torch.rand(3, 5, 16, 16, generator=g) < 0.3
     masks[0, 1] = False  # a silent frame
     masks[2] = False  # a silent clip
     meter = MaskMeter()
@@ -45,32 +41,37 @@ def test_the_plain_scores_are_MaskMeters():
     assert plain == pytest.approx({name: ours[name] for name in plain}, abs=1e-6)
 
 
-def test_pairs_are_told_as_medians():
-    line = bench.figures("a", "ratio", [(1.0, 4.0), (1.0, 2.0), (2.0, 6.0)])
-    assert (line["ratio"], line["min"], line["max"], line["runs"], line["ours"], line["plain"]) == (
-        3.0,
-        2.0,
-        4.0,
-        3,
-        1.0,
-        4.0,
-    )
-    assert bench.figures("b", "share", [(1.0, 4.0)], faster=False)["share"] == 0.25
+def test_pairs_are_told_as_medians(monkeypatch):
+    """ours takes 1, 1, 2 seconds, and the plain way 4, 2, 6."""
+    times = {"ours": [1.0, 1.0, 2.0], "plain": [4.0, 2.0, 6.0]}
+    ways = {"ours": lambda: None, "plain": lambda: None}
+
+    def compared(kind):
+        left = {ways[side]: iter(values) for side, values in times.items()}
+        monkeypatch.setattr(bench, "seconds", lambda work, repeat=1: next(left[work]))
+        return bench.compared("a", kind, ways["ours"], ways["plain"], 3, more=1)
+
+    line = compared("ratio")
+    assert (line["median"], line["min"], line["max"], line["runs"]) == (3.0, 2.0, 4.0, 3)
+    assert (line["ours"], line["plain"], line["more"]) == (1.0, 4.0, 1)
+    assert compared("share")["median"] == compared("cost")["median"] == 1 / 3
+    assert "| 33.33 % | 25.00 % to 50.00 % | more 1 |" in bench.row(compared("share"))
 
 
-def test_bad_input(tmp_path):
-    for words in (["--run", str(tmp_path)], ["--pairs", "0"]):
-        with pytest.raises(AtlasError, match=str(tmp_path) if "--run" in words else "--pairs 0"):
-            bench.main(bench.arguments(words))
+def test_the_table_by_phase(tmp_path, monkeypatch, capsys):
+    given = bench.arguments(["--run", str(tmp_path)])
+    with pytest.raises(AtlasError, match=str(tmp_path)):
+        bench.main(given)
+    spent = {"train": [3.0, 2.0], "consolidate": [1.0], "evaluate": [2.0, 1.0, 1.0]}
+    monkeypatch.setattr(bench, "read_results", lambda folder: {"seconds": spent})
+    bench.main(given)
+    table = capsys.readouterr().out
+    assert "| train | 5.0 | 50 % | 3.0 2.0 |" in table and "| together | 10.0 |" in table
 
 
-def test_the_table_by_phase(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        bench,
-        "read_results",
-        lambda folder: {
-            "seconds": {"train": [3.0, 2.0], "consolidate": [1.0], "evaluate": [2.0, 1.0, 1.0]}
-        },
-    )
-    table = bench.phases(tmp_path)
-    assert "| train | 5.0 | 50 % | 3.0, 2.0 |" in table and "| together | 10.0 |" in table
+def test_help_and_a_wrong_line(capsys):
+    for words, code in (["--help"], 0), (["--only", "speed"], 2):
+        with pytest.raises(SystemExit) as ended:
+            bench.arguments(words)
+        assert ended.value.code == code
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
