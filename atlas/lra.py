@@ -38,7 +38,6 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas import parallel
-from atlas.errors import AtlasError
 from atlas.trigger import trigger_of
 
 SIDE_BY_SIDE = 2**27  # numbers in the gradients of single clips that are formed at once: 0.5 GB
@@ -124,8 +123,6 @@ def deltas(model):
             continue
         (adapter,) = layer.active_adapters
         base = layer.get_base_layer()
-        if getattr(base, "groups", 1) != 1:
-            raise AtlasError(f"{name}: a grouped convolution has no update B A; see lora_targets")
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         found[name] = Delta(A, B, base.weight, layer.scaling[adapter], layer)
     return found

@@ -229,7 +229,7 @@ class Run(Learner):
         labels = self.model.classifier.labels(batch["category"])
         return batch | {"label": labels.to(self.device)}
 
-    def save_progress(self, plan, epoch, seconds):
+    def save_progress(self, plan, epoch):
         """progress.pt: how far task t is, and the state of all that learns, in one file."""
         weights = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         state = {

@@ -66,7 +66,7 @@ def epoch_of(tmp_path):
         method=SimpleNamespace(unit=10.0),
         journal=Journal(tmp_path),
         updates=SimpleNamespace(optimizer=SimpleNamespace(param_groups=[group])),
-        save_progress=lambda plan, epoch, seconds: saved.append((plan.t, epoch)),
+        save_progress=lambda plan, epoch: saved.append((plan.t, epoch)),
     )
     plan = Plan(2, [[1, 2, 3], [1, 2, 3]], 1, 0, 4, 2, "task", "epoch")
     return Epoch(run, plan, 2), saved
