@@ -87,7 +87,7 @@ def fill_stock(out, folders, class_map=None, most=200, lists=()):
 
 
 def share(masks):
-    """What a class covers of a picture, on average over a video; 0 where it is ever out of sight."""
+    """What a class covers of a picture (of a video on average); 0 if a frame does not show it."""
     shares = [mask.mean() for mask in masks]
     return np.mean(shares) if min(shares) else 0
 
