@@ -3,13 +3,12 @@
 import concurrent.futures
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LIGHT, ROOT, TINY, run
+import torch.distributed.run
+from conftest import LIGHT, TINY, run
 from safetensors.torch import load_file
 
 from atlas import parallel
@@ -130,7 +129,6 @@ def test_two_processes_learn_what_one_does(tree, config, tmp_path, words, folder
 
 def test_an_error_of_one_process_ends_them_all(tree, config, tmp_path):
     """Through torchrun itself."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = [
         *TINY,
         f"visual={LIGHT}",
@@ -142,12 +140,11 @@ def test_an_error_of_one_process_ends_them_all(tree, config, tmp_path):
         "epochs_first=3",
         "device=cpu",
     ]
-    done = subprocess.run(
-        [*command, "train.py", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
+    torchrun = [torch.distributed.run.__file__, "--standalone", "--nproc_per_node=2"]
+    done = run(
+        *torchrun,
+        "train.py",
+        *words,
+        preexec_fn=lambda: os.environ.update(OMP_NUM_THREADS="1"),
     )
     assert done.returncode != 0 and "the loss is not finite" in done.stderr

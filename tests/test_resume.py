@@ -154,14 +154,12 @@ def stop(config, number, *names):
     [
         ("cil", 3, "score"),  # of the untrained model
         ("cil", 4, "step"),  # in the second epoch
-        ("cil", 3, "log"),  # after the epochs: what was measured is lost
-        ("cil", 2, "measurement"),
+        ("cil", 3, "log"),  # what was measured is lost
         ("cil", 2, "tensors"),  # in a checkpoint
         ("cil", 1, "checkpoint"),  # which is not yet in its place
         ("cil", 9, "score"),  # after a checkpoint, in its evaluation
         ("cil", 1, "finish"),
         ("til", 6, "step"),
-        ("til", 10, "score"),
         ("dil", 5, "step"),
         ("tfcl", 11, "step"),
         ("tfcl", 9, "score"),
