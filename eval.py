@@ -1,15 +1,16 @@
 """Read runs: tables, figures, masks.
 
-    python eval.py RUN                         the matrix R and the table of a run, from its files
-    python eval.py RUN --rescore               score its checkpoints again, compare with its results
-    python eval.py RUN --figures               draw R, its classes and its masks into RUN/figures/
-    python eval.py RUN RUN ...                 a table of several runs, in Markdown
-    python eval.py RUN RUN ... --brief         final J and forgetting alone, all protocols together
-    python eval.py RUN ... --figures --out DIR draw the methods side by side
-    python eval.py RUN ... --pack FILE         keep the results of the runs in one compact file
-    python eval.py RUN --video a.mp4 --out b.mp4   mask what its last model hears in your video
+    eval.py RUN                    the matrix R and the table of a run
+    eval.py RUN --rescore          score its checkpoints again, and compare
+    eval.py RUN --figures          draw R, classes and masks into RUN/figures/
+    eval.py RUN RUN ...            a table of several runs, in Markdown
+    eval.py RUN RUN ... --brief    final J and forgetting alone, in one table
+    eval.py RUN RUN ... --figures --out DIR      draw them side by side
+    eval.py RUN RUN ... --pack FILE              keep them in one compact file
+    eval.py RUN --video a.mp4 --out b.mp4        mask what is heard in a video
 
-RUN is the folder of a run, or a file of many runs that --pack wrote, as those in docs/results/.
+RUN is the folder of a run, or a file of runs that --pack wrote, such as those
+in docs/results/.
 """
 
 import argparse
@@ -29,21 +30,17 @@ def parse(words=None):
     )
     flag = parser.add_argument
     flag("run", nargs="+", help="folders of runs, or files of runs")
-    flag("--rescore", action="store_true", help="exit 1 where a score differs from results.json")
-    flag("--figures", action="store_true", help="draw the run or the runs, as .png and .pdf")
-    flag(
-        "--out", help="folder of the figures and of comparison.md; with --video, the video to write"
-    )
+    flag("--rescore", action="store_true", help="exit 1 where a score is another one")
+    flag("--figures", action="store_true", help="draw the run or runs (.png, .pdf)")
+    flag("--out", help="where the figures, the table or the video go")
     flag("--brief", action="store_true", help="several runs: the short table")
-    flag("--pack", metavar="FILE", help="write the runs into FILE, beside those that it holds")
-    flag(
-        "--methods", metavar="A,B", help="--figures of several runs: these in colour, as heat-maps"
-    )
-    flag("--score", choices=("J", "F"), default="J", help="--figures: the score to draw")
-    flag("--clips", metavar="ID,ID", help="--figures of one run: test clips whose masks to draw")
-    flag("--video", metavar="FILE", help="draw the masks over this video (.mp4, .mov or .mkv)")
-    flag("--audio", metavar="FILE", help="--video: the sound to hear instead of the video's own")
-    flag("--task", type=int, metavar="N", help="--video of a TIL run: the task whose head masks")
+    flag("--pack", metavar="FILE", help="add the runs to this file")
+    flag("--methods", metavar="A,B", help="figures: methods in colour and as heat-maps")
+    flag("--score", choices=("J", "F"), default="J", help="figures: the score to draw")
+    flag("--clips", metavar="ID,ID", help="figures: test clips whose masks to draw")
+    flag("--video", metavar="FILE", help="the video to draw masks over")
+    flag("--audio", metavar="FILE", help="video: another sound for it to hear")
+    flag("--task", type=int, metavar="N", help="video, TIL: the task whose head masks")
     return parser.parse_args(words)
 
 
@@ -54,8 +51,9 @@ def main(given):
         return show(given)
     runs = [results for path in given.run for results in read_runs(path)]
     if given.pack:
-        pack(given.pack, runs)
-        print(f"{given.pack}: {len(runs)} runs written")
+        finished = [results for results in runs if results["complete"]]
+        pack(given.pack, finished)
+        print(f"{given.pack}: {len(finished)} finished runs of {len(runs)} written")
         return 0
     if len(runs) > 1 or not Path(given.run[0]).is_dir():
         return compare(runs, given)
@@ -80,7 +78,8 @@ def compare(runs, given):
     table = (brief if given.brief else comparison)(runs)
     print(table)
     if given.figures:
-        from atlas.report.figures import comparison_figures, save
+        from atlas.report.figures import save
+        from atlas.report.overview import comparison_figures
 
         methods = given.methods.split(",") if given.methods else ()
         for name, figure in comparison_figures(runs, methods, given.score).items():

@@ -1,13 +1,18 @@
 """Everything that turns files into clips.
 
-    python prepare_data.py synth --out data/synthetic                 the synthetic S4 set (23 classes, real PNG and WAV files); MS3 with --dataset ms3
-    python prepare_data.py compose --voc VOC2012 --esc ESC-50 --out data/open --seed 0
-                                                                      an open S4 set: photos or videos with masks x sounds;
-                                                                      with --dataset ms3 several of them, each heard at its own times
-    python prepare_data.py extract --videos raw_videos --csv s4_meta_data.csv --out data/AVSBench
-                                                                      mp4 files -> the frames and sounds of AVSBench's tree
-    python prepare_data.py check --root data/AVSBench                 missing or unreadable files, masks, sounds, split leaks
-    python prepare_data.py pack --cfg configs/ss_cil.yaml             the packed cache of a config (train.py makes it too)
+    python prepare_data.py synth --out data/synthetic
+        A synthetic S4 set, or MS3 with --dataset ms3: real PNG and WAV files.
+    python prepare_data.py collect --voc VOC2012 --esc ESC-50 --out data/stock
+        A stock of real pictures with masks, and of sounds, by class.
+    python prepare_data.py compose --stock data/stock --out data/open
+        An open S4 or MS3 set from a stock.
+    python prepare_data.py extract --videos raw_videos \\
+            --csv s4_meta_data.csv --out data/AVSBench
+        The frames and sounds of AVSBench's tree from mp4 files.
+    python prepare_data.py check --root data/AVSBench
+        What is missing, unreadable or wrong. A stock with --stock.
+    python prepare_data.py pack --cfg configs/ss_cil.yaml
+        The packed cache of a config. train.py makes it too.
 
 `python prepare_data.py COMMAND --help` explains each.
 """
@@ -16,202 +21,182 @@ import argparse
 import os
 import sys
 
-from atlas.config import load_config
-from atlas.errors import one_line_errors
+from atlas.errors import AtlasError, one_line_errors, prepare_process
+
+
+def synth(given):
+    """make a synthetic S4 or MS3 tree"""
+    from atlas.prepare.synth import make_set
+
+    settings = chosen(given, "seed", "size", "train", "val", "test", "classes")
+    make_set(given.dataset, given.out, **settings)
+    print(f"{given.out}: done")
+
+
+def collect(given):
+    """fill a stock from public data sets; run it again to add more"""
+    from atlas.prepare.collect import fill_stock
+
+    folders = chosen(given, "voc", "coco", "davis", "esc", "sounds")
+    added, left, missing = fill_stock(given.out, folders, given.map, given.most, given.list)
+    for name in sorted({name for name, _ in added}):
+        print(f"{name}: {added[name, 'pictures']} pictures, {added[name, 'sounds']} sounds added")
+    for why, number in left.items():
+        print(f"left out: {number} {why}")
+    for row in missing:
+        file = row.get("picture") or row["sound"]
+        print(f"missing: {row['class']}/{file} ({row['dataset']}, {row['path']})")
+    print(f"{given.out}: {added.total()} files added, {len(missing)} of the list missing")
+
+
+def compose(given):
+    """make an open S4 or MS3 tree from a stock"""
+    from atlas.prepare.compose import Recipe, make_open_set
+
+    recipe = Recipe(**chosen(given, "dataset", "seed", "size", "clips", "classes", "alone"))
+    report = make_open_set(given.stock, given.out, recipe)
+    print(f"{'clips (pictures, sounds)':<26}train           val             test")
+    for name, splits in report["heard"].items():
+        line = f"{name:<24}"
+        for found in splits.values():
+            sources = f"({found['picture_sources']}, {found['sound_sources']})"
+            line += f"{found['clips']:>4} {sources:<11}"
+        print(line.rstrip())
+    print(f"{given.out}: {len(report['clips'])} clips; compose.json says what each is made of")
+
+
+def extract(given):
+    """take frames and sounds out of mp4 files; exit 1 where one is bad"""
+    from atlas.prepare.extract import extract as take
+
+    keys = ("videos", "out", "csv", "dataset", "size", "jobs", "whole")
+    done = take(*(getattr(given, key) for key in keys))
+    for video, reason in done["bad"][:20]:
+        print(f"bad: {video}: {reason}")
+    if done["bad"]:
+        print(f"{len(done['bad'])} videos are bad; {done['list']} names them all")
+    print(f"{given.out}: {done['extracted']} clips extracted, {done['kept']} were there already")
+    return 1 if done["bad"] else 0
+
+
+def check(given):
+    """read a whole tree or stock and report; exit 1 on errors"""
+    from atlas.prepare.check import check as check_tree
+    from atlas.prepare.stock import check_stock
+
+    if (given.root is None) == (given.stock is None):
+        raise AtlasError("check needs --root or --stock, one of them")
+    found = check_tree(given.root) if given.root else check_stock(given.stock)
+    counts, errors, warnings = found
+    for mark, lines in (("", counts), ("warning: ", warnings), ("error: ", errors)):
+        for line in lines:
+            print(f"{mark}{line}")
+    print(f"{len(errors)} errors, {len(warnings)} warnings")
+    return 1 if errors else 0
+
+
+def pack(given):
+    """build the packed cache of a config"""
+    from atlas.config import load_config
+    from atlas.prepare.synth import make_missing
+    from atlas.runs import open_data
+    from atlas.sweep import files_and_keys
+
+    config = load_config(*files_and_keys(given.cfg + given.words))
+    make_missing(config)
+    cache, _ = open_data(config)
+    size = sum(array.nbytes for array in cache.arrays.values()) / 2**20
+    print(f"{cache.folder}: {len(cache.clips)} clips, {size:.0f} MB")
+
+
+def chosen(given, *keys):
+    """{key: value} of the options that were given or have a default."""
+    return {key: getattr(given, key) for key in keys if getattr(given, key) is not None}
+
+
+def names(text):
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def option(help, default=None, type=None, **more):
+    """What argparse needs to know. The type is that of the default, if there is one."""
+    if default is not None and type is None and "nargs" not in more:
+        type = default.__class__
+    return {"help": help, "default": default, "type": type, **more}
+
+
+TREE = "the folder that holds Single-source/ or Multi-sources/"
+OUT = option(TREE, required=True)
+DATASET = option("which tree (s4)", "s4", choices=("s4", "ms3"))
+SEED = option("decides all that is drawn (0)", 0)
+STOCK = "a folder as collect makes it"
+OPTIONS = {
+    synth: {
+        "--out": OUT,
+        "--dataset": DATASET,
+        "--seed": SEED,
+        "--size": option("pixels of a side (96)", 96),
+        "--train": option("clips: in S4 of a class (32), in MS3 in all (1200)", type=int),
+        "--val": option("the same for validation (3; 60)", type=int),
+        "--test": option("the same for testing (5; 120)", type=int),
+        "--classes": option("CLASS,CLASS,... (all 23)", type=names),
+    },
+    collect: {
+        "--voc": option("PASCAL VOC: JPEGImages/, SegmentationClass/", metavar="DIR"),
+        "--coco": option("COCO: annotations/instances_SET.json, SET/*.jpg", metavar="DIR"),
+        "--davis": option("DAVIS: JPEGImages/480p/, Annotations/480p/", metavar="DIR"),
+        "--esc": option("ESC-50: audio/, meta/esc50.csv", metavar="DIR"),
+        "--sounds": option("sounds: CLASS/*.wav, ogg, flac or mp3", metavar="DIR"),
+        "--out": option("the stock, new or there already", required=True),
+        "--map": option("which class is what in each set (configs/class_map.yaml)"),
+        "--most": option("pictures, or sounds, of a class from each folder (200)", 200),
+        "--list": option("take what these tables name, as those of a stock", (), nargs="+"),
+    },
+    compose: {
+        "--stock": option(STOCK, required=True),
+        "--out": OUT,
+        "--dataset": DATASET,
+        "--seed": SEED,
+        "--size": option("pixels of a side (128)", 128),
+        "--clips": option("train clips: in S4 of a class (40), in MS3 in all (1000)", type=int),
+        "--classes": option("CLASS,CLASS,... to be heard (all that have enough)", type=names),
+        "--alone": option("share of the clips that show one picture only (0)", 0.0),
+    },
+    extract: {
+        "--videos": option("AVSBench's raw_videos, or the folder of NAME.mp4", required=True),
+        "--csv": option("AVSBench's s4_meta_data.csv or ms3_meta_data.csv (that in --out)"),
+        "--out": OUT,
+        "--dataset": DATASET,
+        "--size": option("pixels of a side, the masks' (224)", 224),
+        "--jobs": option("processes (all cores)", os.cpu_count()),
+        "--whole": {
+            "action": "store_true",
+            "help": "the videos are not trimmed: the CSV's start says where a clip begins",
+        },
+    },
+    check: {"--root": option(TREE), "--stock": option(STOCK)},
+    pack: {
+        "--cfg": option("YAML files, overlaid left to right", [], nargs="+", action="extend"),
+        "words": option("keys; they win over files", [], nargs="*", metavar="key=value"),
+    },
+}
 
 
 def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    synth = commands.add_parser(
-        "synth",
-        help="make a synthetic S4 or MS3 tree",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    synth.add_argument(
-        "--dataset",
-        choices=("s4", "ms3"),
-        default="s4",
-        help="s4: one thing is heard; ms3: up to two, that come and go",
-    )
-    synth.add_argument(
-        "--out",
-        required=True,
-        help="the folder that holds Single-source/ or Multi-sources/ afterwards",
-    )
-    synth.add_argument("--seed", type=int, default=0)
-    synth.add_argument("--size", type=int, default=96, help="height and width in pixels")
-    for split, a_class, in_all in (("train", 32, 1200), ("val", 3, 60), ("test", 5, 120)):
-        synth.add_argument(
-            f"--{split}",
-            type=int,
-            default=argparse.SUPPRESS,
-            help=f"{split} clips; s4: of a class, {a_class}; ms3: in all, {in_all}",
-        )
-    synth.add_argument("--classes", help="comma-separated S4 categories (default: all 23)")
-
-    compose = commands.add_parser(
-        "compose",
-        help="make an open S4 or MS3 tree",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    compose.add_argument(
-        "--dataset",
-        choices=("s4", "ms3"),
-        default="s4",
-        help="s4: one sound, one class; ms3: up to two, that come and go",
-    )
-    compose.add_argument("--voc", help="VOC folder: JPEGImages/, SegmentationClass/")
-    compose.add_argument(
-        "--davis",
-        help="DAVIS folder: JPEGImages/480p/, Annotations/480p/, classes.csv where there is one",
-    )
-    compose.add_argument("--esc", required=True, help="ESC-50 folder: audio/, meta/esc50.csv")
-    compose.add_argument(
-        "--out",
-        required=True,
-        help="the new folder; holds Single-source/ or Multi-sources/ afterwards",
-    )
-    compose.add_argument("--seed", type=int, default=0, help="splits, pairs and crops")
-    clips = "train clips; s4: of a class, 24, and a quarter and a half of it for val and test; ms3: in all, 400, a sixth and a quarter"
-    compose.add_argument("--clips", type=int, default=argparse.SUPPRESS, help=clips)
-    compose.add_argument("--size", type=int, default=128, help="height and width in pixels")
-    compose.add_argument(
-        "--classes",
-        help="comma-separated classes (default: all that have three sources of pictures and of sounds)",
-    )
-    compose.add_argument("--map", help="class map (default: configs/class_map.yaml)")
-
-    extract = commands.add_parser(
-        "extract",
-        help="take frames and sounds out of mp4 files; exit 1 where videos are bad",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    extract.add_argument(
-        "--videos",
-        required=True,
-        help="the folder that holds SPLIT/CATEGORY/NAME.mp4 (as AVSBench's raw_videos) or NAME.mp4",
-    )
-    extract.add_argument(
-        "--csv",
-        help="AVSBench's s4_meta_data.csv or ms3_meta_data.csv, or one with its columns; without it the one in --out",
-    )
-    extract.add_argument(
-        "--out",
-        required=True,
-        help="the folder that holds Single-source/ or Multi-sources/ afterwards; finished clips in it are kept",
-    )
-    extract.add_argument(
-        "--dataset", choices=("s4", "ms3"), default="s4", help="which of the two trees"
-    )
-    extract.add_argument(
-        "--size",
-        type=int,
-        default=224,
-        help="height and width of the frames in pixels; the masks' size",
-    )
-    extract.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    extract.add_argument(
-        "--whole",
-        action="store_true",
-        help="the videos are not trimmed: each clip begins at its start, in seconds, in the CSV",
-    )
-
-    check = commands.add_parser("check", help="read a whole tree and report; exit 1 on errors")
-    check.add_argument(
-        "--root", required=True, help="the folder that holds Single-source/ or Multi-sources/"
-    )
-
-    pack = commands.add_parser("pack", help="build the packed cache of a config")
-    pack.add_argument(
-        "--cfg", nargs="+", default=[], metavar="FILE", help="YAML files, overlaid left to right"
-    )
-    pack.add_argument("overrides", nargs="*", metavar="key=value")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for function, options in OPTIONS.items():
+        text = function.__doc__
+        command = commands.add_parser(function.__name__, help=text, description=text)
+        command.set_defaults(run=function)
+        for name, settings in options.items():
+            command.add_argument(name, **settings)
     return parser.parse_args()
 
 
-def main(given):
-    names = lambda text: (
-        [name.strip() for name in text.split(",") if name.strip()] if text else None
-    )
-    if given.command == "synth":
-        from atlas.runs import SYNTHETIC
-
-        counts = {
-            split: getattr(given, split) for split in ("train", "val", "test") if split in given
-        }  # else the data set's own default
-        SYNTHETIC[given.dataset](
-            given.out, given.seed, given.size, **counts, classes=names(given.classes)
-        )
-        print(f"{given.out}: done")
-    elif given.command == "compose":
-        from atlas.prepare.compose import compose_ms3, compose_s4
-
-        compose = {"s4": compose_s4, "ms3": compose_ms3}[given.dataset]
-        clips = (
-            {"clips": given.clips} if "clips" in given else {}
-        )  # else the data set's own default
-        sources = {"voc": given.voc, "davis": given.davis, "esc": given.esc}
-        report = compose(
-            given.out,
-            **sources,
-            **clips,
-            seed=given.seed,
-            size=given.size,
-            classes=names(given.classes),
-            class_map=given.map,
-        )
-        for name, splits in report["kept"].items():
-            counts = ", ".join(
-                f"{split} {s['clips']} clips of {s['picture_sources']} pictures, {s['recordings']} sounds"
-                for split, s in splits.items()
-            )
-            print(f"kept     {name}: {counts}")
-        for name, reason in report["dropped"].items():
-            print(f"dropped  {name}: {reason}")
-        print(
-            f"{given.out}: {len(report['clips'])} clips; what each is made of stands in {given.out}/compose.json"
-        )
-    elif given.command == "extract":
-        from atlas.prepare.extract import extract
-
-        done = extract(
-            given.videos, given.out, given.csv, given.dataset, given.size, given.jobs, given.whole
-        )
-        for video, reason in done["bad"][:20]:
-            print(f"bad      {video}: {reason}")
-        named = f"; {done['list']} names them all" if done["bad"] else ""
-        print(
-            f"{given.out}: {done['extracted']} clips extracted, {done['kept']} were there already, {len(done['bad'])} bad videos{named}"
-        )
-        return 1 if done["bad"] else 0
-    elif given.command == "check":
-        from atlas.prepare.check import check
-
-        counts, errors, warnings = check(given.root)
-        print(
-            "\n".join(
-                [*counts, *(f"warning: {w}" for w in warnings), *(f"error: {e}" for e in errors)]
-            )
-        )
-        print(f"{len(errors)} errors, {len(warnings)} warnings")
-        return 1 if errors else 0
-    elif given.command == "pack":
-        from atlas.runs import open_data
-
-        files = [word for word in given.cfg if "=" not in word]
-        config = load_config(files, [word for word in given.cfg if "=" in word] + given.overrides)
-        cache, _ = open_data(config)
-        print(
-            f"{cache.folder}: {len(cache.clips)} clips, {sum(a.nbytes for a in cache.arrays.values()) / 2**20:.0f} MB"
-        )
-    return 0
-
-
 if __name__ == "__main__":
+    prepare_process()
     given = parse()
     with one_line_errors():
-        sys.exit(main(given))
+        sys.exit(given.run(given))

@@ -43,6 +43,7 @@ import time
 from atlas import parallel
 from atlas.folder import refuse_used_folder
 from atlas.journal import Epoch
+from atlas.learner import pick_device
 from atlas.lra import Step
 from atlas.metrics import score_tasks
 from atlas.model import clip_losses, weighted
@@ -53,6 +54,7 @@ from atlas.runs import Run, TaskClips
 
 def main(config, resume=False):
     """config -> data and model -> for each task: fit, consolidate, evaluate -> results.json."""
+    parallel.start(pick_device(config))
     if not resume:
         refuse_used_folder(config)
     parallel.in_turn(lambda: make_missing(config))
@@ -115,7 +117,8 @@ def evaluate(run, t):
         start = time.time()
         row = score_tasks(run, t)
         run.add_row(row | {"seconds": time.time() - start})
-    print(f"{run.row_name(t):<14} J: {row_text(run.results, t)}", flush=True)
+    place = f"{'checkpoint' if run.is_stream else 'after task'} {t}" if t else "untrained"
+    print(f"{place:<14} J: {row_text(run.results, t)}", flush=True)
 
 
 def checked_losses(run, batch, losses):

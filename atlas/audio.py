@@ -1,29 +1,37 @@
-"""Sound: reading a file, the front ends, and the frozen audio encoders. All of it runs once a clip, when the cache is packed.
+"""Sound: reading a file, the front ends, and the frozen audio encoders.
 
-An encoder maps what its `front_end` makes of a clip's wave (log-mel patches [T, 1, 96, 64]; AudioMAE: filter-bank frames) to, per second, a context a [T, D_a] and
-tokens U [T, N, D_u].
+All of it runs once a clip, when the cache is packed. An encoder maps what its `front_end` makes of
+a clip's wave to a context a [T, D_a] and tokens U [T, N, D_u], both per second. Log-mel patches are
+[T, 1, 96, 64]; AudioMAE takes filter banks [frames, 128].
 """
 
 import functools
 import hashlib
+import re
 from pathlib import Path
 
+import av
 import numpy as np
 import soundfile
 import timm
 import torch
 import torch.nn as nn
 import torchaudio
+from av.stream import Disposition
 from safetensors.torch import load_file
 
-from atlas.clips import RATE, T
+from atlas.clips import RATE, T, why_unreadable
 from atlas.errors import AtlasError
 
 WINDOW, HOP, FFT, BANDS, PATCH = 400, 160, 512, 64, 96  # samples, samples, bins, mel bands, frames
-_resampler = functools.lru_cache(
-    torchaudio.transforms.Resample
-)  # its kernel costs more than its use
-AUDIBLE = 0.1  # a second in which a recording falls below this share of its own loudness (-20 dB) is silent
+RATES = range(1000, 384001)  # samples a second that a file may have
+SAMPLES = 2**27  # of all channels of a file, at most: 25 minutes of stereo at 44.1 kHz
+LOUDEST = 10  # full scale is 1; a file of larger numbers is in another unit, or broken
+CUT_OFF = re.compile(r"data : (\d+) \(should be (\d+)\)")  # libsndfile's note on a WAV file
+STREAMED = (
+    0x7F000000  # bytes; who writes a WAV file into a pipe states more, not knowing its length
+)
+AUDIBLE = 0.1  # a second below this share of its recording's loudness (-20 dB) is silent
 FADE = 0.02  # seconds
 AUDIOMAE_MEAN, AUDIOMAE_STD = -4.2677393, 4.5689974  # of its filter banks over AudioSet
 AUDIOMAE_HUB = "hf_hub:gaunernst/vit_base_patch16_1024_128.audiomae_as2m_ft_as20k"
@@ -31,25 +39,82 @@ VGGISH_ADDRESS = (
     "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 )
 
+# ---- files ---------------------------------------------------------------------------------------
+
 
 def read_wave(path):
-    """The sound in `path` as mono float32 [samples] at 16 kHz, in ±1. Stereo is averaged, other rates are resampled."""
+    """The sound in `path` as mono float32 [samples] at 16 kHz, in ±1.
+
+    Channels are averaged, other rates resampled. What cannot be heard as it was meant is refused.
+    """
     try:
-        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise AtlasError(f"cannot read the sound {path}: {error}") from None
+        with soundfile.SoundFile(path) as file:
+            rate, frames, notes = file.samplerate, file.frames, file.extra_info
+            if rate not in RATES or frames * file.channels > SAMPLES:
+                what = f"the sound {path} has {frames} samples at {rate} Hz"
+                raise AtlasError(f"{what}; cut it to minutes, at an ordinary rate")
+            wave = file.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        why = why_unreadable(path, error)
+        raise AtlasError(f"the sound {path} is not readable: {why}") from None
     if not len(wave):
         raise AtlasError(f"the sound {path} is empty")
-    return resampled(torch.from_numpy(wave.mean(1)), rate)
+    cut = CUT_OFF.search(notes)
+    if len(wave) < 0.98 * frames or (cut and int(cut[2]) < int(cut[1]) < STREAMED):
+        raise AtlasError(f"the sound {path} is cut off: it ends before its header says")
+    return resampled(torch.from_numpy(mono(wave, path)), rate)
+
+
+def mono(channels, path):
+    """The mean [samples] of the channels [samples, C] of `path`, looked at first."""
+    wave = channels.mean(1)
+    peak = np.abs(channels).max(initial=0)
+    if not peak <= LOUDEST:  # or not a number
+        raise AtlasError(
+            f"the sound {path} holds the sample {peak:g}, where all must be finite and within ±1; "
+            "write the file anew"
+        )
+    if len(wave) and np.mean(wave**2) < 0.01 * np.mean(channels**2):
+        raise AtlasError(
+            f"the channels of the sound {path} cancel each other out; keep one of them: "
+            "ffmpeg -i IN -af pan=mono|c0=c0 OUT"
+        )
+    return wave
 
 
 def resampled(wave, rate):
-    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)] at 16 kHz."""
-    return wave if rate == RATE else _resampler(rate, RATE)(wave)
+    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)] at 16 kHz, by FFmpeg.
+
+    Silence stands before and after it. (FFmpeg would mirror the beginning, so it gets a second.)
+    """
+    if rate == RATE:
+        return wave
+    heard = nn.functional.pad(wave.float(), (rate, 0)).numpy()[None]
+    frame = av.AudioFrame.from_ndarray(heard, format="fltp", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler("fltp", "mono", RATE)
+    parts = [*resampler.resample(frame), *resampler.resample(None)]
+    heard = np.concatenate([part.to_ndarray()[0] for part in parts])[RATE:]
+    count = -(-len(wave) * RATE // rate)
+    return torch.from_numpy(np.pad(heard[:count], (0, max(0, count - len(heard)))))
+
+
+def best_stream(container, kind):
+    """The stream of `kind` ("video" or "audio") that a player takes: the default one, or the first.
+
+    `container` is PyAV's. A cover picture is no video. None where there is no such stream.
+    """
+    found = [s for s in container.streams if s.type == kind]
+    found = [s for s in found if not s.disposition & Disposition.attached_pic]
+    default = [s for s in found if s.disposition & Disposition.default]
+    return (default or found or [None])[0]
 
 
 def draw_schedule(wave, chance, rng):
-    """[T] bool, True where the recording `wave` [T * RATE] is let through: each second by `chance`, once at least, and never where it is silent itself."""
+    """Where the recording `wave` [T * RATE] is let through: [T] bool.
+
+    Each second by `chance`, at least one, and none in which the recording itself is silent.
+    """
     loudness = np.sqrt(np.mean(wave.reshape(T, RATE) ** 2, axis=1))
     audible = loudness >= AUDIBLE * np.sqrt(np.mean(wave**2))
     while not (schedule := audible & (rng.random(T) < chance)).any():
@@ -58,40 +123,50 @@ def draw_schedule(wave, chance, rng):
 
 
 def gate(schedule):
-    """The loudness [T * RATE] of a schedule [T] bool: 1 where it sounds, 0 elsewhere, and straight fades of FADE seconds inside both ends of a stretch."""
+    """The loudness [T * RATE] of a schedule [T] bool: 1 where it sounds, 0 elsewhere.
+
+    Straight fades of FADE seconds stand inside both ends of a stretch.
+    """
     steps = np.diff(schedule.astype(int), prepend=0, append=0)
     time = (np.arange(T * RATE) + 0.5) / RATE
-    stretches = zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0))
-    return sum(
-        (np.clip(np.minimum(time - start, stop - time) / FADE, 0, 1) for start, stop in stretches),
-        np.zeros(T * RATE),
-    )
+    loudness = np.zeros(T * RATE)
+    for start, stop in zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0)):
+        loudness += np.clip(np.minimum(time - start, stop - time) / FADE, 0, 1)
+    return loudness
+
+
+# ---- front ends ----------------------------------------------------------------------------------
 
 
 def mel_filters():
-    """VGGish's filter bank [257, 64]: triangles that are linear in mel = 1127 ln(1 + f / 700), 125 to 7500 Hz, DC bin zero (mel_features.py)."""
-    mel = lambda hertz: 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
+    """VGGish's filter bank [257, 64], from 125 to 7500 Hz, the DC bin zero (mel_features.py).
+
+    The filters are triangles that are linear in mel = 1127 ln(1 + f / 700).
+    """
+
+    def mel(hertz):
+        return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
+
     bins = mel(np.linspace(0, RATE / 2, FFT // 2 + 1))[:, None]
     edges = np.linspace(mel(125.0), mel(7500.0), BANDS + 2)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
-    filters = np.maximum(
-        0, np.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre))
-    )
+    rising, falling = (bins - lower) / (centre - lower), (upper - bins) / (upper - centre)
+    filters = np.maximum(0, np.minimum(rising, falling))
     filters[0] = 0
     return torch.from_numpy(filters)
 
 
 def log_mel(wave, seconds, offset=0.01):
-    """VGGish's log-mel patches [seconds, 1, 96, 64] of wave [samples] at 16 kHz (FACTS: torchvggish vggish_input.py).
+    """VGGish's log-mel patches [seconds, 1, 96, 64] of wave [samples] (vggish_input.py).
 
-    Magnitude of a 512-point FFT of periodic-Hann frames of 400 samples every 160, times the mel filters, log(mel + offset).
-    Patch k starts at 0.96 k s. A sound shorter than one patch is padded with silence; then the last patch is repeated.
+    Magnitude of a 512-point FFT of periodic-Hann frames of 400 samples every 160, times the mel
+    filters, log(mel + offset). Patch k starts at 0.96 k s. A sound shorter than one patch is padded
+    with silence; then the last patch is repeated.
     """
     shortest = WINDOW + HOP * (PATCH - 1)
     wave = nn.functional.pad(wave.double(), (0, max(0, shortest - len(wave))))
-    frames = wave.unfold(0, WINDOW, HOP) * torch.hann_window(
-        WINDOW, periodic=True, dtype=torch.float64
-    )
+    window = torch.hann_window(WINDOW, periodic=True, dtype=torch.float64)
+    frames = wave.unfold(0, WINDOW, HOP) * window
     mel = torch.log(torch.fft.rfft(frames, FFT).abs() @ mel_filters() + offset)
     count = min(seconds, len(mel) // PATCH)
     patches = mel[: count * PATCH].reshape(count, 1, PATCH, BANDS).float()
@@ -99,26 +174,26 @@ def log_mel(wave, seconds, offset=0.01):
 
 
 def fbank(wave, seconds):
-    """AudioMAE's input [frames, 128] for the first `seconds` of wave [samples] at 16 kHz, frames of 25 ms every 10 (FACTS §6: Kaldi, as htk_compat, Hanning).
+    """AudioMAE's input, Kaldi's filter banks [frames, 128], of the first `seconds` of a wave.
 
-    Of each frame: mean removed (and so the wave's own, which AudioMAE removes first), pre-emphasis 0.97, symmetric Hann window, power of a 512-point FFT, 128 triangles
-    in mel = 1127 ln(1 + f / 700) from 20 to 8000 Hz, log(max(., 1.2e-7)). No dither, no energy. What follows the clip is not heard, as with the other encoders.
+    Frames of 25 ms every 10. Of each: mean removed, pre-emphasis 0.97, symmetric Hann window, power
+    of a 512-point FFT, 128 triangles in mel from 20 to 8000 Hz, log(max(., 1.2e-7)). No dither, no
+    energy. What follows the clip is not heard, as with the other encoders.
     """
     wave = wave[: seconds * RATE].double()
     wave = nn.functional.pad(wave, (0, max(0, WINDOW - len(wave))))
-    options = {
-        "htk_compat": True,
-        "sample_frequency": RATE,
-        "window_type": "hanning",
-        "num_mel_bins": 128,
-        "use_energy": False,
-        "dither": 0.0,
-    }
-    return torchaudio.compliance.kaldi.fbank(wave[None], **options).float()
+    return torchaudio.compliance.kaldi.fbank(
+        wave[None], htk_compat=True, sample_frequency=RATE, window_type="hanning", num_mel_bins=128,
+        use_energy=False, dither=0.0,
+    ).float()  # fmt: skip
+
+
+# ---- encoders ------------------------------------------------------------------------------------
 
 
 class LogMel(nn.Module):
-    """No weights at all: a = mean and standard deviation over time of the 64 bands; U = the same over 6 slices of 16 frames."""
+    """No weights at all: a = mean and standard deviation over time of the 64 bands; U = the same
+    over 6 slices of 16 frames."""
 
     context_dim, token_dim, tokens = 2 * BANDS, 2 * BANDS, 6
     front_end = staticmethod(log_mel)
@@ -132,7 +207,8 @@ class LogMel(nn.Module):
 
 
 class VGGish(nn.Module):
-    """torchvggish's network, state-dict names and all (72.1 M parameters): a = the 128-d embedding, U = its 6 x 4 grid of 512-d features."""
+    """torchvggish's network and state-dict names (72.1 M parameters): a = the 128-d embedding,
+    U = its 6 x 4 grid of 512-d features."""
 
     context_dim, token_dim, tokens = 128, 512, 24
     front_end = staticmethod(log_mel)
@@ -147,24 +223,20 @@ class VGGish(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
         self.features = nn.Sequential(*layers)
-        self.embeddings = nn.Sequential(
-            nn.Linear(512 * 4 * 6, 4096),
-            nn.ReLU(),
-            nn.Linear(4096, 4096),
-            nn.ReLU(),
-            nn.Linear(4096, 128),
-            nn.ReLU(),
-        )
+        embeddings = []
+        for wide, width in ((512 * 4 * 6, 4096), (4096, 4096), (4096, 128)):
+            embeddings += [nn.Linear(wide, width), nn.ReLU()]
+        self.embeddings = nn.Sequential(*embeddings)
 
     def forward(self, patches):
-        grid = self.features(patches).permute(
-            0, 2, 3, 1
-        )  # [T, 6, 4, 512]: TensorFlow's order, as the embedding expects
+        # [T, 6, 4, 512]: TensorFlow's order, as the embedding expects
+        grid = self.features(patches).permute(0, 2, 3, 1)
         return self.embeddings(grid.flatten(1)), grid.flatten(1, 2)
 
 
 class YAMNet(nn.Module):
-    """AudioSet's MobileNet v1 in timm: a = the 1024-d pooled embedding, U = its last feature grid (3 x 2). Log-mel offset 0.001."""
+    """AudioSet's MobileNet v1 in timm: a = the 1024-d pooled embedding, U = its last feature grid
+    (3 x 2)."""
 
     context_dim, token_dim, tokens = 1024, 1024, 6
     front_end = staticmethod(functools.partial(log_mel, offset=0.001))
@@ -181,10 +253,12 @@ class YAMNet(nn.Module):
 
 
 class AudioMAE(nn.Module):
-    """AudioMAE fine-tuned on AudioSet-20K (timm's ViT-B, 16 x 16 patches of 1024 x 128): U = the 48 patch tokens of the second (6 in time x 8 in pitch), a = their mean.
+    """AudioMAE fine-tuned on AudioSet-20K, timm's ViT-B on 16 x 16 patches of 1024 x 128.
 
-    The network sees the clip once, padded with zeros to 1024 frames, as it was trained; (x - mean) / (2 std) comes after the padding. A second is 6.25 patches wide: second t
-    has the patch columns floor(6.25 t) to + 5. A second whose last column the sound does not reach repeats the one before it, as the patches of log_mel do (ours).
+    U = the 48 patch tokens of the second (6 in time x 8 in pitch), a = their mean. The network sees
+    the clip once, padded with zeros to 1024 frames, as it was trained; (x - mean) / (2 std) comes
+    after the padding. A second is 6.25 patches wide: second t has the patch columns floor(6.25 t)
+    to + 5. A second whose last column the sound does not reach repeats the one before it (ours).
     """
 
     context_dim, token_dim, tokens = 768, 768, 48
@@ -205,9 +279,8 @@ class AudioMAE(nn.Module):
         mel = mel[:1024]
         x = nn.functional.pad(mel, (0, 0, 0, 1024 - len(mel)))
         x = (x - AUDIOMAE_MEAN) / (2 * AUDIOMAE_STD)
-        columns = self.net.forward_features(x[None, None])[
-            0, self.net.num_prefix_tokens :
-        ].unflatten(0, (64, 8))  # [time, pitch, 768]
+        tokens = self.net.forward_features(x[None, None])[0, self.net.num_prefix_tokens :]
+        columns = tokens.unflatten(0, (64, 8))  # [time, pitch, 768]
         first = [25 * t // 4 for t in range(T)]
         heard = max(1, sum(16 * (column + 5) < len(mel) for column in first))
         tokens = torch.stack(
@@ -220,111 +293,101 @@ ENCODERS = {"logmel": LogMel, "vggish": VGGish, "yamnet": YAMNet, "audiomae": Au
 
 
 def build_audio_encoder(name, weights):
-    """The frozen encoder in eval mode. `weights`: a file, true (vggish: its published address; audiomae: timm's hub), false (random, from a fixed seed)."""
+    """The frozen encoder in eval mode.
+
+    `weights`: a file; true (vggish: its published address, audiomae: timm's hub); false (random,
+    from a fixed seed).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = ENCODERS[name]().eval().requires_grad_(False)
     if weights is False or name == "logmel":
         return encoder
+    if weights is True and name == "yamnet":
+        raise AtlasError("audio=yamnet has no public address; set audio_weights to a file")
     if weights is True and name == "audiomae":
-        try:
-            encoder.net = (
-                timm.create_model(AUDIOMAE_HUB, pretrained=True, num_classes=0)
-                .eval()
-                .requires_grad_(False)
-            )
-        except OSError as error:
-            raise AtlasError(
-                f"cannot fetch AudioMAE from {AUDIOMAE_HUB}: {error}; download it and set audio_weights to the file"
-            ) from None
+        net = _fetched(AUDIOMAE_HUB, timm.create_model, pretrained=True, num_classes=0)
+        encoder.net = net.eval().requires_grad_(False)
         return encoder
     if weights is True:
-        if name != "vggish":
-            raise AtlasError(
-                f"audio={name} has no published address that ATLAS knows; set audio_weights to a file"
-            )
-        try:
-            state = torch.hub.load_state_dict_from_url(
-                VGGISH_ADDRESS, map_location="cpu", weights_only=True
-            )
-        except OSError as error:
-            raise AtlasError(
-                f"cannot fetch VGGish from {VGGISH_ADDRESS}: {error}; download it and set audio_weights to the file"
-            ) from None
+        fetch = torch.hub.load_state_dict_from_url
+        state = _fetched(VGGISH_ADDRESS, fetch, map_location="cpu", weights_only=True)
     else:
         state = read_weights(weights, "audio_weights")
-    load_strictly(
-        getattr(encoder, "net", encoder),
-        state,
-        weights,
-        surplus={"yamnet": ("classifier.",), "audiomae": ("head.",)}.get(name, ()),
-    )
+    surplus = {"yamnet": ("classifier.",), "audiomae": ("head.",)}.get(name, ())
+    load_strictly(getattr(encoder, "net", encoder), state, weights, surplus)
     return encoder
 
 
+def _fetched(address, fetch, **options):
+    try:
+        return fetch(address, **options)
+    except OSError as error:
+        raise AtlasError(
+            f"cannot fetch {address}: {error}; download it and set audio_weights to the file"
+        ) from None
+
+
 def read_weights(path, key):
-    """The state dict in a safetensors or torch file, fp32 where it was half; nested ones are unwrapped. `key` is the config key, for errors."""
+    """The state dict in a safetensors or torch file, fp32 where it was half.
+
+    A nested one (`state_dict`, `model`) is unwrapped. `key` is the config key, for errors.
+    """
     if not Path(path).is_file():
         raise AtlasError(f"{key}: no file {path}")
     try:
-        state = (
-            load_file(path)
-            if str(path).endswith(".safetensors")
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if str(path).endswith(".safetensors"):
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken file makes the two readers raise
-        raise AtlasError(f"{key}: {path} is not a readable weights file: {error}") from None
+        why = why_unreadable(path, str(error).split("\n")[0])
+        raise AtlasError(f"{key}: {path} is not a readable weights file: {why}") from None
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise AtlasError(
-            f"{key}: {path} holds no state dict (names and tensors, by itself or under `state_dict` or `model`)"
+            f"{key}: {path} holds no state dict: names and tensors (also under state_dict or model)"
         )
-    return {
-        name: value.float() if value.is_floating_point() else value for name, value in state.items()
-    }
+    state = {n: v.float() if v.is_floating_point() else v for n, v in state.items()}
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise AtlasError(f"{key}: {path} holds numbers that are not finite, in {broken[0]}")
+    return state
 
 
 def load_strictly(module, state, path, surplus):
-    """Load `state`; a missing key is an error, and only keys that begin with one of `surplus` may be left over."""
-    missing, unexpected = (
-        module.state_dict().keys() - state.keys(),
-        state.keys() - module.state_dict().keys(),
-    )
-    unexpected = (
-        {name for name in unexpected if not name.startswith(tuple(surplus))}
-        if surplus
-        else unexpected
-    )
-    if missing or unexpected:
-        example = sorted(missing or unexpected)[0]
+    """Load `state`. A missing key is an error; only keys that begin with one of `surplus` may be
+    left over."""
+    own = module.state_dict().keys()
+    missing = own - state.keys()
+    unknown = [name for name in state.keys() - own if not name.startswith(tuple(surplus))]
+    if missing or unknown:
+        example = sorted(missing or unknown)[0]
         raise AtlasError(
-            f"{path} does not fit: {len(missing)} keys missing, {len(unexpected)} unknown (`{example}`, for one); is it another model's file?"
+            f"{path} does not fit: {len(missing)} keys missing, {len(unknown)} unknown "
+            f"(`{example}`, for one); is it another model's file?"
         )
     try:
-        module.load_state_dict({name: state[name] for name in module.state_dict()})
+        module.load_state_dict({name: state[name] for name in own})
     except RuntimeError as error:
         raise AtlasError(f"{path} does not fit: {error}") from None
 
 
 def fingerprint(module):
-    """SHA-256 over a module's weights, names and values: what a cache key and a checkpoint name a frozen encoder by."""
+    """SHA-256 over a module's weights, names and values: the name of a frozen encoder."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        digest.update(
-            name.encode()
-            + str(tuple(value.shape)).encode()
-            + value.detach().cpu().contiguous().numpy().tobytes()
-        )
+        digest.update(name.encode() + str(tuple(value.shape)).encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def encode_clip(encoder, path, seconds):
-    """(a [T, D_a], U [T, N, D_u]) as float16 arrays; `path` None: of a zero waveform."""
-    return encode_wave(
-        encoder, torch.zeros(seconds * RATE) if path is None else read_wave(path), seconds
-    )
+    """(a [T, D_a], U [T, N, D_u]) of a file as float16 arrays; `path` None: of a zero waveform."""
+    wave = torch.zeros(seconds * RATE) if path is None else read_wave(path)
+    return encode_wave(encoder, wave, seconds)
 
 
 @torch.inference_mode()

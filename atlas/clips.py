@@ -1,28 +1,32 @@
-"""Clips as files: AVSBench's tree as released, reading and writing it.
+"""Clips as files: AVSBench's tree as released, and the readers of its tables and pictures.
 
-Shapes: T seconds (= frames, 5), H W pixels. Masks are 1 on the sounding object.
+Shapes: T seconds (= frames, 5), H W pixels. Masks are 1 on the sounding object. DATA_ROOT holds
 
-    DATA_ROOT/Single-source/s4_meta_data.csv                                            name,start,category,split
-    DATA_ROOT/Single-source/s4_data/visual_frames/SPLIT/CATEGORY/VIDEO/VIDEO_{1..5}.png
-    DATA_ROOT/Single-source/s4_data/gt_masks/SPLIT/CATEGORY/VIDEO/VIDEO_{1..5}.png      (train: only _1)
-    DATA_ROOT/Single-source/s4_data/audio_wav/SPLIT/CATEGORY/VIDEO.wav
+    Single-source/s4_meta_data.csv                                      name,start,category,split
+    Single-source/s4_data/visual_frames/SPLIT/CATEGORY/VIDEO/VIDEO_{1..5}.png
+    Single-source/s4_data/gt_masks/SPLIT/CATEGORY/VIDEO/VIDEO_{1..5}.png      (train: only _1)
+    Single-source/s4_data/audio_wav/SPLIT/CATEGORY/VIDEO.wav
 
-    DATA_ROOT/Multi-sources/ms3_meta_data.csv                                           video_id,split
-    DATA_ROOT/Multi-sources/ms3_data/visual_frames/VIDEO/VIDEO.mp4_{1..5}.png           (no split here)
-    DATA_ROOT/Multi-sources/ms3_data/gt_masks/SPLIT/VIDEO/VIDEO_{1..5}.png              (train: all five)
-    DATA_ROOT/Multi-sources/ms3_data/audio_wav/SPLIT/VIDEO.wav
+    Multi-sources/ms3_meta_data.csv                                     video_id,split
+    Multi-sources/ms3_data/visual_frames/VIDEO/VIDEO.mp4_{1..5}.png           (no split here)
+    Multi-sources/ms3_data/gt_masks/SPLIT/VIDEO/VIDEO_{1..5}.png              (train: all five)
+    Multi-sources/ms3_data/audio_wav/SPLIT/VIDEO.wav
 """
 
 import contextlib
 import csv
+import fcntl
+import io
 import os
+import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from PIL import Image
+from PIL import Image, ImageOps
 
 from atlas.errors import AtlasError
 
@@ -32,51 +36,82 @@ SPLITS = ("train", "val", "test")
 CSVS = {"s4": "Single-source/s4_meta_data.csv", "ms3": "Multi-sources/ms3_meta_data.csv"}
 DOMAINS = {  # the line breaks of AVSBench's own class list; the names of the groups are ours
     "human": ("baby_laughter", "female_singing", "male_speech"),
-    "animal": ("dog_barking", "cat_meowing", "lions_roaring", "horse_clip-clop", "coyote_howling", "mynah_bird_singing"),
-    "instrument": ("playing_acoustic_guitar", "playing_tabla", "playing_violin", "playing_piano", "playing_ukulele", "playing_glockenspiel"),
+    "animal": ("dog_barking", "cat_meowing", "lions_roaring", "horse_clip-clop", "coyote_howling",
+        "mynah_bird_singing"),
+    "instrument": ("playing_acoustic_guitar", "playing_tabla", "playing_violin", "playing_piano",
+        "playing_ukulele", "playing_glockenspiel"),
     "vehicle": ("helicopter", "race_car", "driving_buses", "ambulance_siren"),
-    "tool": ("typing_on_computer_keyboard", "chainsawing_trees", "cap_gun_shooting", "lawn_mowing"),
+    "tool": ("typing_on_computer_keyboard", "chainsawing_trees", "cap_gun_shooting",
+        "lawn_mowing"),
 }  # fmt: skip
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+PIXELS = 10**8  # of a picture, at most; Pillow's own bound only warns
+Image.MAX_IMAGE_PIXELS = None
+YOUTUBE = re.compile(r"(?=[a-z_-]{0,10}[A-Z0-9])([A-Za-z0-9_-]{11})(_(0|[1-9]\d*))*")
+POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One record. `frames` and `masks` are T paths; a mask is None where the frame is not annotated (S4 train: all but the first)."""
+    """One record. `frames` and `masks` are T paths; a mask is None where a frame has none."""
 
     id: str
-    source: str  # the video it was cut from; AVSBench: the first 11 characters of the name, a YouTube id
+    source: str  # the video that it was cut from
     split: str
     category: str | None  # MS3 has none
     frames: tuple
-    masks: tuple
+    masks: tuple  # S4 train: the first frame's alone
     audio: str
 
 
+def source_of(name):
+    """The video of a clip: the YouTube id in a name of AVSBench's form, else the whole name.
+
+    AVSBench's form is an id of 11 characters, by itself or with `_` and numbers behind it (times,
+    or which clip of the video). An id holds a capital letter or a digit, as all of AVSBench's do.
+    """
+    found = YOUTUBE.fullmatch(name)
+    return found[1] if found else name
+
+
 def s4_clip(root, name, category, split):
-    """The paths of one S4 clip below `root` (the folder that holds Single-source/), whether or not they exist."""
-    data = Path(root, "Single-source", "s4_data")
-    folder = Path(split, category, name)
+    """One S4 clip below `root`, which holds Single-source/. Its files need not exist."""
+    data, numbers = f"{Path(root)}/Single-source/s4_data", range(1, T + 1)
+    folder = f"{split}/{category}/{name}"
+    masks = [f"{data}/gt_masks/{folder}/{name}_{k}.png" for k in numbers]
     return Clip(
-        id=name, source=name[:11], split=split, category=category,
-        frames=tuple(str(data / "visual_frames" / folder / f"{name}_{k}.png") for k in range(1, T + 1)),
-        masks=tuple(str(data / "gt_masks" / folder / f"{name}_{k}.png") if k == 1 or split != "train" else None for k in range(1, T + 1)),
-        audio=str(data / "audio_wav" / split / category / f"{name}.wav"),
-    )  # fmt: skip
+        id=name,
+        source=source_of(name),
+        split=split,
+        category=category,
+        frames=tuple(f"{data}/visual_frames/{folder}/{name}_{k}.png" for k in numbers),
+        masks=(masks[0], *[None] * (T - 1)) if split == "train" else tuple(masks),
+        audio=f"{data}/audio_wav/{folder}.wav",
+    )
 
 
 def ms3_clip(root, name, split):
-    """The paths of one MS3 clip below `root` (the folder that holds Multi-sources/), whether or not they exist."""
-    data = Path(root, "Multi-sources", "ms3_data")
+    """One MS3 clip below `root`, which holds Multi-sources/. Its files need not exist."""
+    data, numbers = f"{Path(root)}/Multi-sources/ms3_data", range(1, T + 1)
     return Clip(
-        id=name, source=name[:11], split=split, category=None,
-        frames=tuple(str(data / "visual_frames" / name / f"{name}.mp4_{k}.png") for k in range(1, T + 1)),
-        masks=tuple(str(data / "gt_masks" / split / name / f"{name}_{k}.png") for k in range(1, T + 1)),
-        audio=str(data / "audio_wav" / split / f"{name}.wav"),
-    )  # fmt: skip
+        id=name,
+        source=source_of(name),
+        split=split,
+        category=None,
+        frames=tuple(f"{data}/visual_frames/{name}/{name}.mp4_{k}.png" for k in numbers),
+        masks=tuple(f"{data}/gt_masks/{split}/{name}/{name}_{k}.png" for k in numbers),
+        audio=f"{data}/audio_wav/{split}/{name}.wav",
+    )
+
+
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def write_clip(clip, frames, masks, wave, rate=RATE):
-    """Write a clip's files: frames [T, H, W, 3] uint8, masks [T, H, W] bool (those it has a path for), wave [samples] in ±1; return the clip."""
+    """Write a clip's files and return it.
+
+    frames [T, H, W, 3] uint8; masks [T, H, W] bool, those it has a path for; wave [samples] in ±1.
+    """
     for path in (clip.frames[0], clip.masks[0], clip.audio):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     for path, frame in zip(clip.frames, frames):
@@ -89,22 +124,22 @@ def write_clip(clip, frames, masks, wave, rate=RATE):
 
 
 def write_csv(root, clips, dataset="s4"):
-    """AVSBench's s4_meta_data.csv or ms3_meta_data.csv for `clips`, written last: a tree without it is not finished."""
-    with open(Path(root, CSVS[dataset]), "w", newline="") as file:
-        writer = csv.writer(file)
-        if dataset == "s4":
-            writer.writerow(["name", "start", "category", "split"])
-            writer.writerows([clip.id, 0, clip.category, clip.split] for clip in clips)
-        else:
-            writer.writerow(["video_id", "split"])
-            writer.writerows([clip.id, clip.split] for clip in clips)
+    """Write AVSBench's table of `clips`. It comes last: a tree without it is not finished."""
+    if dataset == "s4":
+        rows = [["name", "start", "category", "split"]]
+        rows += [[clip.id, 0, clip.category, clip.split] for clip in clips]
+    else:
+        rows = [["video_id", "split"], *([clip.id, clip.split] for clip in clips)]
+    with open(Path(root, CSVS[dataset]), "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
 
 
 @contextlib.contextmanager
 def built_beside(final, inside="."):
-    """Yield an empty folder beside `final` and rename it (what lies `inside` it) to `final` at the end; on failure nothing is left.
+    """Yield an empty folder, and rename it (what lies `inside` it) to `final` at the end.
 
-    Of two processes that build the same thing, the one that finishes last drops its own and uses the other's.
+    On failure nothing is left. Of two processes that build the same thing, the one that finishes
+    last drops its own and uses the other's.
     """
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -122,112 +157,243 @@ def built_beside(final, inside="."):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def locked(path, in_use=None):
+    """Open the file `path`, locked until it is closed. The file itself stays, empty.
+
+    Another process that has it is waited for; with `in_use`, an AtlasError of that text is raised.
+    NFS passes POSIX locks on files on, so they hold between the nodes of a cluster. They belong to
+    the process: closing a second opening of the file would end the lock of the first.
+    """
+    file = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # another process has it
+        if in_use:
+            raise AtlasError(in_use) from None
+        print(f"waiting for the process that has locked {path}", file=sys.stderr)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise AtlasError(
+            f"cannot lock {path} ({error.strerror}), so two processes could write the same files; "
+            "choose a folder on a disk with locks (out_dir, cache_dir)"
+        ) from None
+    return file
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
 def read_s4(root):
-    """All clips named by s4_meta_data.csv below `root`, in the file's order. Files are not opened here."""
-    return [
-        s4_clip(root, row["name"], row["category"], row["split"])
-        for row in _read_csv(root, "s4", ("name", "category", "split"))
-    ]
+    """All clips that S4's table below `root` names, in its order. Their files are not opened."""
+    rows = _read_csv(root, "s4", ("name", "category", "split"))
+    return [s4_clip(root, row["name"], row["category"], row["split"]) for row in rows]
 
 
 def read_ms3(root):
-    """All clips named by ms3_meta_data.csv below `root`, in the file's order. Files are not opened here."""
-    return [
-        ms3_clip(root, row["video_id"], row["split"])
-        for row in _read_csv(root, "ms3", ("video_id", "split"))
-    ]
+    """All clips that MS3's table below `root` names, in its order. Their files are not opened."""
+    rows = _read_csv(root, "ms3", ("video_id", "split"))
+    return [ms3_clip(root, row["video_id"], row["split"]) for row in rows]
+
+
+READERS = {"s4": read_s4, "ms3": read_ms3}
 
 
 def _read_csv(root, dataset, columns):
     path = Path(root, CSVS[dataset])
     if not path.is_file():
         raise AtlasError(
-            f"no {dataset.upper()} tree in {root}: {path} is missing; set data_root to the folder that holds {path.parent.name}/, or synth=true"
+            f"no {dataset.upper()} tree in {root}: {path} is missing; set data_root to the folder "
+            f"that holds {path.parent.name}/, or synth=true"
         )
     return read_rows(path, columns)
 
 
 def read_rows(path, columns):
-    """The rows of a CSV of clips, as dicts; it holds `columns` at least, and every row's split is train, val or test."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not set(columns) <= rows[0].keys():
-        raise AtlasError(f"{path} does not hold the columns {','.join(columns)}")
-    strange = [row for row in rows if row["split"] not in SPLITS]
-    if strange:
-        raise AtlasError(
-            f"{path}: clip {strange[0][columns[0]]} is in split {strange[0]['split']!r}, not train, val or test"
-        )
+    """The rows of a table of clips. The first of `columns` is the id; all are plain file names."""
+    rows, seen = read_table(path, columns), set()
+    for row in rows:
+        name = row[columns[0]]
+        wrong = [row[c] for c in columns if row[c] in ("", ".", "..") or "/" in row[c]]
+        if wrong:
+            raise AtlasError(f"{path}: {wrong[0]!r} of clip {name!r} is no plain file name")
+        if row["split"] not in SPLITS:
+            raise AtlasError(
+                f"{path}: clip {name} is in split {row['split']!r}, not train, val or test"
+            )
+        if name in seen:
+            raise AtlasError(f"{path}: the clip id {name} stands twice; remove or rename one")
+        seen.add(name)
     return rows
 
 
 def read_table(path, columns):
-    """The rows of a CSV table as dicts of stripped strings. It must hold `columns`."""
+    """The rows of a table that holds `columns` and maybe others: dicts of strings without blanks.
+
+    Comma, semicolon or tab part the values. The text is UTF-8, or UTF-16 as Excel writes it. Blank
+    rows are skipped; in all others each column has its value, which may be empty.
+    """
+    text = _text(path)
+    mark = max(",;\t", key=text.lstrip().split("\n")[0].count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    rows = []
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            lost = [column for column in columns if column not in (reader.fieldnames or ())]
-            if lost:
-                raise AtlasError(f"{path} lacks the column {', '.join(lost)}")
-            return [{k: (v or "").strip() for k, v in row.items() if k} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise AtlasError(f"cannot read the table {path}: {error}") from None
+        for cells in lines:
+            row = [cell.strip() for cell in cells]
+            if not any(row):
+                continue
+            rows.append(row)
+            width = len(rows[0])
+            if len(row) < width or any(row[width:]):
+                raise AtlasError(
+                    f"{path}, line {lines.line_num}: {len(row)} values in {width} columns"
+                )
+    except csv.Error as error:
+        raise AtlasError(f"{path}, line {lines.line_num}: {error}; write this row anew") from None
+    header = rows[0]
+    lost = [column for column in columns if header.count(column) != 1]
+    if lost:
+        raise AtlasError(
+            f"{path} holds the columns {', '.join(header)[:200]}, which must hold "
+            f"{', '.join(lost)} once"
+        )
+    if not rows[1:]:
+        raise AtlasError(f"{path} holds no row below the names of its columns")
+    return [dict(zip(header, row)) for row in rows[1:]]
 
 
-READERS = {"s4": read_s4, "ms3": read_ms3}
+def _text(path):
+    try:
+        content = Path(path).read_bytes()
+        utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+        if "\0" in text or not text.strip() or content.startswith(POINTER):
+            raise ValueError("it holds no text")
+    except (OSError, ValueError) as error:
+        raise AtlasError(
+            f"the table {path} is not readable: {why_unreadable(path, error)}; "
+            "save it as a CSV of UTF-8 text"
+        ) from None
+    return text
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def why_unreadable(path, error):
+    """Why a file could not be read: what it is instead of what it should be, or else `error`."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(100).lstrip().lower()
+    except FileNotFoundError:
+        return "the file is missing"
+    except OSError as refused:
+        return refused.strerror
+    if not start:
+        return "the file is empty"
+    if start.startswith(POINTER):
+        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "it is a web page; fetch the file again"
+    return str(error)
+
+
+def open_picture(path):
+    """The picture in `path` as Pillow's image, in its own mode, turned as its EXIF says.
+
+    Refused are several frames, transparent pixels, 32 bits a channel and more than PIXELS pixels.
+    `image.info["deep"]` says whether the file holds 16 bits a channel.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.info["deep"] = ";16" in str(image.tile)
+            refused = _refused(image)
+            if not refused:
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # whatever a broken file makes Pillow raise
+        why = why_unreadable(path, error)
+        raise AtlasError(f"the picture {path} is not readable: {why}") from None
+    if refused:
+        raise AtlasError(f"the picture {path} {refused}; save it anew as PNG or JPEG")
+    return image
+
+
+def _refused(image):
+    if image.width * image.height > PIXELS:
+        return f"is too large, with {image.width}x{image.height} pixels"
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a camera's JPEG
+        return f"holds {image.n_frames} frames"
+    if image.mode in ("I", "F"):
+        return "has 32 bits a channel"
+    if image.has_transparency_data:
+        grey16 = image.mode.startswith("I;16")
+        if grey16 or image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            return "has transparent pixels"
+    return None
 
 
 def read_frame(path):
-    """The picture in `path` as RGB uint8 [H, W, 3]."""
-    with _opened(path) as image:
+    """The picture in `path` as RGB uint8 [H, W, 3].
+
+    Grey, palette and CMYK are converted, 16 bits scaled. See open_picture for what is refused.
+    """
+    image = open_picture(path)
+    try:
+        if image.mode.startswith("I;16"):
+            grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+            image = Image.fromarray(grey.astype(np.uint8))
         return np.asarray(image.convert("RGB"))
+    except ValueError as error:  # a colour space that Pillow cannot convert
+        raise AtlasError(f"the picture {path} is not readable: {error}") from None
 
 
 def read_mask(path):
-    """The mask in `path` as bool [H, W], True on the sounding object. Grey values other than 0 and 255 (or 0 and 1) are an error."""
-    with _opened(path) as image:
-        grey = np.asarray(image.convert("L"))
-    values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
-    if not (set(values) <= {0, 255} or set(values) <= {0, 1}):
+    """The mask in `path` as bool [H, W], True on the sounding object.
+
+    Black is 0; white is 255, or 1, or 65535. Any other grey and any colour is refused. Of a
+    palette, the colours count and not their numbers.
+    """
+    image = open_picture(path)
+    if image.mode == "L" or image.mode.startswith("I;16"):
+        grey = np.asarray(image)
+    else:
+        colours = read_frame(path)
+        grey = colours[..., 0]
+        if image.info["deep"] or (colours != grey[..., None]).any():
+            raise AtlasError(f"the mask {path} holds colours; save it as a black and white PNG")
+    white = grey.max()
+    if white not in (0, 1, 255, 65535) or not ((grey == 0) | (grey == white)).all():
         raise AtlasError(
-            f"the mask {path} holds the values {values[:6].tolist()}; a mask holds 0 and 255 only, without smoothing"
+            f"the mask {path} holds the values {np.unique(grey)[:6].tolist()}; "
+            "a mask holds 0 and 255 only, without smoothing"
         )
-    return grey > 127 if values[-1] > 1 else grey > 0
+    return grey > 0
 
 
-@contextlib.contextmanager
-def _opened(path):
-    try:
-        with Image.open(path) as image:
-            image.load()
-            yield image
-    except FileNotFoundError:
-        raise AtlasError(f"the file {path} is missing") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a broken file
-        raise AtlasError(f"the picture {path} is not readable ({error})") from None
+def refuse_other_size(path, mask, frame):
+    """A mask [H, W] must have its frame's size."""
+    if mask.shape != frame.shape[:2]:
+        sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (mask, frame)]
+        raise AtlasError(f"the mask {path} is {sizes[0]}, its frame {sizes[1]}; make them equal")
 
 
 def load_clip(clip, size):
-    """Decode one clip: frames [T, size, size, 3] uint8 (bilinear), masks [T, size, size] bool (nearest; zero where not annotated)."""
+    """Decode one clip: frames [T, size, size, 3] uint8 (bilinear) and masks [T, size, size] bool
+    (nearest; zero where a frame has none)."""
     frames = np.zeros((T, size, size, 3), np.uint8)
     masks = np.zeros((T, size, size), bool)
     for t, (frame_path, mask_path) in enumerate(zip(clip.frames, clip.masks)):
         frame = read_frame(frame_path)
-        frames[t] = resized(frame, size, Image.Resampling.BILINEAR)
+        frames[t] = resized(frame, size)
         if mask_path:
             mask = read_mask(mask_path)
-            if mask.shape != frame.shape[:2]:
-                raise AtlasError(
-                    f"the mask {mask_path} is {mask.shape[1]}x{mask.shape[0]}, its frame {frame.shape[1]}x{frame.shape[0]}; they must be equal"
-                )
+            refuse_other_size(mask_path, mask, frame)
             masks[t] = resized(mask.astype(np.uint8), size, Image.Resampling.NEAREST)
     return frames, masks
 
 
 def resized(array, size, how=Image.Resampling.BILINEAR):
     """A picture [H, W, ...] at size x size."""
-    return (
-        array
-        if array.shape[:2] == (size, size)
-        else np.asarray(Image.fromarray(array).resize((size, size), how))
-    )
+    if array.shape[:2] == (size, size):
+        return array
+    return np.asarray(Image.fromarray(array).resize((size, size), how))

@@ -1,17 +1,15 @@
 """The config: flat keys, each with its default, meaning and allowed values, in one table.
 
-YAML files overlay left to right, then `key=value` from the command line, which wins. The type of a
-key says how its text is read, so `name: 010`, `amp: off` and `lr: 1e-4` mean what they look like.
-An unknown key raises and names the nearest one. No default lives anywhere else. Imports no torch.
+YAML files overlay left to right, then `key=value` from the command line, which wins. A key's type
+says how its text is read: `name: 010`, `amp: off` and `lr: 1e-4` mean what they look like.
 """
 
-import dataclasses
 import difflib
 import os
 import re
-import sys
-import typing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import get_args
 
 import yaml
 
@@ -19,25 +17,17 @@ from atlas.errors import AtlasError
 from atlas.methods import METHODS
 
 PATHS = "data_root cache_dir out_dir visual_weights audio_weights joint_run first_task".split()
-REMOVED = ("watch", "lr_rest", "lra_rest")  # keys of earlier versions
 BOOLS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
-WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,18})")
-NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
-KINDS = {
-    int: "a whole number (no leading zero)",
-    float: "a number such as 3, 0.1 or 1e-4 (no leading zero)",
-    bool: "true or false",
-    str: "text",
-    list: "a list such as [a, b]",
-    dict: "a mapping such as {a: [b, c]}",
-    type(None): "null",
-}
-LONGEST_FILE, LONGEST_NAME = 100_000, 200  # bytes; a name gets endings, and folders take 255
+NUMBERS = {int: r"[+-]?(0|[1-9]\d{0,18})"}
+NUMBERS |= {float: r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?"}
+KINDS = {int: "a whole number (no leading zero)", bool: "true or false", type(None): "null"}
+KINDS |= {float: "a number such as 3, 0.1 or 1e-4 (no leading zero)", str: "printable text"}
+KINDS |= {list: "a list of words such as [a, b]", dict: "a mapping such as {a: [b, c]}"}
 
 
-def key(default, help, choices=None, low=None, high=None):
-    """One key of the config. `low` and `high` are the smallest and largest allowed number."""
-    meta = {"help": help, "choices": choices, "low": low, "high": high}
+def key(default, help, choices="", low=0, high=None):
+    """One key of the config. It takes one of `choices`, or a number from `low` to `high`."""
+    meta = {"help": help, "choices": choices.split(), "low": low, "high": high}
     return field(default=default, metadata=meta)
 
 
@@ -46,133 +36,82 @@ class Config:
     # -- run
     name: str | None = key(None, "run folder in out_dir; null: PROTOCOL_METHOD_seedSEED")
     out_dir: str = key("runs", "where run folders go")
-    seed: int = key(0, "of class order, initial weights and batches", low=0, high=2**32 - 1)
-    device: str = key("auto", "auto: a GPU where there is one", ("auto", "cpu", "cuda"))
-    amp: str = key(
-        "auto",
-        "mixed precision; auto: bf16 on a GPU that has it, else fp16; off on the CPU",
-        ("auto", "bf16", "fp16", "off"),
-    )
-    compile: bool = key(False, "torch.compile of the forward pass; needs a GPU or a C++ compiler")
-    workers: int = key(0, "loader processes; 0: load in the main process", low=0, high=256)
+    seed: int = key(0, "of class order, initial weights and batches", high=2**32 - 1)
+    device: str = key("auto", "auto: a GPU where there is one", "auto cpu cuda")
+    amp: str = key("auto", "precision; auto: bf16 or fp16 on a GPU, else off", "auto bf16 fp16 off")
+    compile: bool = key(False, "torch.compile; needs a GPU or a C++ compiler")
+    workers: int = key(0, "loader processes; 0: load in the main process", high=256)
 
     # -- data
-    dataset: str = key("s4", "AVSBench's single-source or multi-source set", ("s4", "ms3"))
-    data_root: str = key("data/AVSBench", "the folder that holds Single-source/ or Multi-sources/")
+    dataset: str = key("s4", "AVSBench's single-source or multi-source set", "s4 ms3")
+    data_root: str = key("data/AVSBench", "the folder of Single-source/ or Multi-sources/")
     synth: bool = key(False, "make the synthetic set in data_root on first use")
     image_size: int = key(224, "pixels a side, of input, masks and scores", low=32, high=4096)
-    augment: bool = key(False, "random flip, crop and colour, drawn once per clip and epoch")
+    augment: bool = key(False, "random flip, crop and colour, once per clip and epoch")
     cache_dir: str = key("cache", "where packed caches go")
 
     # -- protocol
-    protocol: str = key(
-        "cil",
-        "task-, class- or domain-incremental; tfcl: a task-free stream",
-        ("til", "cil", "dil", "tfcl"),
-    )
+    protocol: str = key("cil", "task-, class-, domain-incremental; task-free", "til cil dil tfcl")
     base: int = key(11, "TIL, CIL: classes of the first task", low=1)
     step: int = key(2, "TIL, CIL: classes of each later task", low=1)
     class_order: list | None = key(None, "TIL, CIL: a list of classes; null: drawn from seed")
     first_task: str | None = key(None, "a run whose first task is taken over; null: learn it")
-    domains: dict | list | None = key(
-        None,
-        "DIL: a list: the order of the domains; a mapping: {domain: [classes]}; "
-        "null: human, animal, instrument, vehicle, tool",
-    )
-    stream_epochs: int = key(
-        1, "TF-CL: how often a batch is used before it is gone; joint: passes over all", low=1
-    )
-    stream_blur: float = key(
-        0.5, "TF-CL: how far neighbouring segments mix, in segments; 0: sharp", low=0, high=2
-    )
+    domains: dict | list | None = key(None, "DIL: their order, or {domain: [classes]}; null: ours")
+    stream_epochs: int = key(1, "TF-CL: uses of a batch before it is gone", low=1)
+    stream_blur: float = key(0.5, "TF-CL: how far neighbouring segments mix; 0: sharp", high=2)
     stream_checkpoints: int = key(6, "TF-CL: segments of the stream, and checkpoints", low=2)
 
     # -- model
-    visual: str = key("pvt_v2_b5", "timm model with features_only, frozen")
+    visual: str = key("pvt_v2_b5", "frozen image encoder: a timm model with features_only")
     visual_weights: bool | str = key(True, "a file, a timm tag, true: timm's hub, false: random")
-    visual_norm: str = key(
-        "timm", "timm: the model's own mean and std; half: x/127.5 - 1", ("timm", "half")
-    )
-    visual_pad: str = key("default", "padding of the convolutions in timm", ("default", "same"))
-    audio: str = key("vggish", "frozen audio encoder", ("vggish", "yamnet", "audiomae", "logmel"))
+    visual_norm: str = key("timm", "timm: the model's mean and std; half: x/127.5 - 1", "timm half")
+    visual_pad: str = key("default", "padding of timm's convolutions", "default same")
+    audio: str = key("vggish", "frozen audio encoder", "vggish yamnet audiomae logmel")
     audio_weights: bool | str = key(True, "a file, true: published ones, false: random")
     width: int = key(256, "D, width of fusion and decoder", low=8, high=8192)
     heads: int = key(8, "attention heads; divides width", low=1)
-    conditioning: str = key(
-        "gate", "the sound gates visual features before attention; none: off", ("gate", "none")
-    )
-    classify: bool = key(False, "a classifier; the classes so far compete (TIL: the task's own)")
-    lora_rank: int = key(16, "r; 0: no LoRA", low=0, high=8192)
-    lora_alpha: float = key(16.0, "alpha; the update is (alpha / r) B A", low=0)
-    lora_dropout: float = key(0.0, "dropout on LoRA's input; 0: off", low=0, high=0.99)
-    lora_targets: str = key(
-        "auto", "auto: linear layers and 1x1 convolutions; else a regular expression over names"
-    )
+    conditioning: str = key("gate", "gate: the sound gates visual features", "gate none")
+    classify: bool = key(False, "also train a classifier of the clips")
+    lora_rank: int = key(16, "r; 0: no LoRA", high=8192)
+    lora_alpha: float = key(16.0, "alpha; the update is (alpha / r) B A")
+    lora_dropout: float = key(0.0, "dropout on LoRA's input; 0: off", high=0.99)
+    lora_targets: str = key("auto", "auto: linear and 1x1 convolution layers; else a regex")
 
     # -- method
-    method: str = key("lra", "what acts against forgetting:", tuple(METHODS))
-    strength: float | None = key(None, "factor of the penalty; null: its default above", low=0)
+    method: str = key("lra", "what acts against forgetting:", " ".join(METHODS))
+    strength: float | None = key(None, "factor of the penalty; null: its default above")
     joint_run: str | None = key(None, "folder of a joint run, for intransigence; null: none")
-    lra_lambda: float = key(
-        0.1, "lambda, strength of lra: (lambda / 2) sum Omega (theta - anchor)^2", low=0
-    )
-    lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none", low=0)
-    lra_power: float = key(
-        1.0, "exponent on the sensitivity; 1: Fisher, 0.5: its root, 0: plain L2", low=0
-    )
-    lra_scope: str = key(
-        "trainable",
-        "what is anchored: LoRA alone, as the paper names it, or fusion and decoder too",
-        ("lora", "trainable"),
-    )
-    lra_space: str = key(
-        "factors",
-        "what of LoRA is anchored: A and B, or the update (alpha / r) B A",
-        ("factors", "delta"),
-    )
-    lra_trigger: str = key(
-        "boundary",
-        "when to consolidate: after a task, or where a plateau of the loss ends (task-free)",
-        ("boundary", "plateau"),
-    )
+    lra_lambda: float = key(0.1, "lambda in (lambda / 2) sum Omega (theta - anchor)^2")
+    lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none")
+    lra_power: float = key(1.0, "exponent on the sensitivity; 1: Fisher, 0: plain L2")
+    lra_scope: str = key("trainable", "anchor LoRA, or all that is trained", "lora trainable")
+    lra_space: str = key("factors", "anchor A and B, or LoRA's update of a weight", "factors delta")
+    lra_trigger: str = key("boundary", "anchor at a task's end, or a plateau's", "boundary plateau")
     lra_window: int = key(12, "plateau: steps in a window", low=2)
-    lra_peak: float = key(
-        0.4,
-        "plateau: it ends when a window's mean exceeds the lowest of the last three by so many "
-        "running standard deviations",
-        low=0,
-    )
-    lra_clips: int = key(0, "boundary: clips that measure the sensitivity; 0: all", low=0)
+    lra_peak: float = key(0.4, "plateau: the rise that ends it, in deviations of the loss")
+    lra_clips: int = key(0, "boundary: clips that measure the sensitivity; 0: all")
 
     # -- optim
-    epochs_first: int = key(15, "epochs of the first task", low=0, high=10_000)
-    epochs: int = key(15, "epochs of each later task", low=0, high=10_000)
+    epochs_first: int = key(15, "epochs of the first task", high=10_000)
+    epochs: int = key(15, "epochs of each later task", high=10_000)
     batch_size: int = key(4, "clips", low=1)
-    lr_first: float = key(1e-4, "peak rate of the first task; TF-CL: of the stream", low=0)
-    lr: float | None = key(
-        None, "peak rate of later tasks; null: the method's own default, else lr_first", low=0
-    )
-    weight_decay: float = key(0.01, "AdamW's weight decay; 0: off", low=0)
-    warmup: float = key(
-        0.05,
-        "share of a task's steps spent warming up, cosine decay after it "
-        "(TF-CL: of the stream's, constant after it); 0: off",
-        low=0,
-        high=1,
-    )
-    grad_clip: float = key(1.0, "largest gradient norm; 0: off", low=0)
-    w_bce: float = key(1.0, "weight of binary cross-entropy", low=0)
-    w_dice: float = key(1.0, "weight of the Dice loss; 0: off", low=0)
-    w_class: float = key(1.0, "classify: weight of cross-entropy over classes", low=0)
+    lr_first: float = key(1e-4, "peak rate of the first task; TF-CL: of the stream")
+    lr: float | None = key(None, "peak rate of later tasks; null: the method's own, or lr_first")
+    weight_decay: float = key(0.01, "AdamW's weight decay; 0: off")
+    warmup: float = key(0.05, "share of the steps that warm the rate up; 0: off", high=1)
+    grad_clip: float = key(1.0, "largest gradient norm; 0: off")
+    w_bce: float = key(1.0, "weight of binary cross-entropy")
+    w_dice: float = key(1.0, "weight of the Dice loss; 0: off")
+    w_class: float = key(1.0, "classify: weight of cross-entropy over classes")
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-TYPES = {name: typing.get_args(f.type) or (f.type,) for name, f in FIELDS.items()}
+FIELDS = {f.name: f for f in fields(Config)}
+TYPES = {name: get_args(f.type) or (f.type,) for name, f in FIELDS.items()}
 
 
 def as_dict(config):
     """All keys with their values, for config.yaml and results.json."""
-    return dataclasses.asdict(config)
+    return asdict(config)
 
 
 def run_name(config):
@@ -181,12 +120,9 @@ def run_name(config):
 
 
 def strength_of(config):
-    """The factor of the method's penalty; 0.0 where it has none."""
-    if config.method == "lra":
-        return config.lra_lambda
-    if config.strength is not None:
-        return config.strength
-    return METHODS[config.method].strength or 0.0
+    """The factor of the method's penalty: `strength`, else its own; 0.0 where it has none."""
+    own = config.lra_lambda if config.method == "lra" else METHODS[config.method].strength
+    return (own or 0.0) if config.strength is None else config.strength
 
 
 def rate_of(config):
@@ -199,20 +135,26 @@ def load_config(files=(), overrides=()):
     """The Config of YAML `files`, overlaid left to right, and then of `key=value` strings."""
     values = {}
     for path in files:
-        values |= _read_file(path)
+        texts = _yaml(path) or {}  # None: the file is empty
+        if not isinstance(texts, dict):
+            raise AtlasError(f"{path} holds no lines of `key: value` (a blank follows the colon)")
+        for name, text in texts.items():
+            values[name] = _typed(name, text, f"in {path}")
     for word in overrides:
         name, text = split_word(word)
-        values[name] = _typed(name, _node(name, text), "on the command line")
+        if text[:1] in ("'", '"') or (text[:1] in ("[", "{") and list in TYPES.get(name, ())):
+            text = _yaml(f"`{word}`", text)
+        values[name] = _typed(name, text, "on the command line")
     for name, value in values.items():
         if isinstance(value, str):
-            value = value.replace("{seed}", str(values.get("seed", 0)))
-            values[name] = _expanded(name, value) if name in PATHS else value
+            values[name] = value.replace("{seed}", str(values.get("seed", 0)))
+        if isinstance(value, str) and name in PATHS:
+            values[name] = os.path.expanduser(os.path.expandvars(values[name]))
+            if re.search(r"^~|\$(\w|{)", values[name]):
+                raise AtlasError(f"{name}={value} names a home or variable that does not exist")
     name = values.get("name") or ""
-    if name in (".", "..") or "/" in name or len(name.encode()) > LONGEST_NAME:
-        raise AtlasError(
-            f"name={name} cannot name a folder; use at most {LONGEST_NAME} bytes "
-            "and no slash (out_dir is the folder above)"
-        )
+    if name in (".", "..") or "/" in name or len(name.encode()) > 200:
+        raise AtlasError(f"name={name} cannot name a folder; use at most 200 bytes and no slash")
     config = Config(**values)
     for message in conflicts(config):
         raise AtlasError(message)
@@ -223,134 +165,71 @@ def split_word(word):
     """(key, text) of a `key=value` of the command line, without blanks around either."""
     name, equals, text = word.partition("=")
     if not equals or not name.strip():
-        raise AtlasError(
-            f"`{word}` on the command line is no key=value; write it in one word, without "
-            "blanks around ="
-        )
+        raise AtlasError(f"`{word}` is no key=value; write it in one word, without blanks around =")
     return name.strip(), text.strip()
 
 
-# ---- from text to values -----------------------------------------------------------------------
+class _Texts(yaml.BaseLoader):
+    """YAML whose values all stay text, and whose keys may stand once."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = {}
+        for key, _ in node.value:
+            first = seen.setdefault(str(key.value), key)
+            if first is not key:
+                lines = f"lines {first.start_mark.line + 1} and {key.start_mark.line + 1}"
+                raise yaml.YAMLError(f"key `{key.value}` stands twice, in {lines}; delete one")
+        return super().construct_mapping(node, deep)
 
 
-def _read_file(path):
-    """{key: value} of one YAML file."""
+def _yaml(where, text=None):
+    """The texts, lists and mappings in the YAML file `where`, or in a `text` from there."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(LONGEST_FILE + 1)
-        if len(data) > LONGEST_FILE:
-            raise AtlasError(f"{path} is longer than {LONGEST_FILE} bytes, so it is no config")
-        root = yaml.compose(data.decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise AtlasError(
-            f"no config file {path}; those of ATLAS are in configs/, and a key is given as "
-            "key=value, in one word"
-        ) from None
+        return yaml.load(Path(where).read_bytes() if text is None else text, _Texts)
     except OSError as error:
-        raise AtlasError(f"the config file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or another one"
-        raise AtlasError(f"{path} is {found}, not UTF-8; save it in the encoding UTF-8") from None
+        raise AtlasError(f"config file {where}: {error.strerror}; keys are key=value") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise AtlasError(f"{path} is not readable YAML: {error}") from None
-    if root is None:  # empty, or comments alone
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise AtlasError(f"{path} holds no lines of `key: value` (a blank follows the colon)")
-    return {
-        name: _typed(name, node, f"in {path}, line {line}")
-        for name, (line, node) in _pairs(root, f"in {path}").items()
-    }
+        raise AtlasError(f"{where} is not readable YAML in UTF-8: {error}") from None
 
 
-def _pairs(mapping, where):
-    """{key: (line, value node)} of a YAML mapping, in which no key may stand twice."""
-    pairs = {}
-    for name, value in mapping.value:
-        line = name.start_mark.line + 1
-        if not isinstance(name, yaml.ScalarNode):
-            raise AtlasError(f"a key {where}, line {line}, must be one word")
-        if name.value in pairs:
-            lines = f"lines {pairs[name.value][0]} and {line}"
-            raise AtlasError(f"key `{name.value}` stands twice {where}, {lines}; delete one")
-        pairs[name.value] = line, value
-    return pairs
-
-
-def _node(name, text):
-    """The YAML node of a value on the command line: plain text, unless quoted or a list."""
-    structured = name in FIELDS and list in TYPES[name] and text[:1] in ("[", "{")
-    if not structured and text[:1] not in ("'", '"'):
-        return yaml.ScalarNode(None, text)
-    try:
-        return yaml.compose(text)
-    except (yaml.YAMLError, RecursionError):
-        raise AtlasError(f"a quote or bracket is open in `{name}={text}`; close it") from None
-
-
-def _typed(name, node, where):
-    """The value of key `name` in a YAML node. Errors name the key and `where` it stands."""
-    if name in REMOVED:
-        raise AtlasError(
-            f"key `{name}` {where} is of an earlier version of ATLAS, and runs of that version "
-            "are read by it alone; in a config of your own delete the line"
-        )
+def _typed(name, given, where):
+    """The value of key `name`, written as `given` in a place `where`."""
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.0)[0]
         raise AtlasError(f"unknown key `{name}` {where}; the nearest is `{near}`")
     types, meta = TYPES[name], FIELDS[name].metadata
-    value = _value(node, types, where)
-    shown = f"key `{name}` {where} is `{node.value if isinstance(node.value, str) else value}`"
-    if type(value) not in types or value == "":
+    shown = f"key `{name}` {where} is `{given}`"
+    value = _value(given, types) if isinstance(given, str) else given
+    if not _fits(value, types):
         raise AtlasError(f"{shown}; it must be {' or '.join(KINDS[kind] for kind in types)}")
-    if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
-        raise AtlasError(f"key `{name}` {where} holds a character that is no text: {value!r}")
     if meta["choices"] and value not in meta["choices"]:
         raise AtlasError(f"{shown}; choose from {', '.join(meta['choices'])}")
-    if meta["low"] is not None and value is not None:
-        most = meta["high"] or (10**6 if int in types else sys.float_info.max)
+    if type(value) in (int, float):
+        most = meta["high"] or (10**6 if int in types else 1e30)
         if not meta["low"] <= value <= most:
             raise AtlasError(f"{shown}; it must be at least {meta['low']} and at most {most}")
     return value
 
 
-def _value(node, types, where):
-    """The value of a YAML node, as the first of `types` that its text fits, else as it stands."""
-    if isinstance(node, yaml.MappingNode):
-        pairs = _pairs(node, where).items()
-        return {name: _words(value, where) for name, (_, value) in pairs}
-    if isinstance(node, yaml.SequenceNode):
-        return _words(node, where)
-    text, plain = node.value.strip(), node.style is None
-    if plain and type(None) in types and text.lower() in ("", "null", "~"):
+def _value(text, types):
+    """What a text means as one of `types`; the text itself where it fits none."""
+    if type(None) in types and text.lower() in ("", "null", "~"):
         return None
-    if plain and bool in types and text.lower() in BOOLS:
+    if bool in types and text.lower() in BOOLS:
         return BOOLS[text.lower()]
-    if int in types and WHOLE.fullmatch(text):
-        return int(text)
-    if float in types and NUMBER.fullmatch(text):
-        return float(text)
+    for kind, form in NUMBERS.items():
+        if kind in types and re.fullmatch(form, text):
+            return kind(text)
     return text
 
 
-def _words(node, where):
-    """The words of a YAML list."""
-    if isinstance(node, yaml.SequenceNode):
-        words = [item.value for item in node.value if isinstance(item, yaml.ScalarNode)]
-        if len(words) == len(node.value):
-            return words
-    raise AtlasError(f"there must be a list of words, such as [a, b], {where}")
-
-
-def _expanded(name, path):
-    """A path with ~ and $VARIABLES filled in."""
-    full = os.path.expanduser(os.path.expandvars(path))
-    if full.startswith("~") or re.search(r"\$(\w|{)", full):
-        raise AtlasError(f"{name}={path} names a home or a variable that does not exist")
-    return full
-
-
-# ---- what cannot go together -------------------------------------------------------------------
+def _fits(value, types):
+    """Whether a value is of one of `types`. Lists hold words, and mappings lists of words."""
+    if isinstance(value, dict):
+        return dict in types and all(_fits(words, [list]) for words in value.values())
+    if isinstance(value, list):
+        return list in types and all(isinstance(word, str) for word in value)
+    return type(value) in types and value != "" and str(value).isprintable()
 
 
 def conflicts(config):
@@ -361,27 +240,25 @@ def conflicts(config):
     if config.width % config.heads or config.width % 8:
         yield f"width={config.width} must be a multiple of heads={config.heads} and of 8"
     if config.dataset == "ms3" and not tfcl:
-        yield f"protocol={config.protocol} needs classes; dataset=ms3 has none; use protocol=tfcl"
+        yield f"dataset=ms3 has no classes for protocol={config.protocol}; use protocol=tfcl"
     if config.classify and tfcl:
         yield "classify=true needs tasks of classes; protocol=tfcl has none"
     if entry.needs_boundaries and untold:
-        yield f"{method} must be told where tasks begin and end, which {untold} does not tell"
+        yield f"{method} must be told where tasks begin and end; {untold} does not tell it"
     if tfcl and not plateau and entry.where != METHODS["finetune"].where:
         yield "protocol=tfcl has no boundaries to consolidate at; use lra_trigger=plateau"
-    if entry.needs_lora and not config.lora_rank:
-        yield f"{method} acts on LoRA, but lora_rank=0; give a rank, or use another method"
-    if config.method == "lra" and not config.lora_rank and config.lra_scope == "lora":
-        yield "lra_scope=lora anchors LoRA alone, but lora_rank=0; use lra_scope=trainable"
+    lora_alone = config.method == "lra" and config.lra_scope == "lora"
+    if not config.lora_rank and (entry.needs_lora or lora_alone):
+        yield f"{method} with lora_rank=0 has no LoRA; give a rank (or lra_scope=trainable to lra)"
     if config.method == "lra" and config.lra_space == "delta" and plateau:
         yield "lra_space=delta needs gradients of frozen weights; use lra_trigger=boundary"
     if config.method == "lra_plus" and (config.lra_scope == "lora" or config.lra_space == "delta"):
         yield "method=lra_plus keeps the whole model; use lra_scope=trainable lra_space=factors"
     if config.method == "lra_plus" and config.protocol == "til" and plateau:
-        yield "method=lra_plus must be told the task in protocol=til; use lra_trigger=boundary"
+        yield "method=lra_plus in protocol=til must be told the task; use lra_trigger=boundary"
     if config.first_task and (untold or not entry.plain_start):
-        yield f"{untold or method} shares no first task with others; leave first_task at null"
+        yield f"{untold or method} shares no first task; leave first_task at null"
     if config.strength is not None and entry.strength is None:
-        own = "takes its strength from lra_lambda" if config.method == "lra" else "has no strength"
-        yield f"{method} {own}; leave strength at null"
+        yield f"{method} takes no strength (lra: lra_lambda); leave strength at null"
     if config.method == "inflora" and (config.strength or 0) > 1:
         yield f"strength={config.strength:g}: of method=inflora it is a share, at most 1"

@@ -26,14 +26,13 @@ def build_visual_encoder(config):
     `visual_weights` is a file, a timm tag, true (timm's hub) or false (random). A model that is
     made for one image size is made for `image_size`.
     """
-    name, weights, path = config.visual, config.visual_weights, None
-    if isinstance(weights, str):
-        if timm.is_model_pretrained(f"{name}.{weights}"):
-            name = f"{name}.{weights}"
-        else:
-            path = weights
+    name = config.visual
+    path = config.visual_weights if isinstance(config.visual_weights, str) else None
+    if path and timm.is_model_pretrained(f"{name}.{path}"):
+        name = f"{name}.{path}"
+        path = None
     options = {"pad_type": "same"} if config.visual_pad == "same" else {}
-    hub = {"pretrained": True} if weights is not False and path is None else {}
+    hub = {"pretrained": True} if config.visual_weights is not False and path is None else {}
     try:
         if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             options["img_size"] = config.image_size
@@ -65,7 +64,9 @@ def load_visual_weights(encoder, name, options, path):
             state = source.checkpoint_filter_fn(state, whole)
     except Exception as error:  # the filter trusts that the file is its own model's
         raise AtlasError(f"{path} does not fit {name}: {error!r}") from None
-    state, want, known = flat(state), flat(encoder.state_dict()), flat(whole.state_dict())
+    state = flat(state)
+    want = flat(encoder.state_dict())
+    known = flat(whole.state_dict())
     head = whole.pretrained_cfg.get("classifier") or ()
     heads = tuple(flat(dict.fromkeys([head] if isinstance(head, str) else head)))
     missing = [key for key in want if key not in state or state[key].shape != want[key].shape]
@@ -171,7 +172,8 @@ def prove(model, config):
     weight and never call the layer. Folding B A into the weight equals adding B A x: not so where
     the weight is standardised first. B is random meanwhile, then zero; nothing else changes.
     """
-    visual, size = f"visual={config.visual}", config.image_size
+    visual = f"visual={config.visual}"
+    size = config.image_size
     draw = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (1, 3, size, size), generator=draw, dtype=torch.uint8)
     layers = lora_layers(model.encoder)

@@ -1,47 +1,110 @@
-"""The one exception that means "your input, not our bug": scripts print its message as a single line and exit with 2."""
+"""Bad input ends in one line, and a process is made ready for any terminal and a busy machine."""
 
 import contextlib
 import errno
 import os
 import sys
 
+FILE_OR_FOLDER = "a file stands where a folder should be, or the reverse: choose another path"
+FULL = "no room to write: free some space and run again (train.py: with --resume)"
+RIGHTS = "change its permissions, or choose another folder"
+REMEDIES = {"ENOSPC": FULL, "EDQUOT": FULL, "EFBIG": FULL, "EACCES": RIGHTS, "EPERM": RIGHTS,
+    "EROFS": RIGHTS, "ENOTDIR": FILE_OR_FOLDER, "EISDIR": FILE_OR_FOLDER, "EEXIST": FILE_OR_FOLDER,
+    "ENAMETOOLONG": "choose a shorter name", "ENOENT": "check the path"}  # fmt: skip
+MEMORY = ("out of memory", "allocate memory", "DataLoader worker (pid")  # in torch's own words
+
 
 class AtlasError(Exception):
     """Bad input. The message says what is wrong, where (file, clip, key), and what to do."""
 
 
+class Output:
+    """A text stream that outlives its reader (`train.py | head`): the rest is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, work, *words):
+        try:
+            work(*words)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            _drop(self.stream)
+            print("note: nobody reads the output any more; the work goes on", file=sys.stderr)
+
+
 def prepare_process():
-    """A stand-in."""
+    """Call this first in a script, before torch is loaded.
+
+    Waiting threads spin for a short time only, where the user set nothing else: on a busy machine
+    they would take the cores from those who work. The output bears any encoding and a closed pipe.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "100000"  # costs a quiet machine nothing
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure") and not isinstance(stream, Output):
+            stream.reconfigure(errors="replace", line_buffering=True)
+            setattr(sys, name, Output(stream))
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a script's main: bad input ends in one clear line on stderr and exit code 2, Ctrl-C in 130, a full disk in 1."""
+    """Around a script's main: what is no bug ends in one line on stderr.
+
+    The exit code is 2 for bad input, 1 where a disk or the memory fails, 130 after Ctrl-C.
+    """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except AtlasError as error:
-        sys.exit(_line(str(error), 2))
+        _end(str(error), 2)
     except KeyboardInterrupt:
-        sys.exit(
-            _line(
-                "stopped by Ctrl-C; what was finished is kept, and train.py goes on from there with --resume",
-                130,
-            )
+        _end(
+            "stopped by Ctrl-C; what was finished is kept, and train.py goes on with --resume", 130
         )
-    except BrokenPipeError:  # `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        _end(explained(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in MEMORY):
             raise
-        sys.exit(
-            _line(
-                f"no room to write {error.filename or 'a file'} ({error.strerror}); free some space and run again (train.py: with --resume)",
-                1,
-            )
-        )
+        _end(f"out of memory ({str(error)[:200]}); lower batch_size, image_size or workers", 1)
 
 
-def _line(text, code):
+def explained(error):
+    """An OSError in words: the file, what is wrong with it, what to do."""
+    files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
+    what = f"{files}: {error.strerror}" if files else str(error)
+    remedy = REMEDIES.get(
+        errno.errorcode.get(error.errno), "check the disk or the network, and run again"
+    )
+    return f"{what}; {remedy}"
+
+
+def _end(text, code):
+    try:
+        sys.stdout.flush()
+    except OSError:  # on a full disk: it would fail once more when Python ends
+        _drop(sys.stdout)
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    return code
+    sys.exit(code)
+
+
+def _drop(stream):
+    """Send all further text of a stream, and what it still holds, to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,11 +1,13 @@
 """The folder of a run: its lock, its files written whole, what stands in it after a kill."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
 
 from atlas import parallel, results
+from atlas.clips import locked
 from atlas.config import as_dict, load_config, run_name
 from atlas.errors import AtlasError
 from atlas.learner import writing
@@ -19,45 +21,37 @@ def write_text(path, text):
     os.replace(beside, path)
 
 
+def is_used(folder):
+    """Whether a folder holds anything but the lock and what a kill left half written."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
 def refuse_used_folder(config):
     """A cheap look before the heavy work: `Run.open` is what decides."""
     folder = Path(config.out_dir, run_name(config))
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock"}:
-        raise AtlasError(
-            f"the run folder {folder} is not empty and is never overwritten; choose another "
-            "name=..., go on with --resume, or remove it"
-        )
+    if is_used(folder):
+        how = "choose another name=..., go on with --resume, or remove it"
+        raise AtlasError(f"the run folder {folder} is not empty and is never overwritten; {how}")
 
 
 def take_folder(folder, config, resume):
     """Make the folder of a run, or open it, and lock it; returns the lock, to be held on to."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "a")
-    import fcntl
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise AtlasError(
-            f"the run folder {folder} is in use by another process; wait for it, or choose "
-            "another name=..."
-        ) from None
+    in_use = f"the run folder {folder} is in use; wait for it, or choose another name=..."
+    lock = locked(folder / ".lock", in_use)
     if not resume:
         refuse_used_folder(config)
-    elif {path.name for path in folder.iterdir()} - {".lock"}:
+    elif is_used(folder):
         path = folder / "config.yaml"
         if not path.is_file():
-            raise AtlasError(
-                f"{folder} is not empty and holds no config.yaml, so it is no run to resume; "
-                "choose another name=..."
-            )
+            raise AtlasError(f"{folder} holds no config.yaml to resume; choose another name=...")
         old = as_dict(load_config([path]))
         new = as_dict(config)
         differing = [f"{k} ({old[k]} there, {new[k]} here)" for k in new if old[k] != new[k]]
         if differing:
-            raise AtlasError(
-                f"{folder} was made with another config, so it cannot be resumed: "
-                f"{', '.join(differing)}"
-            )
+            raise AtlasError(f"{folder} cannot be resumed with other keys: {', '.join(differing)}")
+    for half in folder.glob(".task_*.tmp"):  # a kill while a checkpoint was written
+        shutil.rmtree(half)
     return lock
 
 
@@ -68,11 +62,14 @@ def checkpoints(folder):
 
 
 def read_or_none(folder):
-    """The results of a folder; None, with a line, where they are damaged or not there."""
+    """The results of a folder; None where there are none, or, with a line, damaged ones."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return None
     try:
         return results.read_results(folder)
     except AtlasError as error:
-        print(f"{error}; the rows of R are scored again from the checkpoints", flush=True)
+        print(f"{path} is written anew from the checkpoints: {error}", flush=True)
         return None
 
 
@@ -98,7 +95,7 @@ def read_progress(path):
         return None
 
 
-# ---- a first task that another run has learned --------------------------------------------------
+# ---- a first task that another run has learned ---------------------------------------------------
 
 FREE = {  # keys that do not shape a first task
     *("name", "out_dir", "cache_dir", "device", "workers", "joint_run", "first_task", "method"),
@@ -109,41 +106,31 @@ FREE = {  # keys that do not shape a first task
 def first_task(run):
     """The results of the finetune run config.first_task, whose first task this run takes over.
 
-    None where none is named. All that shapes a first task must be the same there (settings,
-    versions, threads, processor, precision); else it is refused by what differs.
+    It is refused where anything that shapes a first task differs. None where none is named.
     """
     path = run.config.first_task
     if not path:
         return None
     first = results.read_results(path)
-    differing = differences(first, run)
-    if first["method"] != "finetune":
-        differing.append(f"method={first['method']}: only a finetune run can be reused")
-    if len(first["matrix"]["J"]) < 2:
-        differing.append("it has not learned and scored a task yet")
+    there = shaping(first)
+    differing = []
+    for name, here in shaping(run.results).items():
+        if there.get(name) != here:
+            told = f" ({there.get(name)} there, {here} here)" if len(str(here)) < 50 else ""
+            differing.append(name + told)
+    if first["method"] != "finetune" or len(first["matrix"]["J"]) < 2:
+        differing.append("it is no finetune run that has learned a task")
     if differing:
-        raise AtlasError(
-            f"first_task={path} cannot be the first task of this run: {'; '.join(differing)}; "
-            "learn it anew with first_task=null"
-        )
+        why = ", ".join(differing)
+        raise AtlasError(f"first_task={path} is not this run's: {why}; set first_task=null")
     return first
 
 
-def differences(first, run):
-    """What shaped the first task of the results `first` otherwise than it would here."""
-    own = as_dict(run.config)
-    pairs = {}
-    for key in own:
-        if key not in FREE and not key.startswith("lra_"):
-            pairs[key] = (first["config"].get(key), own[key])
-    if run.config.classify or {first["protocol"], run.config.protocol} - {"til", "cil"}:
-        pairs["protocol"] = (first["protocol"], run.config.protocol)
-    for name in run.results["environment"]:
-        if name != "date":
-            here = run.results["environment"][name]
-            pairs[name] = (first["environment"].get(name), here)
-    found = [f"{what} ({a} there, {b} here)" for what, (a, b) in pairs.items() if a != b]
-    return found + [f"the {key}" for key in ("tasks", "weights") if first[key] != run.results[key]]
+def shaping(found):
+    """What shapes a first task: settings, data, weights, versions, processor and precision."""
+    config = {k: v for k, v in found["config"].items() if k not in FREE and k[:4] != "lra_"}
+    machine = {k: v for k, v in found["environment"].items() if k != "date"}
+    return config | machine | {"tasks": found["tasks"], "weights": found["weights"]}
 
 
 def first_rows(found, rows):

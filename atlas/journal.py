@@ -63,20 +63,14 @@ class Epoch:
 
     def __init__(self, run, plan, number):
         self.run, self.plan, self.number = run, plan, number
+        self.title = f"{plan.task_word} {plan.t}, {plan.word} {number}/{len(plan.epochs)}"
         self.totals = {}
         self.clips = 0
 
     def __enter__(self):
-        plan = self.plan
         self.start = time.time()
-        self.bar = tqdm(
-            total=plan.steps_of(self.number),
-            desc=f"{plan.task_word} {plan.t}, {plan.word} {self.number}/{len(plan.epochs)}",
-            unit="step",
-            leave=False,
-            dynamic_ncols=True,
-            disable=parallel.quiet(),
-        )
+        bar = {"unit": "step", "leave": False, "dynamic_ncols": True, "disable": parallel.quiet()}
+        self.bar = tqdm(desc=self.title, total=self.plan.steps_of(self.number), **bar)
         return self
 
     def add(self, losses, batch):
@@ -92,12 +86,12 @@ class Epoch:
         self.bar.close()
         if kind:
             return
-        run, plan = self.run, self.plan
+        run = self.run
         seconds = time.time() - self.start
         mean = {name: total / self.clips for name, total in self.totals.items()}
         terms = {name: mean[name] for name in mean if name not in ("task", "penalty", "loss")}
         run.journal.write(
-            task=plan.t,
+            task=self.plan.t,
             epoch=self.number,
             raw=terms | {"penalty": mean["penalty"] / run.method.unit},
             weighted=weighted(terms, run.config) | {"penalty": mean["penalty"]},
@@ -105,9 +99,6 @@ class Epoch:
             seconds=seconds,
         )
         share = mean["penalty"] / (mean["loss"] or 1)
-        print(
-            f"{plan.task_word} {plan.t}, {plan.word} {self.number}/{len(plan.epochs)}: "
-            f"loss {mean['task']:.3f}, penalty {share:.1%} of it, {seconds:.1f} s",
-            flush=True,
-        )
-        run.save_progress(plan, self.number, seconds)
+        told = f"loss {mean['task']:.3f}, penalty {share:.1%} of it, {seconds:.1f} s"
+        print(f"{self.title}: {told}", flush=True)
+        run.save_progress(self.plan, self.number)

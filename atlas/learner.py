@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from atlas import parallel
 from atlas.audio import fingerprint
 from atlas.clips import built_beside
+from atlas.encoders import base_encoder
 from atlas.errors import AtlasError
 from atlas.methods import METHODS
-from atlas.encoders import base_encoder
 from atlas.model import build_model
 
 
@@ -85,10 +85,7 @@ class Learner:
         """Load a checkpoint that fits this model, and its method's state unless told not to."""
         folder = Path(folder)
         if not (folder / "model.safetensors").is_file():
-            raise AtlasError(
-                f"there is no checkpoint in {folder}: the run stopped before it was written, or "
-                "the folder was moved"
-            )
+            raise AtlasError(damaged(folder / "model.safetensors", "it is missing"))
         try:
             wrong = self.load_model(folder)
             if with_method:
@@ -96,10 +93,7 @@ class Learner:
         except (RuntimeError, KeyError) as error:  # shapes or names that differ
             wrong = [" ".join(str(error).split())[:200]]
         if wrong:
-            raise AtlasError(
-                f"the checkpoint {folder} is of another model or method than the run's "
-                f"config.yaml describes ({wrong[0]})"
-            )
+            raise AtlasError(f"{folder} is of another model than config.yaml says ({wrong[0]})")
 
     def load_model(self, folder):
         """Load what `save` wrote of the model; returns the names that do not fit."""
@@ -188,11 +182,8 @@ def read_state(path):
 
 
 def damaged(path, reason):
-    path = Path(path)
-    return (
-        f"{path} is damaged ({reason}); remove the folder {path.parent}, and --resume goes on "
-        "from the task before it"
-    )
+    folder = Path(path).parent
+    return f"{path} is damaged ({reason}); remove {folder}, and --resume learns that task again"
 
 
 class writing:
@@ -206,9 +197,8 @@ class writing:
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, (OSError, RuntimeError, SafetensorError)):
-            raise AtlasError(
-                f"cannot write to {self.folder}: {error}; make room there and go on with --resume"
-            ) from None
+            how = "make room there and go on with --resume"
+            raise AtlasError(f"cannot write to {self.folder}: {error}; {how}") from None
 
 
 # ---- the machine -------------------------------------------------------------------------------
@@ -237,10 +227,7 @@ def compiled(model):
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        raise AtlasError(
-            "compile=true on the CPU needs a C++ compiler (g++ or clang++), and none is "
-            "installed; install one, or set compile=false"
-        )
+        raise AtlasError("compile=true on a CPU needs g++ or clang++; install it, or compile=false")
     forward = torch.compile(model)
 
     def call(batch):

@@ -38,7 +38,6 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas import parallel
-from atlas.errors import AtlasError
 from atlas.trigger import trigger_of
 
 SIDE_BY_SIDE = 2**27  # numbers in the gradients of single clips that are formed at once: 0.5 GB
@@ -103,8 +102,7 @@ class Method(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """The update (alpha / r) B A of one adapted layer. The gradient of the frozen `weight` is its
-    gradient."""
+    """The update (alpha / r) B A of one adapted layer; its gradient is that of `weight`."""
 
     A: nn.Parameter  # [r, in], or [r, in, k, k] of a convolution
     B: nn.Parameter  # [out, r], or [out, r, 1, 1]
@@ -125,11 +123,6 @@ def deltas(model):
             continue
         (adapter,) = layer.active_adapters
         base = layer.get_base_layer()
-        if getattr(base, "groups", 1) != 1:
-            raise AtlasError(
-                f"{name} is a grouped convolution, whose update is no product B A; choose other "
-                "lora_targets, or a method on the factors"
-            )
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         found[name] = Delta(A, B, base.weight, layer.scaling[adapter], layer)
     return found
@@ -150,20 +143,15 @@ class Anchor(Method):
         self.strength = strength
         self.unit = strength or 1.0
         self.trigger = trigger_of(run.config)
-        self.thetas = [theta for members in groups.values() for theta in members.values()]
         self.names = [name for members in groups.values() for name in members]
-        self.members = {}  # {group: [parameter that carries the gradient]}
-        for group, members in groups.items():
-            if members:
-                self.members[group] = [carrier(theta) for theta in members.values()]
-        self.anchored = [p for members in self.members.values() for p in members]
+        self.thetas = [theta for members in groups.values() for theta in members.values()]
+        self.anchored = [carrier(theta) for theta in self.thetas]
+        self.counts = {group: len(members) for group, members in groups.items() if members}
         self.sizes = [p.numel() for p in self.anchored]
         self.idle = not strength  # then nothing is measured nor kept
         self.armed = False  # nothing is consolidated yet: the penalty is zero and costs nothing
-        names = ["anchor", "importance"]
-        if self.trigger:
-            names += ["window", "last_sensitivity", "last_theta"]
-        for name in names:
+        online = ["window", "last_sensitivity", "last_theta"] if self.trigger else []
+        for name in ["anchor", "importance", *online]:
             self.register_buffer(name, torch.zeros(sum(self.sizes), device=run.device))
 
     def get_extra_state(self):
@@ -254,8 +242,8 @@ class Anchor(Method):
         means = {}
         gains = []
         parts = iter(S.split(self.sizes))
-        for group, parameters in self.members.items():
-            own = [next(parts) for _ in parameters]
+        for group, count in self.counts.items():
+            own = [next(parts) for _ in range(count)]
             measured = [part for part in own if part.any()]
             means[group] = torch.cat(measured).mean().item() if measured else 0.0
             gains += self.gain(own, measured)
@@ -306,7 +294,7 @@ def per_clip_gradients(model, parameters, batches, loss):
     For each batch of n clips, cut up where they are many, it yields the list of [n, *shape] over
     `parameters` (a list, of the model's), zero where a parameter is unused. batches: of
     data.collate, the clips of a batch annotated in equally many frames. loss(outputs, batch) is a
-    scalar, for a batch of one clip. The model is used as it stands (put it into eval mode), in fp32.
+    scalar, for a batch of one clip. The model is used as it stands (in eval mode), in fp32.
     """
 
     def of_one(values, clip):
@@ -319,12 +307,9 @@ def per_clip_gradients(model, parameters, batches, loss):
     beside = max(1, SIDE_BY_SIDE // max(1, sum(p.numel() for p in parameters)))
     for batch in batches:
         n = len(batch["context"])
-        clips = {}
+        clips = {name: batch[name] for name in ("context", "tokens", "label") if name in batch}
         for name in ("frames", "masks", "second"):  # [M, ...] -> [n, M / n, ...]
             clips[name] = batch[name].unflatten(0, (n, -1))
-        for name in ("context", "tokens", "label"):
-            if name in batch:
-                clips[name] = batch[name]
         for first in range(0, n, beside):
             some = {name: value[first : first + beside] for name, value in clips.items()}
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

@@ -216,8 +216,8 @@ def right_classes(run, logits, batch):
 def score_tasks(run, learned):
     """One row of every matrix, over all tasks, past, present and future.
 
-    {"test": {score: [one a task]}, "val": [J of each task on validation clips], "classes": J of
-    each of `class_names` on test clips, or None}. learned: tasks so far; the classes of a task
+    {"test": {score: [one a task]}, "val": [J of each task on validation clips], "classes": [J of
+    each of `class_names` on test clips]}. learned: tasks so far; the classes of a task
     beyond them do not compete. In TIL each task has its head; one not learned yet, the latest.
     """
     rows, val = [], []
@@ -228,14 +228,11 @@ def score_tasks(run, learned):
             rows.append(score(run, task.test, listening=True))
             val.append(score(run, task.val)["J"])
     J, frames = sum(row.pop("of_clips") for row in rows)
-    classes = None
-    names = class_names(run.cache, run.tasks)
-    if names:
-        classes = []
-        for name in names:
-            clips = [i for i, clip in enumerate(run.cache.clips) if clip["category"] == name]
-            total = frames[clips].sum()
-            classes.append((J[clips].sum() / total).item() if total else None)
+    classes = []
+    for name in class_names(run.cache, run.tasks) or ():
+        clips = [i for i, clip in enumerate(run.cache.clips) if clip["category"] == name]
+        total = frames[clips].sum()
+        classes.append((J[clips].sum() / total).item() if total else None)
     test = {name: [row[name] for row in rows] for name in rows[0]}
     return {"test": test, "val": val, "classes": classes}
 

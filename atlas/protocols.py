@@ -56,20 +56,14 @@ def domain_incremental(cache, config):
     if not isinstance(domains, dict):
         unknown = sorted(set(domains or ()) - set(DOMAINS))
         if unknown:
+            known = ", ".join(DOMAINS)
             raise AtlasError(
-                f"domains names `{unknown[0]}`; choose from {', '.join(DOMAINS)}, or give a "
-                "mapping of domain: [classes]"
+                f"domains names `{unknown[0]}`; choose from {known}, or give a mapping"
             )
         domains = {name: DOMAINS[name] for name in domains or DOMAINS}
     categories = {clip["category"] for clip in cache.clips}
     named = [str(name) for classes in domains.values() for name in classes]
-    homeless = sorted(categories - set(named))
-    twice = sorted({name for name in named if named.count(name) > 1})
-    if homeless or twice:
-        raise AtlasError(
-            f"domains must hold each class of the data once; in none: "
-            f"{', '.join(homeless) or 'none'}; in two: {', '.join(twice) or 'none'}"
-        )
+    each_once("domains", named, categories, or_more=True)
     tasks = []
     for name, classes in domains.items():
         present = [str(c) for c in classes if str(c) in categories]
@@ -84,20 +78,23 @@ def class_order(categories, config):
         drawn = np.random.default_rng(config.seed).permutation(categories)
         return [str(name) for name in drawn]
     order = [str(name) for name in config.class_order]
-    for name in order:
-        if name not in categories:
+    each_once("class_order", order, categories)
+    return order
+
+
+def each_once(key, names, categories, or_more=False):
+    """Refuse names that do not hold each category once; or_more: others may be among them."""
+    for name in names:
+        if name not in categories and not or_more:
             near = difflib.get_close_matches(name, categories, n=1, cutoff=0.0)[0]
-            raise AtlasError(
-                f"class_order names `{name}`, which the data does not have; the nearest is `{near}`"
-            )
-    missing = sorted(set(categories) - set(order))
-    twice = sorted({name for name in order if order.count(name) > 1})
+            raise AtlasError(f"{key}: the data have no class `{name}`; the nearest is `{near}`")
+    missing = sorted(set(categories) - set(names))
+    twice = sorted({name for name in names if names.count(name) > 1})
     if missing or twice:
         raise AtlasError(
-            f"class_order must name each class once; missing: {', '.join(missing) or 'none'}; "
-            f"twice: {', '.join(twice) or 'none'}"
+            f"{key} must hold each class of the data once; missing: "
+            f"{', '.join(missing) or 'none'}; twice: {', '.join(twice) or 'none'}"
         )
-    return order
 
 
 def task_of(cache, classes, name=None):
@@ -112,20 +109,13 @@ def checked(tasks, cache):
     """Every class is in exactly one task, no train clip in two; no split of a task is empty."""
     names = sorted(name for task in tasks for name in task.classes)
     trained = [i for task in tasks for i in task.train]
-    if names != sorted({clip["category"] for clip in cache.clips}) or len(trained) != len(
-        set(trained)
-    ):
-        raise AtlasError(
-            "the protocol put a class into no task or into two, or a train clip into two tasks; "
-            "please report this"
-        )
+    classes = sorted({clip["category"] for clip in cache.clips})
+    if names != classes or len(trained) != len(set(trained)):
+        raise AtlasError("the protocol put a class or a train clip into no task, or into two")
     for task in tasks:
         for split in ("train", "val", "test"):
             if not getattr(task, split):
-                raise AtlasError(
-                    f"task {task.name} ({', '.join(task.classes)}) has no {split} clip; merge it "
-                    "with another by base and step"
-                )
+                raise AtlasError(f"task {task.name} has no {split} clip; change base and step")
     return tasks
 
 
@@ -151,10 +141,7 @@ def drifting_stream(cache, config):
     stream = train[np.argsort(position)].tolist()
     batches = math.ceil(len(stream) / config.batch_size)
     if batches < k:
-        raise AtlasError(
-            f"a stream of {len(stream)} train clips is {batches} batches, too short for "
-            f"stream_checkpoints={k}; lower it, or batch_size"
-        )
+        raise AtlasError(f"{batches} batches are too few for stream_checkpoints={k}; lower it")
     cuts = [round(i * batches / k) * config.batch_size for i in range(k + 1)]
     tasks = []
     for s in range(k):
@@ -162,15 +149,11 @@ def drifting_stream(cache, config):
         for split in ("val", "test"):
             found = np.flatnonzero((splits == split) & (segment == s)).tolist()
             if not found:
-                raise AtlasError(
-                    f"segment {s + 1} of the stream has no {split} clip; lower stream_checkpoints"
-                )
+                raise AtlasError(f"segment {s + 1} has no {split} clip; lower stream_checkpoints")
             held.append(tuple(found))
         part = tuple(stream[cuts[s] : cuts[s + 1]])
         begins = int((segment[train] < s).sum())
         tasks.append(Task(f"segment {s + 1}", (), part, *held, begins=begins))
-    if sorted(i for task in tasks for i in task.train) != train.tolist():
-        raise AtlasError("the stream does not hold every train clip once; please report this")
     return tasks
 
 
@@ -194,10 +177,7 @@ def audio_segments(features, clips, k):
     means = np.stack(means)
     items = np.flatnonzero(weight)
     if len(items) < k:
-        raise AtlasError(
-            f"the train clips come from {len(items)} source videos, too few for "
-            f"stream_checkpoints={k} segments"
-        )
+        raise AtlasError(f"{len(items)} source videos are too few for stream_checkpoints={k}")
     centres = first_centres(means, weight, k, rng)
     of_source = None
     for _ in range(100):
@@ -295,16 +275,12 @@ def plan_of(sequence, t, config):
     clips = sequence[t - 1].train
     size = config.batch_size
     if config.protocol == "tfcl" and config.method != "joint":
-        chunks = []
-        for first in range(0, len(clips), CHUNK * size):
-            chunks.append(list(clips[first : first + CHUNK * size]))
-        steps = []
-        for task in sequence:
-            steps.append(config.stream_epochs * math.ceil(len(task.train) / size))
+        starts = range(0, len(clips), CHUNK * size)
+        chunks = [list(clips[first : first + CHUNK * size]) for first in starts]
+        repeats = config.stream_epochs
+        steps = [repeats * math.ceil(len(task.train) / size) for task in sequence]
         before = sum(steps[: t - 1])
-        return Plan(
-            t, chunks, config.stream_epochs, before, sum(steps), size, "checkpoint", "chunk"
-        )
+        return Plan(t, chunks, repeats, before, sum(steps), size, "checkpoint", "chunk")
     count = config.epochs_first if t == 1 else config.epochs
     if config.protocol == "tfcl":
         count = config.stream_epochs

@@ -175,8 +175,8 @@ def checked(path, results):
 
 def damaged(path, why):
     return AtlasError(
-        f"{path} is damaged ({why}); remove it, and the command that began the run scores its "
-        "checkpoints again with --resume"
+        f"{path} is damaged ({why}); the command that began the run, with --resume, scores its "
+        "checkpoints again"
     )
 
 

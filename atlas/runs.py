@@ -73,18 +73,20 @@ class Run(Learner):
     @property
     def weights(self):
         """{"visual" | "audio": {"source", "sha256"}} of the frozen encoders."""
-        config = self.config
-        audio = "none needed" if config.audio == "logmel" else source_of(config.audio_weights)
-        return {
-            "visual": {"source": source_of(config.visual_weights), "sha256": self.visual_sha},
-            "audio": {"source": audio, "sha256": self.audio_sha},
-        }
+        found = {}
+        for name, sha in (("visual", self.visual_sha), ("audio", self.audio_sha)):
+            source = str(getattr(self.config, f"{name}_weights") or "random")
+            found[name] = {"source": source, "sha256": sha}
+        if self.config.audio == "logmel":
+            found["audio"]["source"] = "none needed"
+        return found
 
     @property
     def environment(self):
         on_gpu = self.device == "cuda"
         return {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "amp": self.amp,
             "channels_last": on_gpu,
@@ -96,13 +98,14 @@ class Run(Learner):
     def open(self, resume=False):
         """Take the folder for this run; with `resume`, go on from what it holds.
 
-        Without it, a folder that holds anything is refused. With it, a folder that was made with
-        another config is refused by the keys that differ. What is wrong is said before the folder
-        is made.
+        What is wrong is said before the folder is made.
         """
         begun = resume and (self.folder / "config.yaml").is_file()
         results.read_joint(self.config.joint_run, self.results["tasks"])
         first = None if begun else first_task(self)
+        if first:
+            self.load(Path(self.config.first_task, "task_01"), with_method=False)
+            self.choose_heads(1)
         self.lock = None if parallel.rank() else take_folder(self.folder, self.config, resume)
         parallel.wait()
         if begun:
@@ -111,7 +114,6 @@ class Run(Learner):
             text = yaml.safe_dump(as_dict(self.config), sort_keys=False, allow_unicode=True)
             write_text(self.folder / "config.yaml", text)
         if first:
-            self.load(Path(self.config.first_task, "task_01"), with_method=False)
             self.results |= first_rows(first, 2)
             spent = first["seconds"]["train"][0]
             self.journal.write(task=1, raw={}, reused=self.config.first_task, seconds=spent)
@@ -121,30 +123,26 @@ class Run(Learner):
     def recover(self):
         """Go on from the last checkpoint, and score again what results.json lacks."""
         found = read_or_none(self.folder)
+        if found:
+            refuse_other_encoders(self.folder, found, self.visual_sha, self.audio_sha)
         if found and found["tasks"] != self.results["tasks"]:
-            raise AtlasError(
-                f"the data of {self.folder} have changed since the run began: its tasks have other "
-                "clips; choose another name=... for a new run"
-            )
+            raise AtlasError(f"{self.folder}: its tasks now have other clips; choose another name")
         self.results = found or self.results
         if self.results["complete"]:
             return
         self.learned = max(checkpoints(self.folder), default=0)
         rows = len(self.results["matrix"]["J"])
         if rows > self.learned + 1:
-            self.tell(f"task {rows - 1} has no checkpoint; going on after task {self.learned}")
+            print(f"task {rows - 1} has no checkpoint; going on after task {self.learned}")
             self.results |= first_rows(self.results, self.learned + 1)
         for t in range(rows, self.learned + 1):
             known = t == 0 or t in checkpoints(self.folder)
-            self.tell(f"row {t} of R is {'scored again' if known else 'lost and stays null'}")
+            print(f"row {t} of R is {'scored again' if known else 'lost and stays null'}")
             if known and t:
                 self.load_task(t)
             self.add_row(score_tasks(self, t) | {"seconds": 0.0} if known else None)
         if self.learned:
             self.load_task(self.learned)
-
-    def tell(self, text):
-        print(f"{self.folder}: {text}", flush=True)
 
     def add_row(self, row):
         """Add a row to every matrix (None: it was not scored), and what the tasks took."""
@@ -157,8 +155,8 @@ class Run(Learner):
         self.write_results()
 
     def write_results(self):
-        text = json.dumps(self.results, indent=1, allow_nan=False)
-        write_text(self.folder / "results.json", text + "\n")
+        text = json.dumps(self.results, indent=1, allow_nan=False) + "\n"
+        write_text(self.folder / "results.json", text)
 
     def finish(self):
         """Add what derives from the matrices, and mark the run as complete."""
@@ -180,14 +178,7 @@ class Run(Learner):
 
         Returns its Plan and the number of its epochs (or chunks) that are done.
         """
-        til = self.config.protocol == "til" and self.config.method != "joint"
-        decoder, classifier = self.model.decoder, self.model.classifier
-        if til and len(decoder.heads) < t:
-            decoder.add_head()
-        decoder.use_head(t - 1)
-        if classifier:
-            last = len(classifier.heads) if self.config.method == "joint" else t
-            classifier.compete(t - 1 if til else 0, last)
+        self.choose_heads(t)
         plan = self.plan = plan_of(self.sequence, t, self.config)
         self.updates = Updates(self, t, plan.steps)
         done = self.load_progress(t)
@@ -196,6 +187,17 @@ class Run(Learner):
         if not done and not self.is_stream:
             self.method.begin_task(TaskClips(self, t))
         return plan, done
+
+    def choose_heads(self, t):
+        """Use the heads that learn task t: TIL's own mask head, and the classes that compete."""
+        til = self.config.protocol == "til" and self.config.method != "joint"
+        decoder, classifier = self.model.decoder, self.model.classifier
+        if til and len(decoder.heads) < t:
+            decoder.add_head()
+        decoder.use_head(t - 1)
+        if classifier:
+            last = len(classifier.heads) if self.config.method == "joint" else t
+            classifier.compete(t - 1 if til else 0, last)
 
     def batches(self, plan, epoch):
         """The batches of an epoch (or chunk), of each this process's part, on the device.
@@ -227,7 +229,7 @@ class Run(Learner):
         labels = self.model.classifier.labels(batch["category"])
         return batch | {"label": labels.to(self.device)}
 
-    def save_progress(self, plan, epoch, seconds):
+    def save_progress(self, plan, epoch):
         """progress.pt: how far task t is, and the state of all that learns, in one file."""
         weights = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         state = {
@@ -255,10 +257,7 @@ class Run(Learner):
             path = self.folder / f"task_{t - 1:02d}" / "updates.pt"
             before = read_progress(path)
             if not before:
-                raise AtlasError(
-                    f"{path} is missing or damaged, and a stream cannot go on without its "
-                    f"optimiser; remove the folder {path.parent} to go on from the one before"
-                )
+                raise AtlasError(f"{path} is damaged; remove {path.parent}, then --resume again")
             self.updates.load_state_dict(before)
         return 0
 
@@ -266,12 +265,6 @@ class Run(Learner):
         """Log what a method's `observe` reports: task-free, a window of the loss."""
         if report:
             self.journal.write(task=self.plan.t, epoch=self.epoch, window=report)
-
-    def row_name(self, t):
-        """What row t of R is after."""
-        if not t:
-            return "untrained"
-        return f"{'checkpoint' if self.is_stream else 'after task'} {t}"
 
     def save_task(self, t):
         """Write the checkpoint of task t."""
@@ -320,15 +313,7 @@ def open_data(config):
     """(PackedClips, SHA-256 of the audio encoder) of a config; packs the cache if it is missing."""
     clips = READERS[config.dataset](config.data_root)
     encoder = build_audio_encoder(config.audio, config.audio_weights)
-    folder = pack(
-        clips,
-        config.data_root,
-        config.cache_dir,
-        config.image_size,
-        encoder,
-        config.audio,
-        config.dataset,
-    )
+    folder = pack(clips, config.data_root, config.cache_dir, config.image_size, encoder)
     return PackedClips(folder), fingerprint(encoder)
 
 
@@ -347,14 +332,8 @@ def refuse_other_encoders(folder, found, visual_sha, audio_sha):
     """The scores of a run hold for its own frozen encoders only."""
     for name, sha in (("visual", visual_sha), ("audio", audio_sha)):
         if sha != found["weights"][name]["sha256"]:
-            raise AtlasError(
-                f"the {name} encoder is not the one of the run {folder}: its weights differ "
-                f"({name}_weights in config.yaml, or another version of torch)"
-            )
-
-
-def source_of(weights):
-    return "random" if weights is False else str(weights)
+            why = f"its weights differ ({name}_weights, or another version of torch)"
+            raise AtlasError(f"the {name} encoder is not the one of the run {folder}: {why}")
 
 
 def peak_memory_mb(device):

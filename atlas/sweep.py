@@ -1,9 +1,7 @@
 """The command line of train.py: one run, or a grid of runs. Imports no torch.
 
 A key with several values, `method=lra,ewc seed=0,1,2`, makes a grid: every combination is a run in
-a process of its own. Brackets or quotes protect a comma. What is finished is skipped, what was
-begun is resumed, so the same command goes on after a stop. Settings are ranked by final J on
-validation clips, the mean over seeds (and data roots); test scores stand beside it.
+a process of its own. What is finished is skipped, what was begun is resumed.
 """
 
 import argparse
@@ -15,59 +13,37 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 from atlas.config import FIELDS, METHODS, as_dict, load_config, run_name, split_word
 from atlas.errors import AtlasError, one_line_errors
+from atlas.results import mean_known, read_results
 
-SCRIPT = Path(__file__).parents[1] / "train.py"
 REPLICATES = ("seed", "data_root")  # what a setting is averaged over
 SECTIONS = {"name": "run", "dataset": "data", "protocol": "protocol", "visual": "model"}
 SECTIONS |= {"method": "method", "epochs_first": "optim"}  # the first key of each block
-COLUMNS = ("val J final", "J final", "J forgetting", "minutes")
+VALUE = r"""(\[[^]]*\]|\([^)]*\)|\{[^}]*\}|'[^']*'|"[^"]*"|[^,])+"""  # brackets, quotes keep commas
 
-
-@dataclass(frozen=True)
-class Point:
-    """One run of a grid."""
-
-    words: list  # train.py's arguments
-    config: object
-    setting: str  # its varied keys, seed and data_root aside
-
-    @property
-    def folder(self):
-        return Path(self.config.out_dir, run_name(self.config))
-
-
-class Parser(argparse.ArgumentParser):
-    """Its errors are one line, like all others."""
-
-    def error(self, message):
-        raise AtlasError(f"{message}; keys are given as key=value, see --help")
+# A run: train.py's arguments, its config, its varied keys (REPLICATES aside) and its folder.
+Point = namedtuple("Point", "words config setting folder")
 
 
 def parse_arguments(manual, words=None):
-    """What a command line asks for; `manual` is the script's docstring.
-
-    It has points (of the grid, each checked), is_grid, config (of a single run), resume, jobs and
-    print_only. Exits on --help and, with one line, on bad input.
-    """
-    parser = Parser(
+    """A command line: points, is_grid, config (of a single run), resume, jobs and print_only."""
+    parser = argparse.ArgumentParser(
         usage="train.py [--cfg FILE...] [--resume] [--jobs N] [--print] [key=value...]",
         description=manual,
         epilog=f"keys=defaults:\n{key_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--cfg", action="store_true", help="YAML files follow; later ones win")
-    parser.add_argument("--resume", action="store_true", help="go on with a run, or begin it")
+    flag = {"action": "store_true"}
+    parser.add_argument("--cfg", **flag, help="YAML files follow; later ones win")
+    parser.add_argument("--resume", **flag, help="go on with a run, or begin it")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs of a grid at a time")
-    parser.add_argument(
-        "--print", dest="print_only", action="store_true", help="print a grid's commands"
-    )
+    parser.add_argument("--print", **flag, dest="print_only", help="print a grid's commands")
     parser.add_argument("words", nargs="*", metavar="key=value", help="keys; they win over files")
     with one_line_errors():
         given = parser.parse_intermixed_args(words)
@@ -89,52 +65,33 @@ def files_and_keys(words):
 
 def grid(files, words):
     """The Points of config files and `key=value,value` words: every combination, each checked."""
-    texts = dict(map(split_word, words))  # of two equal keys the last wins
-    values = {key: split_values(text) for key, text in texts.items()}
-    varied = [key for key, several in values.items() if len(several) > 1]
-    if "name" in varied:
-        raise AtlasError("a grid takes one name; it begins the name of each run's folder")
-    points, seen = [], {}
+    values = {key: split_values(text) for key, text in map(split_word, words)}  # the last wins
+    points = []
     for chosen in itertools.product(*values.values()):
-        point = dict(zip(values, chosen))
-        config = load_config(files, [f"{key}={text}" for key, text in point.items()])
+        named = dict(zip(values, chosen))
+        keys = [f"{key}={text}" for key, text in named.items()]
+        config = load_config(files, keys)
+        varied = {key: text for key, text in named.items() if len(values[key]) > 1}
         if varied:
-            point["name"] = folder_name(config, {key: point[key] for key in varied})
-        named = [f"{key}={text}" for key, text in point.items()]
-        own = [f"{key}={point[key]}" for key in varied if key not in REPLICATES]
-        command = ["--resume", *(["--cfg", *map(str, files)] if files else []), *named]
-        points.append(Point(command, load_config(files, named), " ".join(own) or "as configured"))
-        for mark in (str(points[-1].folder), repr(as_dict(config))):
-            other = seen.setdefault(mark, points[-1])
-            if other is not points[-1]:
-                raise AtlasError(
-                    f"`{shlex.join(other.words)}` and `{shlex.join(command)}` would be the same "
-                    "run, or share a folder; give different values"
-                )
+            keys.append(f"name={folder_name(config, varied)}")
+            config = load_config(files, keys)
+        command = ["--resume", *(["--cfg", *map(str, files)] if files else []), *keys]
+        own = " ".join(f"{key}={text}" for key, text in varied.items() if key not in REPLICATES)
+        folder = Path(config.out_dir, run_name(config))
+        points.append(Point(command, config, own or "as configured", folder))
+    folder, runs = Counter(point.folder for point in points).most_common(1)[0]
+    if runs > 1:
+        raise AtlasError(f"{runs} runs would share {folder}; give other values")
     return points
 
 
 def split_values(text):
-    """["a", "b"] of "a,b"; a comma in brackets, or in quotes that open a value, does not split."""
-    values, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"" and not values[-1]:
-            quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth = max(0, depth - 1)
-        elif letter == "," and not depth:
-            values.append("")
-            continue
-        values[-1] += letter
-    return [value.strip() for value in values]
+    """["a", "b"] of "a,b"; a comma in brackets or quotes does not split."""
+    return [value[0].strip() for value in re.finditer(VALUE, text)] or [""]
 
 
 def folder_name(config, varied):
-    """The name of a grid's run: the given name, or protocol, method and seed; then what varies."""
+    """A run's name: the given one, or protocol, method and seed; then what varies."""
     shown = {"protocol": config.protocol, "method": config.method, "seed": f"seed{config.seed}"}
     parts = [text for key, text in shown.items() if key in varied or not config.name]
     parts += [f"{key}-{text}" for key, text in varied.items() if key not in shown]
@@ -142,124 +99,87 @@ def folder_name(config, varied):
 
 
 def start_run(words, errors, jobs):
-    """Run train.py in a process of its own, its stderr in the file `errors`; the exit status."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    with open(errors, "wb") as file:
-        return subprocess.run(
-            [sys.executable, str(SCRIPT), *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-            env={"OMP_NUM_THREADS": threads} | os.environ,
-        ).returncode
+    """Run train.py as a process, its stderr in the file `errors`. Returns the exit status."""
+    command = [sys.executable, Path(__file__).parents[1] / "train.py", *words]
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
+    with open(errors, "wb") as err:
+        return subprocess.call(command, stdout=subprocess.DEVNULL, stderr=err, env=env)
 
 
 def run_grid(arguments, table, start=start_run):
-    """Run a grid, or print its commands; the exit status, 1 if a run failed.
-
-    table(results of the finished runs) gives the text that ends it. start(words, file, jobs) begins
-    train.py, writes its errors to the file and returns its exit status.
-    """
-    points, failed = arguments.points, []
+    """Run a grid, or print it; `table` makes a text of all results. Returns the exit status."""
+    points, jobs = arguments.points, arguments.jobs
     if arguments.print_only:
-        for point in points:
-            print(shlex.join(["python", "train.py", *point.words]))
+        print("\n".join(shlex.join(["python", "train.py", *point.words]) for point in points))
         return 0
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = [pool.submit(run, point, arguments.jobs, start) for point in points]
-        try:
-            failed = [future for future in futures if not future.result()]
-        except BaseException:  # Ctrl-C: what waits is not begun
-            pool.shutdown(cancel_futures=True)
-            raise
-    done = [(point, results) for point in points if (results := finished(point))]
+    with ThreadPoolExecutor(jobs) as pool:  # after Ctrl-C, what waits is not begun
+        found = list(pool.map(lambda point: run(point, jobs, start), points))
+    done = [(point, results) for point, results in zip(points, found) if results]
     if done:
         print(f"\n{ranking(done)}\n\n{table([results for _, results in done])}")
-    if failed:
-        print(f"error: {len(failed)} of {len(points)} runs failed", file=sys.stderr)
+    if failed := len(points) - len(done):
+        print(f"error: {failed} of {len(points)} runs failed", file=sys.stderr)
     return 1 if failed else 0
 
 
 def run(point, jobs, start):
-    """Train one point, or go on with it, or skip it where it is finished; whether it is well."""
-    if before := finished(point):
-        old, new = before["config"], json.loads(json.dumps(as_dict(point.config)))
-        if differing := [k for k in new if k != "first_task" and old.get(k) != new[k]]:
-            text = f"holds a run of another config ({', '.join(differing)}); choose another name="
-            print(f"error: {point.folder} {text}", file=sys.stderr, flush=True)
-            return False
-        print(f"finished before: {point.folder}", flush=True)
-        return True
-    errors = point.folder.with_name(point.folder.name + ".err")
+    """Train one point, or go on with it, unless it is finished. Its results; None if it failed."""
+    if results := finished(point):
+        print(f"finished before: {point.folder}")
+        return results
+    errors = point.folder.with_name(f"{point.folder.name}.err")
     errors.parent.mkdir(parents=True, exist_ok=True)
     if status := start(point.words, errors, jobs):
-        lines = errors.read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
-        print(f"{last} (run {point.folder}, all of it: {errors})", file=sys.stderr, flush=True)
-        return False
+        last = errors.read_text(errors="replace").rstrip().rpartition("\n")[2]
+        print(last or f"error: exit status {status}", f"(all of it: {errors})", file=sys.stderr)
+        return None
     errors.unlink()
-    print(f"done: {point.folder}", flush=True)
-    return True
+    print(f"done: {point.folder}")
+    return finished(point)
 
 
 def finished(point):
-    """The results of a finished run, or None."""
+    """The results of a finished run of this config, else None."""
     try:
-        results = json.loads((point.folder / "results.json").read_text("utf-8"))
-        return results if results["complete"] and isinstance(results["config"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):  # --resume says what is wrong with it
+        results = read_results(point.folder)
+    except AtlasError:
         return None
+    asked = as_dict(point.config) | {"first_task": results["config"].get("first_task")}
+    return results if results["complete"] and results["config"] == asked else None
 
 
 def ranking(done):
     """Markdown, a row a setting, the best final J on validation clips first."""
     rows = {}
     for point, results in done:
-        try:
-            J = results["metrics"]["J"]
-            seconds = sum(sum(filter(None, part)) for part in results["seconds"].values())
-            val = average(results["val_matrix"]["J"][-1] or [None])
-            scores = (val, J["final"], J["forgetting"], seconds / 60)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise AtlasError(f"{point.folder}/results.json is damaged; remove the folder") from None
-        rows.setdefault(point.setting, []).append(scores)
-    best = sorted(rows.items(), key=lambda row: -(average([run[0] for run in row[1]]) or 0))
-    lines = [f"| setting | runs | {' | '.join(COLUMNS)} |", "|---" * 6 + "|"]
-    for setting, runs in best:
-        lines.append(f"| {setting} | {len(runs)} | {' | '.join(map(spread, zip(*runs)))} |")
+        val = mean_known(results["val_matrix"]["J"][-1])
+        rows.setdefault(point.setting, []).append((val, results["metrics"]["J"]["final"]))
+    lines = ["| setting | runs | val J final | J final |", "|---|---|---|---|"]
+    for setting in sorted(rows, key=lambda s: -(mean_known([run[0] for run in rows[s]]) or 0)):
+        cells = [setting, str(len(rows[setting])), *map(spread, zip(*rows[setting]))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def average(values):
-    """The mean, or None where a value is missing."""
-    return None if None in values else mean(values)
-
-
 def spread(values):
-    """Mean and standard deviation as text."""
+    """Mean ± standard deviation."""
     if None in values:
         return "–"
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def key_help():
-    """The keys, their defaults and meaning, under the titles of their blocks, in 80 columns."""
+    """The keys, their defaults and meaning, under their titles, in 80 columns."""
     lines = []
     for name, f in FIELDS.items():
         if name in SECTIONS:
-            lines.append(f"\n-- {SECTIONS[name]}")
-        default = "null" if f.default is None else str(f.default)
-        default = default.lower() if isinstance(f.default, bool) else default
-        choices = f.metadata["choices"]
-        given = f" [{' | '.join(choices)}]" if choices and name != "method" else ""
-        lines += wrapped(f"  {name}={default}", 26, f.metadata["help"] + given)
+            lines += ["", f"-- {SECTIONS[name]}"]
+        choices = " | ".join(f.metadata["choices"])
+        given = f" [{choices}]" if choices and name != "method" else ""
+        default = json.dumps(f.default).strip('"')
+        lines.append(f"{f'  {name}={default}':<25} {f.metadata['help']}{given}")
         if name == "method":
             for method, entry in METHODS.items():
                 strength = "" if entry.strength is None else f" (strength {entry.strength:g})"
-                lines += wrapped(f"    {method}", 17, entry.help + strength)
-    return "\n".join(lines)
-
-
-def wrapped(head, column, text):
-    start = f"{head} ".ljust(column)
-    return textwrap.wrap(text, 79, initial_indent=start, subsequent_indent=" " * column)
+                lines.append(f"    {method:<21} {entry.help}{strength}")
+    return "\n".join(textwrap.fill(line, 79, subsequent_indent=" " * 26) for line in lines)

@@ -1,433 +1,325 @@
-"""Open AVS sets: sources never cross splits, truth is every pixel of what is heard, silent pictures have none of it."""
+"""Open sets: no source crosses splits, truth is every pixel of what is heard, the same seed the
+same bytes. The stock is of flat rectangles, each in its class's colour.
+"""
 
-import csv
 import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import run
+from conftest import SHARED, run
 from PIL import Image
-from test_scan import BACKGROUND, COLOUR, VOID, flat_davis, flat_picture, flat_voc, noise_esc
+from test_stock import BACKGROUND, COLOUR, Stock, flat_stock
 
-import atlas.prepare.compose
 from atlas.audio import draw_schedule, gate
-from atlas.clips import SPLITS, T, read_ms3, s4_clip
+from atlas.clips import SPLITS, T, read_ms3, read_s4
 from atlas.errors import AtlasError
-from atlas.prepare.compose import compose_ms3, compose_s4
+from atlas.prepare import compose
+from atlas.prepare.check import check
+from atlas.prepare.compose import Recipe, divide, load_sound, make_open_set
 
-OPENAVS = Path(__file__).parents[2] / "shared" / "openavs"
+S4 = Recipe(seed=3, clips=8, size=64)
+MS3 = Recipe("ms3", seed=3, clips=60, size=64)
 
 
 @pytest.fixture(scope="module")
-def flat(tmp_path_factory):
-    root = tmp_path_factory.mktemp("flat")
-    sources = {
-        "voc": flat_voc(root / "voc"),
-        "davis": flat_davis(root / "davis"),
-        "esc": noise_esc(root / "esc"),
-    }
-    settings = dict(**sources, clips=8, val=4, test=4, size=64, progress=False)
-    return root, settings, compose_s4(root / "set", seed=3, **settings)
+def stock(tmp_path_factory):
+    return flat_stock(tmp_path_factory.mktemp("stock"))
+
+
+@pytest.fixture(scope="module")
+def s4(stock, tmp_path_factory):
+    root = tmp_path_factory.mktemp("s4") / "set"
+    return root, make_open_set(stock, root, S4), read_s4(root)
+
+
+@pytest.fixture(scope="module")
+def ms3(stock, tmp_path_factory):
+    root = tmp_path_factory.mktemp("ms3") / "set"
+    return root, make_open_set(stock, root, MS3), read_ms3(root)
+
+
+@pytest.fixture(params=["s4", "ms3"])
+def made(request):
+    return request.getfixturevalue(request.param)
 
 
 def bytes_of(root):
-    return {
-        str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()
-    }
+    files = sorted(path for path in Path(root).rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 def read(path):
     return np.array(Image.open(path))
 
 
-def assert_no_leak(report):
-    for kinds in (("heard_source", "silent_source"), ("recording_source",)):
-        where = defaultdict(set)
-        for clip in report["clips"]:
-            for kind in kinds:
-                where[clip[kind]].add(clip["split"])
-        assert where and all(len(splits) == 1 for splits in where.values())
-
-
-def test_the_tree_is_avsbench_s4s(flat):
-    root, _, report = flat
-    with open(root / "set" / "Single-source" / "s4_meta_data.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert json.loads((root / "set" / "compose.json").read_text()) == report
-    assert [r["name"] for r in rows] == [c["id"] for c in report["clips"]] and len(
-        {r["name"][:11] for r in rows}
-    ) == len(rows)
-    assert Counter((r["category"], r["split"]) for r in rows) == {
-        (c, s): n for c in ("cat", "cow", "dog") for s, n in zip(SPLITS, (8, 4, 4))
-    }
-    for row in rows:
-        clip = s4_clip(root / "set", row["name"], row["category"], row["split"])
-        assert len(list(Path(clip.masks[0]).parent.iterdir())) == (
-            1 if row["split"] == "train" else 5
-        )
-        for frame in clip.frames:
-            assert read(frame).shape == (64, 64, 3)
-        wave, rate = soundfile.read(clip.audio, always_2d=True)
-        assert (wave.shape, rate) == ((80000, 1), 16000)
-        assert np.sqrt(np.mean(wave**2)) == pytest.approx(0.05, rel=0.02)  # loudness tells nothing
-
-
-def test_truth_is_every_pixel_of_the_heard_class_and_nothing_else(flat):
-    root, _, report = flat
-    colours = np.array([*COLOUR.values(), BACKGROUND, VOID])
-    for entry in report["clips"]:
-        clip = s4_clip(root / "set", entry["id"], entry["class"], entry["split"])
-        for frame, mask in zip(clip.frames, clip.masks):
-            if mask is None:
-                continue
-            frame, mask = read(frame).astype(int), read(mask)
-            assert set(np.unique(mask)) == {0, 255} and (mask > 0).mean() >= 0.02
-            nearest = np.linalg.norm(frame[:, :, None] - colours, axis=-1)
-            sure = nearest.min(-1) < 25  # not a blend of two colours at an edge
-            heard = nearest.argmin(-1) == list(COLOUR).index(entry["class"])
-            assert sure.mean() > 0.85
-            assert np.array_equal(
-                (mask > 0)[sure], heard[sure]
-            )  # all of it, no void, none of it in the silent half
-            half = np.s_[:, :32] if entry["side"] == "left" else np.s_[:, 32:]
-            assert (mask[half] > 0).sum() == (mask > 0).sum()
-
-
-def test_pictures_videos_and_recordings_never_cross_splits(flat):
-    _, _, report = flat
-    assert_no_leak(report)
-    sources = {clip["heard"]: clip["heard_source"] for clip in report["clips"]}
-    assert {sources.get(f"cat-walk{k}_a", f"davis/cat-walk{k // 2}") for k in range(4)} == {
-        "davis/cat-walk0",
-        "davis/cat-walk1",
-    }
-    assert all(
-        source == ("voc/" + name if name.startswith("2007") else "voc/" + name[:2])
-        for name, source in sources.items()
-        if "walk" not in name
-    )
-    assert all(
-        clip["recording"].split("-")[1] == clip["recording_source"] for clip in report["clips"]
-    )
-
-
-def test_silent_pictures_come_from_the_same_pool(flat):
-    _, _, report = flat
-    silent, sides = (
-        Counter(c["silent_class"] for c in report["clips"]),
-        Counter(c["side"] for c in report["clips"]),
-    )
-    assert silent["sofa"] + silent["bird"] < silent["dog"] + silent["cat"] + silent["cow"]
-    assert {c["heard"] for c in report["clips"]} & {c["silent"] for c in report["clips"]}
-    assert min(sides["left"], sides["right"]) > 0.25 * len(report["clips"])
-    assert not [
-        c for c in report["clips"] if c["class"] in ("dog", "cow") and "both" in c["silent"]
-    ]
-
-
-def test_dropped_and_unknown_are_named(flat):
-    _, _, report = flat
-    assert set(report["kept"]) == {"cat", "cow", "dog"}
-    assert (
-        "1 of the 3 picture sources" in report["dropped"]["bird"]
-        and "0 of the 3 recordings" in report["dropped"]["sofa"]
-    )
-    assert report["unknown"] == ["nobody-knows"]
-    assert str(flat[0]) not in json.dumps(report)  # no absolute path
-
-
-def test_seed_decides_everything(flat):
-    root, settings, report = flat
-    again, other = root / "again", root / "other"
-    compose_s4(again, seed=3, **settings)
-    differing = compose_s4(other, seed=4, **settings)
-    assert bytes_of(again) == bytes_of(root / "set")
-    splits = [
-        {clip["heard_source"]: clip["split"] for clip in r["clips"]} for r in (report, differing)
-    ]
-    assert splits[0] != splits[1]
-
-
-def test_one_picture_source_is_enough_and_classes_can_be_chosen(flat, tmp_path):
-    _, settings, _ = flat
-    report = compose_s4(tmp_path / "voc", **settings | {"davis": None, "classes": ["cat", "dog"]})
-    assert set(report["kept"]) == {"cat", "dog"} and report["dropped"]["cow"] == "not in --classes"
-    for k in range(3):
-        flat_picture(tmp_path / "cats", f"0{k}_cat", {"cat": (30, 20, 66, 64)})
-    with pytest.raises(AtlasError, match="pictures of cat, and of others to stand beside it"):
-        compose_s4(tmp_path / "x", **settings | {"voc": tmp_path / "cats", "davis": None})
-    for k in range(3):
-        flat_picture(tmp_path / "cats", f"1{k}_sofa", {"sofa": (30, 20, 66, 64)})
-    report = compose_s4(
-        tmp_path / "y",
-        **settings
-        | {"voc": tmp_path / "cats", "davis": None, "clips": 1, "val": None, "test": None},
-    )
-    assert set(report["kept"]) == {"cat"} and {
-        clip["silent_class"] for clip in report["clips"]
-    } == {"sofa"}
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"voc": None, "davis": None}, "compose needs pictures and sounds"),
-    ({"voc": "missing"}, "missing.*is not there: check --voc"),
-    ({"esc": "missing"}, "missing.*is not there: check --esc"),
-    ({"esc": "voc"}, "esc50.csv is not there"),
-    ({"classes": ["dog", "dgo"]}, "unknown class dgo .*aeroplane, bird"),
-    ({"classes": ["bird"]}, "no class is left .*bird: 1 of the 3"),
-    ({"class_map": "missing"}, "cannot read the class map"),
-    ({"clips": 0}, "at least one clip"),
-    ({"out": "set"}, "set exists and is not an empty folder"),
-])  # fmt: skip
-def test_bad_input_is_one_clear_line(flat, tmp_path, change, message):
-    root, settings, _ = flat
-    change = {
-        key: root / v if key in ("voc", "esc", "class_map", "out") and v else v
-        for key, v in change.items()
-    }
-    with pytest.raises(AtlasError, match=message) as error:
-        compose_s4(**{"out": tmp_path / "x"} | settings | change)
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
-def test_an_unreadable_picture_is_named_and_nothing_is_left(flat, tmp_path):
-    _, settings, _ = flat
-    voc = flat_voc(tmp_path / "voc")
-    for path in (voc / "JPEGImages").glob("*.jpg"):
-        path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(AtlasError, match="the picture .*jpg is not readable"):
-        compose_s4(tmp_path / "x", **settings | {"voc": voc, "davis": None})
-    (voc / "SegmentationClass" / "10_both.png").write_bytes(b"no image")
-    with pytest.raises(AtlasError, match="cannot read the mask .*10_both.png"):
-        compose_s4(tmp_path / "x", **settings | {"voc": voc, "davis": None})
-    assert [p.name for p in tmp_path.iterdir()] == ["voc"]
-
-
-@pytest.fixture(scope="module")
-def flat_ms3(flat):
-    root, settings, _ = flat
-    voc = flat_voc(root / "voc_ms3")
-    for k in range(3):
-        flat_picture(
-            voc, f"4{k}_cow", {"cow": (30, 20, 66, 64)}
-        )  # so that a cow can stand beside a dog, but in no picture of both
-    settings = settings | dict(voc=voc, clips=40, val=9, test=9)
-    return root / "ms3", settings, compose_ms3(root / "ms3", seed=3, **settings)
-
-
-def sounding(entry):
-    """[pictures, T] bool: which picture of a clip is heard in which second."""
-    return np.array([p["schedule"] for p in entry["pictures"]], bool)
-
-
-def test_the_tree_is_avsbench_ms3s(flat_ms3):
-    root, _, report = flat_ms3
-    clips = read_ms3(root)
+def test_the_tree_is_avsbenchs_and_clean(made):
+    root, report, clips = made
     assert json.loads((root / "compose.json").read_text()) == report
-    assert [c.id for c in clips] == [e["id"] for e in report["clips"]] and len(
-        {c.source for c in clips}
-    ) == len(clips)
-    assert Counter(c.split for c in clips) == {"train": 40, "val": 9, "test": 9}
+    assert [clip.id for clip in clips] == [entry["id"] for entry in report["clips"]]
+    _, errors, warnings = check(root)
+    assert not errors and not warnings
     for clip in clips:
         assert all(read(path).shape == (64, 64, 3) for path in clip.frames)
-        assert all(
-            read(path).shape == (64, 64) and set(np.unique(read(path))) <= {0, 255}
-            for path in clip.masks
-        )  # all five, in train too
-        assert (
-            soundfile.info(clip.audio).samplerate == 16000
-            and soundfile.info(clip.audio).frames == 80000
-        )
+        assert all(set(np.unique(read(path))) <= {0, 255} for path in clip.masks if path)
 
 
-def test_ms3_truth_is_every_pixel_of_what_is_heard_in_that_second(flat_ms3):
-    root, _, report = flat_ms3
-    colours = np.array([*COLOUR.values(), BACKGROUND, VOID])
-    for clip, entry in zip(read_ms3(root), report["clips"]):
-        on, classes = sounding(entry), [p["class"] for p in entry["pictures"]]
+def test_truth_is_every_pixel_of_what_is_heard(made):
+    root, report, clips = made
+    colours = np.array([*COLOUR.values(), BACKGROUND])
+    for clip, entry in zip(clips, report["clips"]):
         for t, (frame, mask) in enumerate(zip(clip.frames, clip.masks)):
+            if mask is None:
+                continue
             frame, mask = read(frame).astype(int), read(mask) > 0
-            nearest = np.linalg.norm(frame[:, :, None] - colours, axis=-1)
-            sure = nearest.min(-1) < 25  # not a blend of two colours at an edge
-            heard = np.isin(
-                nearest.argmin(-1),
-                [list(COLOUR).index(c) for c, now in zip(classes, on[:, t]) if now],
-            )
+            distance = np.linalg.norm(frame[:, :, None] - colours, axis=-1)
+            sure = distance.min(-1) < 25  # not a blend of two colours at an edge
+            now = [p["class"] for p in entry["pictures"] if p["schedule"][t]]
+            heard = np.isin(distance.argmin(-1), [list(COLOUR).index(name) for name in now])
             assert sure.mean() > 0.8 and np.array_equal(mask[sure], heard[sure])
-            for picture, now in zip(entry["pictures"], on[:, t]):
+            for picture in entry["pictures"]:
                 column = mask[:, slice(*picture["columns"])]
-                assert (column.sum() >= 0.02 * mask.size) if now else not column.any()
+                assert column.any() == bool(picture["schedule"][t])
 
 
-def test_ms3_sounds_follow_their_schedules(flat_ms3):
-    root, _, report = flat_ms3
-    for clip, entry in zip(read_ms3(root), report["clips"]):
-        on = sounding(entry).sum(0)  # [T] pictures heard in each second
-        loudness = np.sqrt(np.mean(soundfile.read(clip.audio)[0].reshape(T, -1) ** 2, axis=1))
-        assert on.any() and (loudness[on == 0] == 0).all() and (loudness[on > 0] > 0.04).all()
-        assert np.allclose(loudness[on == 2], 0.05 * 2**0.5, rtol=0.1)  # the sum of two recordings
-
-
-def test_ms3_clips_are_two_or_three_classes_of_which_one_dominates(flat_ms3):
-    _, _, report = flat_ms3
-    for entry in report["clips"]:
-        classes = [p["class"] for p in entry["pictures"]]
-        assert len(set(classes)) == len(classes) in (2, 3)
-        assert [p["columns"] for p in entry["pictures"]] == {
-            2: [[0, 32], [32, 64]],
-            3: [[0, 21], [21, 43], [43, 64]],
-        }[len(classes)]
-        assert (
-            {p["class"] for p in entry["pictures"] if any(p["schedule"])}
-            == set(entry["heard"])
-            == {p["class"] for p in entry["pictures"] if p["recording"]}
-        )
-        assert len(entry["heard"]) in (1, 2) and set(entry["heard"]) <= {"cat", "cow", "dog"}
-    for split in SPLITS:
-        here = [e for e in report["clips"] if e["split"] == split]
-        first, ever = (
-            Counter(e["heard"][0] for e in here),
-            Counter(name for e in here for name in e["heard"]),
-        )
-        assert max(first.values()) - min(first.values()) <= 1
-        assert {c: splits[split]["clips"] for c, splits in report["kept"].items()} == ever
-    on = np.array([sounding(e).any(0) for e in report["clips"]])
-    assert 0.03 < 1 - on.mean() < 0.2  # silent seconds
-    assert (
-        Counter(len(e["pictures"]) for e in report["clips"]).keys()
-        == Counter(len(e["heard"]) + 1 for e in report["clips"]).keys()
-        == {2, 3}
-    )
-
-
-def test_no_ms3_picture_contains_the_class_of_another(flat_ms3):
-    _, _, report = flat_ms3
-    with_both = [e for e in report["clips"] if any("both" in p["picture"] for p in e["pictures"])]
-    dog_and_cow = [
-        e for e in report["clips"] if {"dog", "cow"} <= {p["class"] for p in e["pictures"]}
-    ]
-    assert with_both and dog_and_cow and not [e for e in with_both if e in dog_and_cow]
-
-
-def test_ms3_sources_never_cross_splits(flat_ms3):
-    _, _, report = flat_ms3
+def test_no_source_is_in_two_splits(made):
+    _, report, clips = made
     for kind in ("source", "recording_source"):
-        where = defaultdict(set)
+        splits = defaultdict(set)
         for entry in report["clips"]:
             for picture in entry["pictures"]:
-                where[picture[kind]].add(entry["split"])
-        where.pop(None, None)  # a silent picture's recording
-        assert where and all(len(splits) == 1 for splits in where.values())
+                splits[picture[kind]].add(entry["split"])
+        splits.pop(None, None)
+        assert splits and all(len(found) == 1 for found in splits.values())
+    sources = {clip.source: entry["source"] for clip, entry in zip(clips, report["clips"])}
+    assert len(set(sources.values())) == len(sources)  # a clip's name tells its source
+    names = {p["source"] for entry in report["clips"] for p in entry["pictures"]}
+    assert "walk" in names and names & {"both0", "both1", "both2"}
 
 
-def test_ms3_seed_decides_everything(flat_ms3, tmp_path):
-    _, settings, _ = flat_ms3
-    small = settings | dict(clips=5, val=2, test=2)
-    for name, seed in (("one", 4), ("two", 4), ("three", 5)):
-        compose_ms3(tmp_path / name, seed=seed, **small)
-    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") != bytes_of(tmp_path / "three")
+def test_a_silent_picture_never_contains_a_heard_class(made):
+    _, report, _ = made
+    both = 0
+    for entry in report["clips"]:
+        classes = {p["class"] for p in entry["pictures"]}
+        both += any("both" in p["picture"] for p in entry["pictures"])
+        for picture in entry["pictures"]:
+            others = set(entry["heard"]) - {picture["class"]}
+            assert not ("both" in picture["picture"] and others & {"dog", "cow"})
+            assert (picture["recording"] is not None) == (picture["class"] in entry["heard"])
+        assert len(classes) == len(entry["pictures"]) >= 2
+    assert both
 
 
-def test_a_sum_of_sounds_is_scaled_not_clipped(flat, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        atlas.prepare.compose, "load_sound", lambda path: np.full(80000, 0.9, np.float32)
-    )
-    report = compose_ms3(tmp_path / "set", **flat[1] | dict(clips=20, val=1, test=1))
+def test_few_sources_make_few_test_clips(s4, ms3):
+    for _, report, _ in (s4, ms3):
+        for name, splits in report["heard"].items():
+            for split in ("val", "test"):
+                about = [e for e in report["clips"] if e["split"] == split]
+                about = [e for e in about if e["heard"][0] == name]
+                sources = Counter(entry["source"] for entry in about)
+                assert 1 <= len(about) <= 2 * splits[split]["picture_sources"]
+                assert report is not s4[1] or max(sources.values()) <= 2
+                assert 1 <= splits[split]["picture_sources"] <= splits[split]["clips"]
+    train = [entry for entry in s4[1]["clips"] if entry["split"] == "train"]
+    assert Counter(e["heard"][0] for e in train) == {"dog": 8, "cat": 8, "cow": 8}
+    train = [entry for entry in ms3[1]["clips"] if entry["split"] == "train"]
+    assert Counter(e["heard"][0] for e in train) == {"dog": 20, "cat": 20, "cow": 20}
+
+
+def test_what_is_heard_is_what_has_enough(s4):
+    report = s4[1]
+    assert set(report["heard"]) == {"dog", "cat", "cow"}
+    assert report["left_out"] == {
+        "bird": "sources: 2 of pictures, 10 of sounds",
+        "sofa": "sources: 3 of pictures, 0 of sounds",
+    }
+    silent = Counter()
+    for entry in report["clips"]:
+        silent.update(p["class"] for p in entry["pictures"] if not p["recording"])
+    assert 0 < silent["sofa"] + silent["bird"] < silent["dog"] + silent["cat"] + silent["cow"]
+
+
+def test_people_drew_what_is_called_drawn(s4, ms3):
+    for _, report, _ in (s4, ms3):
+        for entry in report["clips"]:
+            heard = [p for p in entry["pictures"] if p["recording"]]
+            assert (entry["mask"] == "drawn") == all(p["mask"] == "drawn" for p in heard)
+        assert {entry["mask"] for entry in report["clips"]} == {"drawn", "made"}
+
+
+def test_the_seed_decides_everything(stock, s4, tmp_path):
+    root, report, _ = s4
+    make_open_set(stock, tmp_path / "again", S4)
+    assert bytes_of(tmp_path / "again") == bytes_of(root)
+    other = make_open_set(stock, tmp_path / "other", replace(S4, seed=4))
+    splits = [{e["source"]: e["split"] for e in r["clips"]} for r in (report, other)]
+    assert splits[0] != splits[1]
+    few = replace(MS3, clips=4)
+    for name in ("one", "two"):
+        make_open_set(stock, tmp_path / name, few)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+
+
+def test_loudness_and_place_do_not_tell(s4):
+    _, report, clips = s4
+    first = 0
+    for clip, entry in zip(clips, report["clips"]):
+        wave, rate = soundfile.read(clip.audio)
+        assert (len(wave), rate) == (80000, 16000)
+        assert np.sqrt(np.mean(wave**2)) == pytest.approx(0.05, rel=0.02)
+        first += bool(entry["pictures"][0]["recording"])
+    assert 0.25 < first / len(clips) < 0.75
+
+
+def test_ms3_sounds_follow_their_schedules(ms3):
+    _, report, clips = ms3
+    seconds, shown, heard = [], Counter(), Counter()
+    for clip, entry in zip(clips, report["clips"]):
+        on = np.array([p["schedule"] for p in entry["pictures"]]).sum(0)  # [T] heard at once
+        wave, _ = soundfile.read(clip.audio)
+        loudness = np.sqrt(np.mean(wave.reshape(T, -1) ** 2, axis=1))
+        assert on.any() and not loudness[on == 0].any() and (loudness[on > 0] > 0.04).all()
+        assert np.allclose(loudness[on == 2], 0.05 * 2**0.5, rtol=0.1)
+        seconds.append(on)
+        shown[len(entry["pictures"])] += 1
+        heard[len(entry["heard"])] += 1
+    assert 0.03 < (np.array(seconds) == 0).mean() < 0.2
+    assert shown.keys() == {2, 3} and heard.keys() == {1, 2}
+
+
+def test_some_pictures_are_alone(stock, tmp_path):
+    report = make_open_set(stock, tmp_path / "set", replace(S4, alone=0.5))
+    alone = [len(entry["pictures"]) == 1 for entry in report["clips"]]
+    assert 0.2 < np.mean(alone) < 0.8
+    for entry in report["clips"]:
+        if len(entry["pictures"]) == 1:
+            assert entry["pictures"][0]["columns"] == [0, 64] and entry["pictures"][0]["recording"]
+
+
+def test_classes_can_be_chosen(stock, tmp_path):
+    report = make_open_set(stock, tmp_path / "set", replace(S4, classes=("cat", "cow")))
+    assert set(report["heard"]) == {"cat", "cow"}
+    assert report["left_out"]["dog"] == "not in --classes"
+
+
+def test_a_source_of_several_classes_is_in_one_split():
+    sources = {
+        "dog": {f"d{k}" for k in range(20)} | {"both"},
+        "cat": {f"c{k}" for k in range(9)} | {"both"},
+        "sofa": {"s"},
+    }
+    for seed in range(10):
+        split_of = divide(sources, ["cat", "dog"], np.random.default_rng(seed))
+        assert split_of.keys() == set().union(*sources.values())
+        for name in ("dog", "cat"):
+            found = Counter(split_of[source] for source in sources[name])
+            assert set(found) == set(SPLITS)
+        assert 11 <= Counter(split_of[f"d{k}"] for k in range(20))["train"] <= 14
+    with pytest.raises(AtlasError, match="cat shares its sources"):
+        divide({"cat": {"a", "b"}}, ["cat"], np.random.default_rng(0))
+
+
+def test_things_that_are_too_small_are_left_out(stock, tmp_path):
+    small = Stock(tmp_path / "small")
+    small.picture("dog", "speck", {"dog": (40, 40, 46, 46)})
+    small.picture("dog", "dog")
+    pictures, _ = compose.read_stock(small.root)
+    assert [compose.large_enough(picture) for picture in pictures] == [True, False]
+
+
+def test_sounds_are_trimmed_looped_and_levelled(tmp_path):
+    tone = np.sin(2 * np.pi * 1000 * np.arange(44100) / 44100)
+    wave = np.concatenate([np.zeros(44100), tone, np.zeros(3 * 44100)]) * 0.3
+    soundfile.write(tmp_path / "bark.wav", np.stack([wave, wave], 1), 44100)
+    wave = load_sound(tmp_path / "bark.wav")
+    assert wave.shape == (80000,) and np.abs(np.fft.rfft(wave[16000:32000])).argmax() == 1000
+    loudness = [np.sqrt(np.mean(second**2)) for second in wave.reshape(5, -1)]
+    assert np.allclose(loudness, 0.05, rtol=0.05)
+    soundfile.write(tmp_path / "none.wav", np.zeros(100), 16000)
+    with pytest.raises(AtlasError, match="none.wav"):
+        load_sound(tmp_path / "none.wav")
+
+
+def test_a_sum_of_sounds_is_scaled_not_clipped(stock, tmp_path, monkeypatch):
+    monkeypatch.setattr(compose, "load_sound", lambda path: np.full(80000, 0.9, np.float32))
+    report = make_open_set(stock, tmp_path / "set", replace(MS3, clips=24))
     for clip, entry in zip(read_ms3(tmp_path / "set"), report["clips"]):
-        on = sounding(entry).sum(0)
+        on = np.array([p["schedule"] for p in entry["pictures"]]).sum(0)
         middle = soundfile.read(clip.audio)[0].reshape(T, -1)[:, 8000]
         assert np.allclose(middle, on * 0.5 if on.max() == 2 else on * 0.9, atol=1e-3)
 
 
 def test_a_recordings_own_silence_is_silence():
     wave = np.concatenate([np.ones(16000), np.full(16000, 0.01), np.ones(16000), np.zeros(32000)])
-    drawn = np.array([draw_schedule(wave, 0.5, np.random.default_rng(seed)) for seed in range(50)])
+    drawn = [draw_schedule(wave, 0.5, np.random.default_rng(seed)) for seed in range(50)]
+    drawn = np.array(drawn)
     assert drawn.any(1).all() and drawn[:, [0, 2]].any(0).all() and not drawn[:, [1, 3, 4]].any()
 
 
 def test_gates_fade_inside_their_seconds():
     loudness = gate(np.array([0, 1, 1, 0, 1], bool))
-    assert (
-        loudness.shape == (80000,)
-        and not loudness[:16000].any()
-        and not loudness[48000:64000].any()
-    )
-    assert (loudness[16320:47680] == 1).all() and (
-        loudness[64320:79680] == 1
-    ).all()  # 20 ms; none between two seconds of a stretch
-    assert (
-        np.abs(np.diff(loudness, prepend=0, append=0)).max() < 0.004
-        and not gate(np.zeros(5, bool)).any()
-    )
+    assert loudness.shape == (80000,)
+    assert not loudness[:16000].any() and not loudness[48000:64000].any()
+    assert (loudness[16320:47680] == 1).all() and (loudness[64320:79680] == 1).all()  # 20 ms
+    assert np.abs(np.diff(loudness, prepend=0, append=0)).max() < 0.004
+    assert not gate(np.zeros(5, bool)).any()
 
 
-def test_ms3_needs_two_classes_that_can_stand_together(flat, tmp_path):
-    _, settings, _ = flat
-    with pytest.raises(
-        AtlasError, match="only cat is left of the 2 classes needed .*dog: not in --classes"
-    ):
-        compose_ms3(tmp_path / "x", **settings | {"classes": ["cat"]})
-    with pytest.raises(
-        AtlasError,
-        match="pictures of (cow|dog), and of others to stand beside it, cannot be divided",
-    ):
-        compose_ms3(tmp_path / "x", **settings | {"classes": ["cow", "dog"]})
-    with pytest.raises(AtlasError, match="at least one clip"):
-        compose_ms3(tmp_path / "x", **settings | {"clips": 0})
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"classes": ("dog", "dgo")}, "dgo cannot be heard, sources: 0 of pictures, 0 of sounds"),
+        ({"classes": ("bird",)}, "bird cannot be heard, sources: 2 of pictures, 10 of sounds"),
+        ({"clips": 2}, "--clips 4 or more"),
+        ({"size": 16}, "--size 32 or more"),
+        ({"alone": 1.5}, "--alone from 0 to 1"),
+        ({"seed": -1}, "--seed 0 or more"),
+    ],
+)
+def test_bad_recipes_are_one_clear_line(stock, tmp_path, change, said):
+    with pytest.raises(AtlasError, match=said) as error:
+        make_open_set(stock, tmp_path / "set", replace(S4, **change))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_the_command_line_builds_either_set(flat, tmp_path):
-    _, settings, _ = flat
-    sources = [word for key in ("voc", "davis", "esc") for word in (f"--{key}", settings[key])]
-    done = run(
-        "prepare_data.py",
-        "compose",
-        "--dataset",
-        "ms3",
-        *sources,
-        "--out",
-        tmp_path / "open",
-        "--clips",
-        6,
-        "--size",
-        32,
-    )
+def test_nothing_is_written_over_and_nothing_half_done_is_left(stock, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine").touch()
+    with pytest.raises(AtlasError, match="not empty"):
+        make_open_set(stock, tmp_path / "set", S4)
+    alone = Stock(tmp_path / "alone")
+    for k in range(10):
+        alone.picture("cat", f"cat{k}")
+        alone.sound("cat", f"cat{k}", f"cat{k}")
+    with pytest.raises(AtlasError, match="no picture without cat"):
+        make_open_set(alone.tables(), tmp_path / "new", S4)
+    (tmp_path / "alone" / "pictures" / "cat" / "cat3.png").write_bytes(b"no picture")
+    with pytest.raises(AtlasError, match="cat3.png"):
+        make_open_set(alone.root, tmp_path / "new", replace(S4, alone=1.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "set"]
+
+
+def test_it_is_a_command(stock, tmp_path):
+    words = ["--stock", stock, "--out", tmp_path / "open", "--dataset", "ms3", "--clips", 6]
+    done = run("prepare_data.py", "compose", *words, "--size", 32, "--alone", 0.5)
     assert done.returncode == 0, done.stderr
-    assert "kept     cat: train" in done.stdout and len(read_ms3(tmp_path / "open")) == 6 + 1 + 2
+    report = json.loads((tmp_path / "open" / "compose.json").read_text())
+    assert f"{len(report['clips'])} clips" in done.stdout and "cat" in done.stdout
+    assert report["recipe"]["alone"] == 0.5
 
 
-@pytest.mark.skipif(not OPENAVS.is_dir(), reason="the shared photos and sounds are not here")
-def test_real_photos_and_sounds(tmp_path):
-    report = compose_s4(
-        tmp_path / "set",
-        OPENAVS / "VOC2012",
-        OPENAVS / "DAVIS",
-        OPENAVS / "ESC-50",
-        clips=4,
-        size=64,
-        progress=False,
-    )
-    assert set(report["kept"]) == {"person", "car", "dog", "motorbike"}
-    assert {"cow", "bird", "horse"} <= set(report["dropped"])
-    assert_no_leak(report)
-    for clip in report["clips"]:
-        assert not (
-            clip["silent"].startswith("scooter") and clip["class"] in ("person", "motorbike")
-        )
-    report = compose_ms3(
-        tmp_path / "ms3",
-        OPENAVS / "VOC2012",
-        OPENAVS / "DAVIS",
-        OPENAVS / "ESC-50",
-        clips=12,
-        size=64,
-        progress=False,
-    )
-    assert (
-        set(report["kept"]) == {"person", "car", "dog", "motorbike"}
-        and len(report["clips"]) == 12 + 2 + 3
-    )
+@pytest.mark.skipif(not (SHARED / "stock").is_dir(), reason="no real stock beside the project")
+def test_the_real_stock_has_eighteen_classes():
+    pools, left_out = compose.gather(SHARED / "stock", Recipe(seed=100))
+    assert len(pools["test"].heard) == 18 and {"boat", "piano"} <= set(left_out)
+    for split, least in (("train", 6), ("val", 2), ("test", 3)):
+        pool = pools[split]
+        for items in (pool.pictures, pool.sounds):
+            sources = compose.sources_of(items)
+            assert min(len(sources[name]) for name in pool.heard) >= least
+        plan = Counter(pool.plan(split, Recipe()))
+        assert set(plan) == set(pool.heard) and max(plan.values()) <= 40

@@ -45,7 +45,7 @@ def test_text_is_taken_as_it_stands(tmp_path):
         assert load_config([], [f"name={text}"]).name == text
         assert of_text(tmp_path, f"name: {text}\n").name == text
     assert load_config([], ["name=null"]).name is None and load_config([], ["name="]).name is None
-    assert load_config([], ['name="null"']).name == "null"
+    assert load_config([], ['name="a,b"']).name == "a,b"
     assert load_config([], ["amp=off"]).amp == of_text(tmp_path, "amp: off").amp == "off"
     config = of_text(tmp_path, "class_order: [no, on, 010]\ndomains: {no: [a, 1], b: [c]}")
     assert config.class_order == ["no", "on", "010"]
@@ -114,24 +114,24 @@ def test_every_shipped_config_loads_and_keeps_its_values():
         ("width=20", "multiple"),
         ("lora_dropout=1.5", "at most"),
         ("warmup=2", "at most 1"),
-        ("class_order=a", "a list such as"),
-        ("class_order=[a", "open"),
+        ("class_order=a", "list of words"),
+        ("class_order=[a", "not readable YAML"),
         ("class_order=[[a]]", "list of words"),
-        ("domains={a: b}", "list of words"),
-        ("domains={a: {b: [c]}}", "list of words"),
+        ("domains={a: b}", "a mapping such as"),
+        ("domains={a: {b: [c]}}", "a mapping such as"),
         ("domains={a: [b], a: [c]}", "twice"),
-        ("name='a", "open"),
+        ("name='a", "not readable YAML"),
         ("name=a/b", "slash"),
         ("name=..", "slash"),
         ("name=" + "é" * 101, "200 bytes"),
-        ("data_root=", "must be text"),
-        ("data_root=a\nb", "no text"),
-        ("name=\udcff", "no text"),
+        ("data_root=", "must be printable text"),
+        ("data_root=a\nb", "must be printable text"),
+        ("name=\udcff", "must be printable text"),
         ("data_root=$NO_SUCH_VARIABLE/a", "does not exist"),
         ("data_root=~nosuchuser/a", "does not exist"),
         ("justaword", "key=value"),
         ("=1", "without blanks"),
-        ("lr_rest=1.0", "earlier version"),
+        ("watch=true", "unknown key"),
     ],
 )
 def test_bad_values_name_the_key_and_the_way_out(word, what):
@@ -197,8 +197,8 @@ def test_a_key_twice_in_one_file_names_both_lines(tmp_path):
 @pytest.mark.parametrize(
     "text, what",
     [
-        ("seed: 1\nepoch: 2\n", "line 2; the nearest is `epochs`"),
-        ("lr: 1e-3\nseed: 010\n", "line 2 is `010`"),
+        ("seed: 1\nepoch: 2\n", "c.yaml; the nearest is `epochs`"),
+        ("lr: 1e-3\nseed: 010\n", "c.yaml is `010`"),
         ("- seed\n- 1\n", "key: value"),
         ("seed:1\nlr:2\n", "a blank follows the colon"),
         ("seed: 1 lr: 2\n", "not readable YAML"),
@@ -206,17 +206,14 @@ def test_a_key_twice_in_one_file_names_both_lines(tmp_path):
         ("seed: *a\n", "not readable YAML"),
         ("seed: 1\n---\nseed: 2\n", "not readable YAML"),
         ("[" * 5000, "not readable YAML"),
-        ("a: &x [*x]\n", "unknown key"),
-        ("class_order: &x [*x]\n", "list of words"),
-        ("domains: &x {a: *x}\n", "list of words"),
-        ("? [a]\n: 1\n", "one word"),
+        ("a: &x [*x]\n", "not readable YAML"),
+        ("class_order: [[a]]\n", "list of words"),
+        ("domains: {a: [b], a: [c]}\n", "`a` stands twice"),
+        ("? [a]\n: 1\n", "not readable YAML"),
         ("seed: [1]\n", "whole number"),
-        ("watch: true\n", "earlier version"),
-        ("# é\n".encode("latin-1"), "Latin-1"),
-        ("seed: 1\n".encode("utf-16"), "UTF-16"),
+        ("# é\n".encode("latin-1"), "in UTF-8"),
         (b"seed: 1\x00\n", "not readable YAML"),
         (b"\x89PNG\r\n\x1a\n", "UTF-8"),
-        (b"#" * 200_000, "longer than"),
     ],
 )
 def test_a_file_that_is_no_config_is_one_clear_error(tmp_path, text, what):
@@ -227,6 +224,7 @@ def test_a_file_that_is_no_config_is_one_clear_error(tmp_path, text, what):
 def test_files_that_are_fine(tmp_path):
     assert of_text(tmp_path, "") == of_text(tmp_path, "# nothing\n") == Config()
     assert of_text(tmp_path, b"\xef\xbb\xbfseed: 3\r\n").seed == 3
+    assert of_text(tmp_path, "seed: 3\r\n".encode("utf-16")).seed == 3
     config = of_text(tmp_path, "class_order: &o [a, b]\ndomains: {d: *o}\nseed : 2\n'lr': 1\n")
     assert (config.domains, config.seed, config.lr) == ({"d": ["a", "b"]}, 2, 1.0)
 

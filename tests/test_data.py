@@ -1,17 +1,19 @@
+import multiprocessing
 import os
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, real
 from PIL import Image
 
 from atlas import data
 from atlas.audio import build_audio_encoder
-from atlas.clips import built_beside, load_clip, read_mask, read_s4
-from atlas.data import ClipDataset, augmented, collate, loader, pack, swap_partners
+from atlas.clips import load_clip, locked, read_s4
+from atlas.data import ClipDataset, PackedClips, augmented, collate, loader, pack, swap_partners
 from atlas.errors import AtlasError
 
 
@@ -22,7 +24,7 @@ def own(tree, tmp_path):
 
 
 def packed(root, where, size=32):
-    return pack(read_s4(root), root, where, size, build_audio_encoder("logmel", False), "logmel")
+    return pack(read_s4(root), root, where, size, build_audio_encoder("logmel", False))
 
 
 def test_the_cache_holds_what_the_files_hold(tree, cache):
@@ -46,11 +48,12 @@ def test_a_changed_file_or_setting_makes_a_new_cache(own, tmp_path):
     frame = Path(read_s4(own)[0].frames[0])
     os.utime(frame, ns=(1, 1))
     assert packed(own, tmp_path / "c") != first
-    assert not [p for p in (tmp_path / "c").iterdir() if p.name.startswith(".")]
+    assert {path.suffix for path in (tmp_path / "c").glob(".*")} == {".lock"}
 
 
 def test_a_killed_pack_goes_on_after_the_clips_that_it_has(own, tmp_path, monkeypatch):
-    """The cache is the same to the byte, no clip is decoded twice, and a row that was cut off in the middle is written again."""
+    """The cache is the same to the byte, no clip is decoded twice, and half a row is written
+    again."""
     whole, decoded = packed(own, tmp_path / "whole"), []
 
     class Killed(BaseException):
@@ -66,7 +69,7 @@ def test_a_killed_pack_goes_on_after_the_clips_that_it_has(own, tmp_path, monkey
     monkeypatch.setattr(data, "load_clip", watched)
     with pytest.raises(Killed):
         packed(own, tmp_path / "c")
-    (part,) = (tmp_path / "c").iterdir()
+    (part,) = (tmp_path / "c").glob(".*.part")
     with open(part / "frames.npy", "ab") as file:
         file.write(b"half a row")
     again = packed(own, tmp_path / "c")
@@ -74,28 +77,10 @@ def test_a_killed_pack_goes_on_after_the_clips_that_it_has(own, tmp_path, monkey
     assert (
         len(decoded) == len(set(decoded)) == len(read_s4(own))
         and again.name == whole.name
-        and list((tmp_path / "c").iterdir()) == [again]
+        and list((tmp_path / "c").glob("[!.]*")) == [again]
     )
     for file in whole.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes(), file.name
-
-
-def test_masks_other_than_0_and_255_are_refused(tmp_path):
-    for values, right in (
-        ([0, 255], [False, True]),
-        ([0, 1], [False, True]),
-        ([0, 0], [False, False]),
-        ([0, 128, 255], None),
-        ([0, 1, 255], None),
-    ):
-        Image.fromarray(np.array([values], np.uint8)).save(tmp_path / "m.png")
-        if right is None:
-            with pytest.raises(AtlasError, match="m.png"):
-                read_mask(tmp_path / "m.png")
-        else:
-            assert read_mask(tmp_path / "m.png").tolist() == [right]
-    Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1").save(tmp_path / "m.png")
-    assert read_mask(tmp_path / "m.png").tolist() == [[False, True]]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +89,7 @@ def test_masks_other_than_0_and_255_are_refused(tmp_path):
         ("missing", "is missing"),
         ("truncated", "not readable"),
         ("mask value", "holds the values"),
-        ("mask size", "must be equal"),
+        ("mask size", "make them equal"),
     ],
 )
 def test_damage_is_named_with_its_file(own, tmp_path, damage, what):
@@ -115,42 +100,91 @@ def test_damage_is_named_with_its_file(own, tmp_path, damage, what):
     elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:200])
     else:
-        Image.fromarray(
-            np.full(
-                (32, 32) if damage == "mask value" else (16, 16),
-                77 if damage == "mask value" else 255,
-                np.uint8,
-            )
-        ).save(path)
+        value, side = (77, 32) if damage == "mask value" else (255, 16)
+        Image.fromarray(np.full((side, side), value, np.uint8)).save(path)
     with pytest.raises(AtlasError, match=what) as error:
         packed(own, tmp_path / "c")
     assert path.name in str(error.value)
-    assert not list((tmp_path / "c").glob("*")) if (tmp_path / "c").exists() else True
+    assert {path.suffix for path in (tmp_path / "c").glob("*")} <= {".lock"}
 
 
-def test_no_tree_and_bad_csv(tmp_path):
-    with pytest.raises(AtlasError, match="data_root"):
-        read_s4(tmp_path)
-    (tmp_path / "Single-source").mkdir()
-    csv = tmp_path / "Single-source" / "s4_meta_data.csv"
-    csv.write_text("a,b\n1,2\n")
-    with pytest.raises(AtlasError, match="columns"):
-        read_s4(tmp_path)
-    csv.write_text("name,start,category,split\nx,0,dog,dev\n")
-    with pytest.raises(AtlasError, match="'dev'"):
-        read_s4(tmp_path)
+def test_two_processes_that_pack_the_same_cache_make_one_whole_one(own, tmp_path):
+    """The second waits for the first, whose lock is on a file, and packs what is not there yet."""
+    whole, said = packed(own, tmp_path / "whole"), tmp_path / "said"
+
+    def other():
+        with open(said, "w", buffering=1) as sys.stderr:
+            packed(own, tmp_path / "c")
+
+    (tmp_path / "c").mkdir()
+    with locked(tmp_path / "c" / f".{whole.name}.lock"):
+        child = multiprocessing.get_context("fork").Process(target=other)
+        child.start()
+        while not (said.exists() and "waiting for the process" in said.read_text()):
+            assert child.is_alive()
+            time.sleep(0.01)
+        assert not list((tmp_path / "c").glob("*.part"))
+    made = packed(own, tmp_path / "c")
+    child.join()
+    assert child.exitcode == 0
+    for file in whole.iterdir():
+        assert file.read_bytes() == (made / file.name).read_bytes(), file.name
 
 
-def test_the_loser_of_two_builders_uses_the_winners(tmp_path):
-    with built_beside(tmp_path / "x") as mine:
-        (mine / "who").write_text("loser")
-        with built_beside(tmp_path / "y"):
-            pass
-        os.mkdir(tmp_path / "x")
-        (tmp_path / "x" / "who").write_text("winner")
-    assert (tmp_path / "x" / "who").read_text() == "winner" and sorted(
-        p.name for p in tmp_path.iterdir()
-    ) == ["x", "y"]
+def test_rows_that_another_process_added_are_noticed_before_the_cache_is_used(
+    own, tmp_path, monkeypatch
+):
+    def disturbed(clip, size):
+        (part,) = (tmp_path / "c").glob(".*.part")
+        with open(part / "frames.npy", "ab") as file:
+            file.write(bytes(5 * size * size * 3))
+        return load_clip(clip, size)
+
+    monkeypatch.setattr(data, "load_clip", disturbed)
+    with pytest.raises(AtlasError, match="frames.npy has a wrong length; delete its folder"):
+        packed(own, tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "name", ["index", "frames", "masks", "annotated", "context", "mute_tokens"]
+)
+def test_a_torn_cache_is_named_and_packed_anew(own, tmp_path, name):
+    folder = packed(own, tmp_path / "c")
+    (path,) = folder.glob(f"{name}.*")
+    whole = path.read_bytes()
+    for content, word in (
+        (whole[: len(whole) // 2], "damaged"),
+        (whole[:-1], "damaged"),
+        (whole + b"x", "damaged"),
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (whole.replace(b'"test"', b'"val"'), "damaged"),
+        (whole[:128].replace(b"(32, ", b"(31, ") + whole[128:], "damaged"),
+        (None, "the file is missing"),
+    ):
+        if content == whole:
+            continue
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(AtlasError, match=f"{path.name} .*{word}.*; delete the folder") as error:
+            PackedClips(folder)
+        assert "\n" not in str(error.value)
+        path.write_bytes(whole)
+    assert len(PackedClips(folder).clips) == len(read_s4(own))
+    shutil.rmtree(folder)
+    assert packed(own, tmp_path / "c") == folder and path.read_bytes() == whole
+
+
+def test_batches_of_workers_are_the_same_and_need_no_shared_memory(cache, monkeypatch):
+    dataset = ClipDataset(cache, list(range(8)), (0, 1, 1))
+    pairs = zip(loader(dataset, 3), loader(dataset, 3, workers=2))
+    for ours, theirs in pairs:
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            same = torch.equal(value, theirs[name]) if torch.is_tensor(value) else None
+            assert same or value == theirs[name]
+            assert same is None or not theirs[name].is_shared()
 
 
 def test_collate_says_whose_each_frame_is(cache):
@@ -214,12 +248,3 @@ def test_swap_partners_are_of_another_category_and_fixed(cache, tasks):
         and cache.clips[j]["split"] == "test"
         for i, j in partners.items()
     )
-
-
-@real
-def test_the_released_csv_reads_with_its_published_counts(tmp_path):
-    (tmp_path / "Single-source").mkdir()
-    shutil.copy(SHARED / "avsbench_meta" / "s4_meta_data.csv", tmp_path / "Single-source")
-    clips = read_s4(tmp_path)
-    assert [sum(c.split == s for c in clips) for s in ("train", "val", "test")] == [3452, 740, 740]
-    assert len({c.category for c in clips}) == 23 and len({c.source for c in clips}) == 4932

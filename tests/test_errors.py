@@ -1,16 +1,24 @@
-"""Bad input, through the command line: one clear line, no traceback, a non-zero exit, nothing lost. Interrupted runs are in test_resume.py."""
+"""Bad input: one clear line, no traceback, a non-zero exit, nothing lost.
+
+Broken files are in test_clips.py, test_audio.py and test_check.py; interrupted runs in
+test_resume.py.
+"""
 
 import concurrent.futures
+import errno
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import TINY, one_line, run
-from PIL import Image
+from conftest import ROOT, TINY, one_line, run
 
 from atlas.clips import read_s4
+from atlas.errors import explained
 
 FAST = [
     *TINY,
@@ -23,51 +31,103 @@ FAST = [
 ]
 
 
-def train(root, tmp_path, *words, cfg="configs/ss_cil.yaml"):
-    return run(
-        "train.py",
-        "--cfg",
-        cfg,
-        f"data_root={root}",
-        f"out_dir={tmp_path / 'r'}",
-        f"cache_dir={tmp_path / 'c'}",
-        *FAST,
-        *words,
+def script(body, stdout=subprocess.PIPE, **environment):
+    """A small script behind the gate, in a process of its own."""
+    code = (
+        "import os, sys\n"
+        "from atlas.errors import AtlasError, one_line_errors, prepare_process\n"
+        "prepare_process()\n"
+        f"with one_line_errors():\n    {body}\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
     )
 
 
-DAMAGES = {
-    "missing frame": lambda clip: Path(clip.frames[1]),
-    "truncated frame": lambda clip: Path(clip.frames[1]),
-    "mask value": lambda clip: Path(clip.masks[0]),
-    "mask size": lambda clip: Path(clip.masks[0]),
-    "no sound": lambda clip: Path(clip.audio),
-    "broken sound": lambda clip: Path(clip.audio),
-}
+@pytest.mark.parametrize(
+    "body, code, line",
+    [
+        ("raise AtlasError('two\\nlines')", 2, "error: two lines"),
+        ("raise KeyboardInterrupt", 130, "error: stopped by Ctrl-C"),
+        ("open('/nowhere/file')", 1, "error: /nowhere/file: No such file or directory; check"),
+        ("open('/dev/null/file')", 1, "error: /dev/null/file: Not a directory; a file stands"),
+        ("open('/')", 1, "error: /: Is a directory; a file stands"),
+        ("open('x' * 300)", 1, "choose a shorter name"),
+        ("raise MemoryError", 1, "error: out of memory"),
+        ("raise RuntimeError('CUDA out of memory. Tried')", 1, "lower batch_size"),
+        ("raise RuntimeError('DataLoader worker (pid 7) is killed')", 1, "or workers"),
+        ("sys.exit(3)", 3, ""),
+    ],
+)
+def test_what_is_no_bug_is_one_line(body, code, line):
+    done = script(body)
+    assert done.returncode == code and line in done.stderr, done.stderr
+    assert done.stderr.count("\n") == bool(line)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_tree_is_one_line_for_train_and_a_report_for_check(tree, tmp_path, damage):
+def test_a_bug_keeps_its_traceback():
+    assert "Traceback" in script("raise RuntimeError('a bug')").stderr
+    assert "Traceback" in script("{}['key']").stderr
+
+
+def test_every_error_of_a_file_says_what_to_do():
+    for number in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EIO, errno.EMFILE, errno.ESTALE):
+        line = explained(OSError(number, os.strerror(number), "some/file"))
+        assert line.startswith(f"some/file: {os.strerror(number)}; "), line
+    assert "free some space" in explained(OSError(errno.ENOSPC, "full", "file"))
+    assert explained(OSError("the hub is out of reach")).startswith("the hub is out of reach; ")
+
+
+def test_a_closed_pipe_does_not_end_the_work(tmp_path):
+    """`train.py | head`: the reader goes after a line, and all of the work is done."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = script(f"[print(k) for k in range(9)]; open(r'{tmp_path}/end', 'w')", writer)
+    os.close(writer)
+    assert done.returncode == 0 and (tmp_path / "end").exists()
+    assert done.stderr == "note: nobody reads the output any more; the work goes on\n"
+
+
+def test_a_stdout_that_is_full_is_a_line():
+    with open("/dev/full", "w") as full:
+        done = script("print('R')", full)
+    assert (
+        done.returncode == 1 and done.stderr.count("\n") == 1 and "free some space" in done.stderr
+    )
+
+
+def test_a_terminal_without_utf_8_gets_what_it_can_show():
+    done = script("print('\\u00b1 1')", PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "? 1\n", "")
+
+
+def test_waiting_threads_spin_for_a_short_time_unless_the_user_says_otherwise():
+    body = "print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert script(body).stdout == "100000\n"
+    assert script(body, OMP_WAIT_POLICY="ACTIVE").stdout == "None\n"
+    assert script(body, GOMP_SPINCOUNT="7").stdout == "7\n"
+
+
+# ---- through train.py ----------------------------------------------------------------------------
+
+
+def train(root, tmp_path, *words):
+    where = [f"data_root={root}", f"out_dir={tmp_path / 'r'}", f"cache_dir={tmp_path / 'c'}"]
+    return run("train.py", "--cfg", "configs/ss_cil.yaml", *where, *FAST, *words)
+
+
+def test_a_damaged_tree_is_one_line_and_makes_no_run(tree, tmp_path):
     root = Path(shutil.copytree(tree, tmp_path / "tree"))
-    path = DAMAGES[damage](read_s4(root)[0])
-    if damage == "truncated frame":
-        path.write_bytes(path.read_bytes()[:300])
-    elif damage == "mask value":
-        Image.fromarray(np.full((32, 32), 130, np.uint8)).save(path)
-    elif damage == "mask size":
-        Image.fromarray(np.full((16, 32), 255, np.uint8)).save(path)
-    elif damage == "broken sound":
-        path.write_bytes(b"RIFF, or so it says")
-    else:
-        path.unlink()
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        done, report = (
-            pool.submit(train, root, tmp_path),
-            pool.submit(run, "prepare_data.py", "check", "--root", root),
-        )
-    done, report = done.result(), report.result()
-    one_line(done, path.name, "prepare_data.py check")
-    assert not (tmp_path / "r").exists() and not list((tmp_path / "c").glob("*"))
+    path = Path(read_s4(root)[0].frames[1])
+    path.write_bytes(path.read_bytes()[:300])
+    one_line(train(root, tmp_path), path.name, "prepare_data.py check")
+    assert not (tmp_path / "r").exists() and not list((tmp_path / "c").glob("[!.]*"))
+    report = run("prepare_data.py", "check", "--root", root)
     assert report.returncode == 1 and path.name in report.stdout and "1 errors" in report.stdout
 
 

@@ -1,8 +1,6 @@
-"""prepare_data.py extract, on videos whose pictures tell which frame they are and whose sound tells its time."""
+"""prepare_data.py extract, on videos whose pictures tell their number and whose sound its time."""
 
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +9,8 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT, one_line, run
+from av.stream import Disposition
+from conftest import one_line, run
 
 from atlas.clips import ms3_clip, read_frame, read_ms3, read_s4, s4_clip
 from atlas.errors import AtlasError
@@ -44,10 +43,47 @@ def number_in(frame):
     return int(sum((value > 127) << b for b, value in enumerate(cells.ravel())))
 
 
+def tone(seconds, hertz, base=500):
+    """A tone of 1, 2, 3, ... times `base` Hz in its first, second, third, ... second."""
+    clock = np.arange(round(seconds * hertz)) / hertz
+    return (0.5 * np.sin(2 * np.pi * base * (1 + np.floor(clock)) * clock)).astype(np.float32)
+
+
+def write_pictures(file, stream, count, rate, drop):
+    for k in range(count):
+        if k not in drop:
+            frame = av.VideoFrame.from_ndarray(picture(k), format="rgb24")
+            frame.pts, frame.time_base = k, 1 / Fraction(rate)
+            file.mux(stream.encode(frame))
+    file.mux(stream.encode(None))
+
+
+def write_sound(file, stream, channels, hertz, late):
+    """channels [C, samples], that begin `late` seconds after the pictures."""
+    for begin in range(0, channels.shape[1], 1024):
+        part = np.ascontiguousarray(channels[:, begin : begin + 1024])
+        layout = "stereo" if len(channels) == 2 else "mono"
+        frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
+        frame.sample_rate, frame.time_base = hertz, Fraction(1, hertz)
+        frame.pts = begin + round(late * hertz)
+        file.mux(stream.encode(frame))
+    file.mux(stream.encode(None))
+
+
 def make(
-    path, rate=25, seconds=5.0, sound=5.0, hertz=44100, layout="stereo", drop=(), late=0.0, turn=0
+    path,
+    rate=25,
+    seconds=5.0,
+    sound=5.0,
+    hertz=44100,
+    right=0.0,
+    drop=(),
+    late=0.0,
+    turn=0,
+    tracks=1,
 ):
-    """An mp4 whose k-th frame shows k, and whose sound is a tone of 500, 1000, 1500, ... Hz in its first, second, third, ... second, the left channel alone."""
+    """An mp4 whose k-th frame shows k. Its left channel is a tone, its right one `right` times that
+    (None: mono). Of several `tracks`, the last is the default; track n has n times the pitch."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(path, "w") as file:
         if seconds:
@@ -55,35 +91,18 @@ def make(
             video.width, video.height, video.pix_fmt, video.bit_rate = 64, 32, "yuv420p", 2_000_000
             if turn:
                 video.set_display_rotation(turn)
-        if sound:
-            audio = file.add_stream("aac", rate=hertz, layout=layout)
-        for k in range(round(seconds * rate)):
-            if k not in drop:
-                frame = av.VideoFrame.from_ndarray(picture(k), format="rgb24")
-                frame.pts, frame.time_base = k, 1 / Fraction(rate)
-                file.mux(video.encode(frame))
+        sounds = []
+        for number in range(tracks if sound else 0):
+            layout = "mono" if right is None else "stereo"
+            sounds.append(file.add_stream("aac", rate=hertz, layout=layout))
+            is_default = number == tracks - 1
+            sounds[-1].disposition = Disposition.default if is_default else Disposition(0)
         if seconds:
-            file.mux(video.encode(None))
-        if sound:
-            clock = np.arange(round(sound * hertz)) / hertz
-            tone = (0.5 * np.sin(2 * np.pi * 500 * (1 + np.floor(clock)) * clock)).astype(
-                np.float32
-            )
-            channels = np.zeros((2 if layout == "stereo" else 1, len(tone)), np.float32)
-            channels[0] = tone
-            for begin in range(0, len(tone), 1024):
-                frame = av.AudioFrame.from_ndarray(
-                    np.ascontiguousarray(channels[:, begin : begin + 1024]),
-                    format="fltp",
-                    layout=layout,
-                )
-                frame.sample_rate, frame.pts, frame.time_base = (
-                    hertz,
-                    begin + round(late * hertz),
-                    Fraction(1, hertz),
-                )
-                file.mux(audio.encode(frame))
-            file.mux(audio.encode(None))
+            write_pictures(file, video, round(seconds * rate), rate, drop)
+        for number, stream in enumerate(sounds, 1):
+            left = tone(sound, hertz, 500 * number)
+            channels = np.stack([left] if right is None else [left, right * left])
+            write_sound(file, stream, channels, hertz, late)
     return path
 
 
@@ -126,18 +145,14 @@ def test_the_16th_of_each_seconds_16_samples_is_kept(tmp_path, rate):
 
 
 @pytest.mark.parametrize(
-    "hertz, layout, level", [(44100, "stereo", 0.25), (48000, "mono", 0.5), (16000, "mono", 0.5)]
+    "hertz, right, level", [(44100, 0.0, 0.25), (48000, None, 0.5), (16000, None, 0.5)]
 )
-def test_the_sound_is_five_seconds_of_mono_at_16_khz_and_in_time(tmp_path, hertz, layout, level):
-    wave = read_video(make(tmp_path / "a.mp4", sound=6, seconds=6, hertz=hertz, layout=layout))[1]
+def test_the_sound_is_five_seconds_of_mono_at_16_khz_and_in_time(tmp_path, hertz, right, level):
+    path = make(tmp_path / "a.mp4", sound=6, seconds=6, hertz=hertz, right=right)
+    wave = read_video(path)[1]
     assert wave.shape == (80000,) and loudest(wave) == [500, 1000, 1500, 2000, 2500]
-    clock = np.arange(80000) / 16000
-    wrong = np.abs(wave - level * np.sin(2 * np.pi * 500 * (1 + np.floor(clock)) * clock)).reshape(
-        5, 16000
-    )[:, 4000:12000]
-    assert (
-        wrong.mean(1).max() < 0.1 * level
-    )  # AAC's own error; a shift by one sample makes .6 at 2500 Hz
+    wrong = np.abs(wave - level * 2 * tone(5, 16000)).reshape(5, 16000)[:, 4000:12000]
+    assert wrong.mean(1).max() < 0.1 * level  # AAC's own; a sample's shift makes .6 at 2500 Hz
 
 
 def test_a_sound_that_begins_after_the_pictures_stays_in_time(tmp_path):
@@ -149,6 +164,28 @@ def test_a_sound_that_begins_after_the_pictures_stays_in_time(tmp_path):
     )
 
 
+def test_the_default_track_is_heard_and_antiphase_is_bad(tmp_path):
+    wave = read_video(make(tmp_path / "a.mp4", tracks=2))[1]
+    assert loudest(wave) == [1000, 2000, 3000, 4000, 5000]
+    with pytest.raises(AtlasError, match="channels of the sound track cancel"):
+        read_video(make(tmp_path / "b.mp4", right=-1.0))
+
+
+@pytest.mark.parametrize(
+    "rate, kept",
+    [
+        (Fraction(1), [0, 1, 2, 3, 4]),
+        (Fraction(1, 2), [0, 0, 1, 1, 2]),
+        (Fraction(1, 5), [0, 0, 0, 0, 0]),
+        (Fraction(3, 2), [1, 2, 4, 5, 7]),
+    ],
+)
+def test_slow_videos_keep_their_time(tmp_path, rate, kept):
+    """What is on display at 15/16 of each second, also where that is one picture for all."""
+    frames = read_video(make(tmp_path / "a.mp4", rate, seconds=6))[0]
+    assert frame_numbers(float(rate)) == kept == [number_in(frame) for frame in frames]
+
+
 def test_dropped_frames_do_not_shift_the_time_and_a_short_end_repeats_the_last_frame(tmp_path):
     frames = read_video(make(tmp_path / "a.mp4", drop={*range(30, 49), 73}))[0]
     assert [number_in(frame) for frame in frames] == [23, 29, 72, 98, 123]
@@ -157,9 +194,8 @@ def test_dropped_frames_do_not_shift_the_time_and_a_short_end_repeats_the_last_f
 
 
 def test_a_turned_video_is_turned_back(tmp_path):
-    frame = read_video(make(tmp_path / "a.mp4", turn=90))[0][
-        0
-    ]  # to be shown turned by 90 degrees counter-clockwise
+    path = make(tmp_path / "a.mp4", turn=90)  # to be shown turned counter-clockwise
+    frame = read_video(path)[0][0]
     assert frame.shape == (64, 32, 3) and number_in(np.rot90(frame, -1)) == 23
 
 
@@ -326,49 +362,30 @@ def test_a_kill_leaves_nothing_half_and_the_next_run_finishes(tmp_path, video):
     names = [f"v{k:02d}" for k in range(40)]
     for name in names:
         (folder / f"{name}.mp4").write_bytes(video.read_bytes())
-    words = [
-        "prepare_data.py",
-        "extract",
-        "--videos",
-        folder,
-        "--csv",
-        table(tmp_path, names),
-        "--jobs",
-        2,
-    ]
-    killed = subprocess.Popen(
-        [sys.executable, *map(str, words), "--out", str(tmp_path / "a")],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    words = folder, tmp_path / "a", table(tmp_path, names), "s4", 224, 2
+    killed = multiprocessing.get_context("fork").Process(target=extract, args=words)
+    killed.start()
     clips = [s4_clip(tmp_path / "a", name, "dog_barking", "train") for name in names]
     while not Path(clips[3].audio).is_file():
-        assert killed.poll() is None
+        assert killed.is_alive()
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
+
+    def there():
+        found = [p for p in (tmp_path / "a").rglob("*.*") if p.is_file() and p.name[0] != "."]
+        return {p: p.read_bytes() for p in found}
+
     time.sleep(0.5)  # its workers end by themselves
-    there = {
-        p: p.read_bytes()
-        for p in (tmp_path / "a").rglob("*.*")
-        if p.is_file() and not p.name.startswith(".")
-    }
-    assert 0 < len(there) < 6 * len(names)
+    left = there()
+    assert 0 < len(left) < 6 * len(names)
     time.sleep(0.3)
-    assert there == {
-        p: p.read_bytes()
-        for p in (tmp_path / "a").rglob("*.*")
-        if p.is_file() and not p.name.startswith(".")
-    }  # and go on no more
-    done = run(*words, "--out", tmp_path / "a")
-    assert done.returncode == 0 and " 0 were there" not in done.stdout, done.stderr
+    assert there() == left  # and go on no more
+    done = extract(*words)
+    assert done["kept"] > 0 and done["extracted"] + done["kept"] == len(names)
     extract(folder, tmp_path / "b", table(tmp_path, names))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert all(
-        (tmp_path / "b" / p.relative_to(tmp_path / "a")).read_bytes() == content
-        for p, content in there.items()
-    )
+    assert all(there()[path] == content for path, content in left.items())
 
 
 def test_wrong_words_are_one_line(tmp_path, video):

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them, each in its own process."""
+"""Whole runs: what they write, what they share, and the scripts as a user calls them."""
 
 import json
 import shutil
@@ -9,21 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-import timm
 import torch
-from conftest import ROOT, SHARED, TINY, one_line, real, run
-from peft import PeftModel
-from safetensors.torch import load_file
+from conftest import LIGHT, ROOT, SHARED, TINY, one_line, real, run
 
-from atlas.clips import read_s4
-from atlas.config import load_config
-from atlas.model import build_model
-from atlas.runs import load_checkpoint
+import train
+from atlas import protocols
+from atlas.errors import AtlasError
+from atlas.journal import Journal
+from atlas.methods import METHODS
+from atlas.metrics import score_tasks
+from atlas.model import clip_losses
+from atlas.prepare import synth
+from atlas.results import read_results
+from atlas.runs import Run, TaskClips, read_run
 
 FAST = [
     *TINY,
-    "batch_size=2",
+    f"visual={LIGHT}",
+    "step=2",
+    "batch_size=4",
     "epochs_first=1",
     "epochs=1",
     "lr_first=1e-3",
@@ -32,76 +36,90 @@ FAST = [
 ]
 
 
-@pytest.fixture(scope="session")
-def place(tree, tmp_path_factory):
-    """key=values that put runs and caches into a folder of their own."""
+@pytest.fixture(scope="module")
+def place(config, tmp_path_factory):
+    """The config of all runs here, in a folder of their own."""
     where = tmp_path_factory.mktemp("runs")
-    return where, [f"data_root={tree}", f"out_dir={where}", f"cache_dir={where / 'cache'}"]
+    return replace(config, visual=LIGHT, step=2, method="lra", out_dir=str(where))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def learn(place):
+    """A run of `place` with other keys: its folder. A name is learned once."""
+
+    def of(name, **keys):
+        folder = Path(place.out_dir, name)
+        if not folder.is_dir():
+            train.main(replace(place, name=name, **keys))
+        return folder
+
+    return of
+
+
+@pytest.fixture(scope="module")
 def lra(place):
-    """(folder, process) of one run of 3 tasks."""
-    done = run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "name=lra")
+    """(folder, process) of one run of 2 tasks, by the real command line."""
+    where = [f"{key}={getattr(place, key)}" for key in ("data_root", "cache_dir", "out_dir")]
+    done = run("train.py", "--cfg", "configs/ss_cil.yaml", *where, *FAST, "name=lra")
     assert done.returncode == 0, done.stderr
-    return place[0] / "lra", done
+    return Path(place.out_dir, "lra"), done
+
+
+# ---- what a run writes -------------------------------------------------------------------------
 
 
 def test_results_have_the_published_schema(lra):
     folder, done = lra
-    results = json.loads((folder / "results.json").read_text())
-    assert (
-        results["schema"] == 1
-        and results["complete"]
-        and results["method"] == "lra"
-        and results["protocol"] == "cil"
-    )
-    assert [len(t["classes"]) for t in results["tasks"]] == [2, 1, 1] and results["tasks"][0][
-        "clips"
-    ] == {"train": 8, "val": 4, "test": 4}
+    results = read_results(folder)
+    assert results["schema"] == 1 and results["complete"]
+    assert (results["method"], results["protocol"]) == ("lra", "cil")
+    assert [len(task["classes"]) for task in results["tasks"]] == [2, 2]
+    assert results["tasks"][0]["clips"] == {"train": 8, "val": 4, "test": 4}
     for name in ("J", "F", "J_strict", "F_dataset", "J_swap", "mute_area"):
         matrix = np.array(results["matrix"][name])
-        assert matrix.shape == (4, 3) and ((0 <= matrix) & (matrix <= 1)).all()
-    assert np.array(results["val_matrix"]["J"]).shape == (4, 3)
-    assert set(results["metrics"]["J"]) >= {
-        "final",
-        "incremental",
-        "learning",
-        "forgetting",
-        "bwt",
-        "fwt",
-        "intransigence",
-    }
-    assert results["metrics"]["J"]["final"] == pytest.approx(np.mean(results["matrix"]["J"][3]))
-    swap = np.mean(results["matrix"]["J_swap"][3])
-    assert results["metrics"]["listening"] == pytest.approx(results["metrics"]["J"]["final"] - swap)
+        assert matrix.shape == (3, 2) and ((0 <= matrix) & (matrix <= 1)).all()
+    assert np.array(results["val_matrix"]["J"]).shape == (3, 2)
+    J = results["metrics"]["J"]
+    names = {"final", "incremental", "learning", "forgetting", "bwt", "fwt", "intransigence"}
+    assert names <= J.keys()
+    assert J["final"] == pytest.approx(np.mean(results["matrix"]["J"][2]))
+    swap = np.mean(results["matrix"]["J_swap"][2])
+    assert results["metrics"]["listening"] == pytest.approx(J["final"] - swap)
     p = results["parameters"]
-    assert (
-        p["total"] > p["trainable"] > p["lora"] > 0
-        and len(results["seconds"]["train"]) == 3
-        and results["peak_memory_mb"] > 0
-    )
+    assert p["total"] > p["trainable"] > p["lora"] > 0
+    assert results["method_memory_bytes"] == 2 * 4 * p["trainable"] + 8
+    for kind, count in (("train", 2), ("consolidate", 2), ("evaluate", 3)):
+        assert len(results["seconds"][kind]) == count
+        assert all(seconds > 0 for seconds in results["seconds"][kind])
+    assert results["peak_memory_mb"] > 0
     assert results["weights"]["visual"]["source"] == "random" and "RANDOM" in done.stdout
-    assert {"commit", "dirty", "environment", "config", "seed"} <= results.keys()
+    assert {"commit", "dirty", "config", "seed"} <= results.keys()
+    shaped = {"device", "instructions", "threads", "amp", "processes", "torch", "platform"}
+    assert shaped <= results["environment"].keys()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    json.loads((folder / "results.json").read_text(), parse_constant=refuse)  # no NaN
 
 
 def test_the_log_has_raw_and_weighted_losses_and_the_checkpoints_are_there(lra):
     folder, _ = lra
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = Journal(folder).lines()
     epochs = [line for line in lines if "epoch" in line]
-    assert (
-        len(epochs) == 3
-        and {"bce", "dice"} <= epochs[0]["raw"].keys()
-        and epochs[0]["weighted"]["penalty"] == 0 < epochs[1]["weighted"]["penalty"]
-    )
-    assert [line["consolidated"]["clips"] for line in lines if "consolidated" in line] == [8, 4, 4]
-    for k in (1, 2, 3):
-        assert {
+    assert len(epochs) == 2
+    assert {"bce", "dice"} <= epochs[0]["raw"].keys()
+    penalties = [line["weighted"]["penalty"] for line in epochs]
+    assert penalties[0] == 0 < penalties[1]
+    assert [line["consolidated"]["clips"] for line in lines if "consolidated" in line] == [8, 8]
+    for k in (1, 2):
+        assert {path.name for path in (folder / f"task_{k:02d}").iterdir()} == {
             "adapter_config.json",
             "adapter_model.safetensors",
             "model.safetensors",
             "method.safetensors",
-        } <= {p.name for p in (folder / f"task_{k:02d}").iterdir()}
+        }
+    assert not (folder / "progress.pt").exists()
 
 
 def test_eval_prints_the_same_table_and_the_checkpoints_score_the_same(lra):
@@ -111,7 +129,7 @@ def test_eval_prints_the_same_table_and_the_checkpoints_score_the_same(lra):
     again = run("eval.py", folder, "--rescore")
     assert again.returncode == 0 and "agrees with" in again.stdout, again.stdout + again.stderr
 
-    results = json.loads((folder / "results.json").read_text())
+    results = read_results(folder)
     copy = Path(shutil.copytree(folder, folder.with_name("forged")))
     results["val_matrix"]["J"][2][0] += 0.01
     (copy / "results.json").write_text(json.dumps(results))
@@ -122,254 +140,11 @@ def test_eval_prints_the_same_table_and_the_checkpoints_score_the_same(lra):
     one_line(run("eval.py", copy, "--rescore"), "do not follow")
 
 
-def test_a_runs_adapters_travel_to_plain_timm_and_peft(lra, cache):
-    """`task_NN/` opens with PEFT alone, on an encoder that timm alone made with the weights the run had, and gives the features of the run's own model."""
-    config = load_config([lra[0] / "config.yaml"])
-    frames = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    features = []
-    for k in (1, 2, 3):
-        own = build_model(config, cache.context_dim, cache.token_dim).eval()
-        load_checkpoint(lra[0] / f"task_{k:02d}", own)
-        torch.manual_seed(config.seed)  # visual_weights: false
-        encoder = timm.create_model(config.visual, features_only=True)
-        mean, std = (
-            255
-            * torch.tensor(timm.get_pretrained_cfg(config.visual).to_dict()[name]).view(1, 3, 1, 1)
-            for name in ("mean", "std")
-        )
-        travelled = PeftModel.from_pretrained(encoder, lra[0] / f"task_{k:02d}").eval()
-        with torch.no_grad():
-            features.append(travelled((frames - mean) / std))
-            for a, b in zip(features[-1], own.encode(frames), strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-            with travelled.disable_adapter():
-                assert not torch.equal(
-                    travelled((frames - mean) / std)[-1], features[-1][-1]
-                )  # the adapter is there and does something
-    assert not torch.equal(features[0][-1], features[2][-1])
-
-
-def test_the_same_seed_gives_the_same_matrices(lra, place):
-    done = run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "name=again")
-    assert done.returncode == 0, done.stderr
-    first, second = (
-        json.loads((folder / "results.json").read_text()) for folder in (lra[0], place[0] / "again")
-    )
-    assert (
-        first["matrix"] == second["matrix"]
-        and first["val_matrix"] == second["val_matrix"]
-        and first["metrics"] == second["metrics"]
-    )
-
-
-def test_lambda_zero_is_finetune_and_the_anchor_changes_later_tasks_only(lra, place):
-    for name, words in (("finetune", ["method=finetune"]), ("zero", ["lra_lambda=0"])):
-        assert (
-            run(
-                "train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, *words, f"name={name}"
-            ).returncode
-            == 0
-        )
-    J = {
-        name: json.loads((place[0] / name / "results.json").read_text())["matrix"]["J"]
-        for name in ("lra", "finetune", "zero")
-    }
-    assert (
-        J["zero"] == J["finetune"]
-        and J["lra"][:2] == J["finetune"][:2]
-        and J["lra"][2:] != J["finetune"][2:]
-    )
-
-
-def test_a_first_task_taken_over_gives_the_run_that_learned_it(lra, place):
-    """first_task=RUN: the same bits in every matrix but for what was not learned anew, also after TIL's run from CIL's, whatever method it begins."""
-    call = lambda *words: run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, *words)
-    assert call("method=finetune", "name=giver").returncode == 0
-    told = {"lra": [], "olora": ["method=olora"], "til": ["protocol=til", "method=lra_plus"]}
-    for name, words in told.items():
-        for run_name, more in (
-            (f"{name}_whole", []),
-            (f"{name}_taken", [f"first_task={place[0] / 'giver'}"]),
-        ):
-            done = call(*words, *more, f"name={run_name}")
-            assert done.returncode == 0, done.stderr
-        whole, taken = (
-            json.loads((place[0] / f"{name}_{end}" / "results.json").read_text())
-            for end in ("whole", "taken")
-        )
-        assert all(
-            whole[key] == taken[key]
-            for key in ("tasks", "matrix", "val_matrix", "class_matrix", "metrics")
-        ), name
-        logs = [
-            [
-                json.loads(line)
-                for line in (place[0] / f"{name}_{end}" / "log.jsonl").read_text().splitlines()
-            ]
-            for end in ("whole", "taken")
-        ]
-        assert logs[1][0] == {"task": 1, "taken_from": str(place[0] / "giver")}
-        consolidated = [[line for line in log if "consolidated" in line] for log in logs]
-        assert consolidated[0] == consolidated[1]
-    for words in (
-        [],
-        ["--resume"],
-    ):  # which sweep.py gives: the corrected command finds no folder in its way
-        one_line(
-            call(*words, "seed=5", "name=other", f"first_task={place[0] / 'giver'}"),
-            "seed",
-            "cannot stand",
-        )
-        assert not (place[0] / "other").exists()
-    one_line(call("name=grown", f"first_task={place[0] / 'olora_whole'}"), "olora")
-    one_line(call("method=si", "name=own", f"first_task={place[0] / 'giver'}"), "method=si")
-
-
-def test_joint_has_two_rows_and_serves_as_intransigence(lra, place):
-    one_line(
-        run(
-            "train.py",
-            "--cfg",
-            "configs/ss_cil.yaml",
-            *place[1],
-            *FAST,
-            "name=no",
-            f"joint_run={lra[0]}",
-        ),
-        "no finished joint run",
-    )
-    assert (
-        run(
-            "train.py",
-            "--cfg",
-            "configs/ss_cil.yaml",
-            *place[1],
-            *FAST,
-            "method=joint",
-            "name=joint",
-        ).returncode
-        == 0
-    )
-    joint = json.loads((place[0] / "joint" / "results.json").read_text())
-    assert (
-        np.array(joint["matrix"]["J"]).shape == (2, 3)
-        and joint["metrics"]["J"]["forgetting"] is None
-    )
-    done = run(
-        "train.py",
-        "--cfg",
-        "configs/ss_cil.yaml",
-        *place[1],
-        *FAST,
-        "method=frozen",
-        "name=frozen",
-        f"joint_run={place[0] / 'joint'}",
-    )
-    assert done.returncode == 0, done.stderr
-    frozen = json.loads((place[0] / "frozen" / "results.json").read_text())
-    own = [frozen["matrix"]["J"][k + 1][k] for k in range(3)]
-    assert frozen["metrics"]["J"]["intransigence"] == pytest.approx(
-        np.mean(np.array(joint["matrix"]["J"][1]) - own)
-    )
-    assert frozen["parameters"]["lora"] == 0
-
-
 def test_a_run_folder_is_never_overwritten(lra, place):
     before = sorted((p, p.stat().st_mtime_ns) for p in lra[0].rglob("*"))
-    one_line(
-        run("train.py", "--cfg", "configs/ss_cil.yaml", *place[1], *FAST, "name=lra"),
-        "not empty",
-        "name=",
-    )
+    where = [f"{key}={getattr(place, key)}" for key in ("data_root", "cache_dir", "out_dir")]
+    one_line(run("train.py", *where, *FAST, "name=lra"), "not empty", "name=", "--resume")
     assert sorted((p, p.stat().st_mtime_ns) for p in lra[0].rglob("*")) == before
-
-
-def test_check_passes_a_good_tree_and_warns_of_what_is_handled(tree, tmp_path):
-    done = run("prepare_data.py", "check", "--root", tree)
-    assert done.returncode == 0 and "0 errors, 0 warnings" in done.stdout
-    root = Path(shutil.copytree(tree, tmp_path / "tree"))
-    clips = read_s4(root)
-    soundfile.write(
-        clips[0].audio, np.random.default_rng(0).uniform(-0.5, 0.5, (44100 * 2, 2)), 44100
-    )
-    soundfile.write(clips[1].audio, np.zeros(5 * 16000), 16000)
-    done = run("prepare_data.py", "check", "--root", root)
-    assert done.returncode == 0 and all(
-        what in done.stdout for what in ("44100 Hz", "2 channels", "2.00 s", "silent throughout")
-    )
-    packed = run(
-        "prepare_data.py",
-        "pack",
-        "--cfg",
-        "configs/ss_cil.yaml",
-        f"data_root={root}",
-        f"cache_dir={tmp_path / 'c'}",
-        *TINY,
-    )
-    assert packed.returncode == 0, packed.stderr
-
-
-def test_check_finds_a_source_video_in_two_splits(tree, tmp_path):
-    root = Path(shutil.copytree(tree, tmp_path / "tree"))
-    data = root / "Single-source"
-    csv = data / "s4_meta_data.csv"
-    rows = csv.read_text().splitlines()
-    old, other = (
-        rows[1].split(",")[0],
-        next(row for row in rows if row.endswith("test")).split(",")[0],
-    )
-    for path in sorted(data.rglob(f"{old}*"), reverse=True):
-        path.rename(path.with_name(path.name.replace(old, f"{other:<11}".replace(" ", "_") + "_2")))
-    for path in sorted(data.rglob(f"{other}*"), reverse=True):
-        if "_2" not in path.name[11:]:
-            path.rename(
-                path.with_name(path.name.replace(other, f"{other:<11}".replace(" ", "_") + "_1"))
-            )
-    long = f"{other:<11}".replace(" ", "_")
-    csv.write_text(
-        "\n".join(
-            r.replace(old, long + "_2").replace(other, long + "_1")
-            if r.split(",")[0] in (old, other)
-            else r
-            for r in rows
-        )
-        + "\n"
-    )
-    done = run("prepare_data.py", "check", "--root", root)
-    assert done.returncode == 1 and "a leak" in done.stdout and long in done.stdout
-
-
-def test_synth_true_makes_the_set_on_first_use(tmp_path, config, monkeypatch):
-    from atlas import runs
-    from atlas.prepare import synth
-
-    small = lambda root: synth.synth_s4(
-        root, size=32, train=1, val=1, test=1, classes=synth.CLASSES[:2], progress=False
-    )
-    monkeypatch.setitem(runs.SYNTHETIC, "s4", small)
-    here = replace(
-        config, synth=True, data_root=str(tmp_path / "new"), cache_dir=str(tmp_path / "c")
-    )
-    assert len(runs.open_data(here)[0].clips) == len(runs.open_data(here)[0].clips) == 6
-
-
-def test_synth_is_a_command(tmp_path):
-    done = run(
-        "prepare_data.py",
-        "synth",
-        "--out",
-        tmp_path / "s",
-        "--size",
-        32,
-        "--train",
-        1,
-        "--val",
-        1,
-        "--test",
-        1,
-    )
-    assert done.returncode == 0 and len(read_s4(tmp_path / "s")) == 69
-    one_line(run("prepare_data.py", "synth", "--out", tmp_path / "s"), "there already")
 
 
 def test_no_config_and_no_gpu():
@@ -378,90 +153,294 @@ def test_no_config_and_no_gpu():
         one_line(run("train.py", "--cfg", "configs/ss_cil.yaml", "device=cuda"), "no GPU")
 
 
-@real
-def test_real_photos_sounds_and_weights(tmp_path):
-    """compose -> CIL with the pretrained encoders, a step or two of it."""
-    data, weights = SHARED / "openavs", SHARED / "weights"
-    done = run(
-        "prepare_data.py",
-        "compose",
-        "--voc",
-        data / "VOC2012",
-        "--davis",
-        data / "DAVIS",
-        "--esc",
-        data / "ESC-50",
-        "--out",
-        tmp_path / "open",
-        "--clips",
-        4,
-    )
-    assert done.returncode == 0 and all(
-        f"kept     {name}" in done.stdout for name in ("person", "car", "dog", "motorbike")
-    ), done.stderr
-    words = [
-        f"visual_weights={weights / 'mobilenetv2_100.imagenet.safetensors'}",
-        f"audio_weights={weights / 'mobilenetv1_100.yamnet.safetensors'}",
-    ]
-    words += [
-        f"data_root={tmp_path / 'open'}",
-        f"out_dir={tmp_path}",
-        f"cache_dir={tmp_path / 'c'}",
-        "epochs_first=1",
-        "epochs=1",
-        "image_size=64",
-        "width=16",
-    ]
-    done = run("train.py", "--cfg", "configs/ss_cil.yaml", "configs/open.yaml", *words, "name=run")
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert [len(t["classes"]) for t in results["tasks"]] == [
-        2,
-        1,
-        1,
-    ] and "RANDOM" not in done.stdout
-
-
-def test_til_learns_a_head_a_task_and_leaves_the_past_ones_alone(place):
-    done = run("train.py", "--cfg", "configs/ss_til.yaml", *place[1], *FAST, "name=til")
-    assert done.returncode == 0, done.stderr
-    states = [
-        load_file(place[0] / "til" / f"task_{k:02d}" / "model.safetensors") for k in (1, 2, 3)
-    ]
-    assert [sum("heads" in name and "weight" in name for name in state) for state in states] == [
-        1,
-        2,
-        3,
-    ]
-    for k in (1, 2):
-        name = f"decoder.heads.{k - 1}.weight"
-        assert all(torch.equal(states[k - 1][name], later[name]) for later in states[k:])
-        assert not torch.equal(states[k][f"decoder.heads.{k}.weight"], states[k][name])
-    again = run("eval.py", place[0] / "til", "--rescore")
-    assert again.returncode == 0 and "agrees with" in again.stdout, again.stdout + again.stderr
-
-
-def test_dil_runs_over_domains(place):
-    words = [
-        "configs/ss_dil.yaml",
-        *place[1],
-        *FAST,
-        "domains={speech: [male_speech], rest: [baby_laughter, female_singing, dog_barking]}",
-        "name=dil",
-    ]
-    done = run("train.py", "--cfg", *words)
-    assert done.returncode == 0, done.stderr
-    assert [
-        t["name"] for t in json.loads((place[0] / "dil" / "results.json").read_text())["tasks"]
-    ] == ["speech", "rest"]
-
-
 def test_a_closed_pipe_is_no_traceback(lra):
-    done = subprocess.run(
-        f"{sys.executable} eval.py {lra[0]} | head -1",
-        shell=True,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    command = f"{sys.executable} eval.py {lra[0]} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith("lra") and "Traceback" not in done.stderr, done.stderr
+
+
+# ---- the same seed, and what a key changes -----------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_matrices(lra, learn):
+    """By the command line, and in this process."""
+    one, other = read_results(lra[0]), read_results(learn("again"))
+    for key in ("matrix", "val_matrix", "class_matrix", "metrics"):
+        assert one[key] == other[key]
+
+
+def test_lambda_zero_is_finetune_and_the_anchor_changes_later_tasks_only(learn):
+    J = {
+        "lra": read_results(learn("again"))["matrix"]["J"],
+        "finetune": read_results(learn("finetune", method="finetune"))["matrix"]["J"],
+        "zero": read_results(learn("zero", lra_lambda=0.0))["matrix"]["J"],
+    }
+    assert J["zero"] == J["finetune"]
+    assert J["lra"][:2] == J["finetune"][:2] and J["lra"][2:] != J["finetune"][2:]
+
+
+def test_joint_has_two_rows_and_serves_as_intransigence(learn, place):
+    with pytest.raises(AtlasError, match="no finished joint run"):
+        train.main(replace(place, name="no", joint_run=str(learn("finetune", method="finetune"))))
+    assert not Path(place.out_dir, "no").exists()
+    joint = read_results(learn("joint", method="joint"))
+    assert np.array(joint["matrix"]["J"]).shape == (2, 2)
+    assert joint["metrics"]["J"]["forgetting"] is None
+    frozen = learn("frozen", method="frozen", joint_run=str(learn("joint", method="joint")))
+    frozen = read_results(frozen)
+    own = [frozen["matrix"]["J"][k + 1][k] for k in range(2)]
+    gap = np.mean(np.array(joint["matrix"]["J"][1]) - own)
+    assert frozen["metrics"]["J"]["intransigence"] == pytest.approx(gap)
+    assert frozen["parameters"]["lora"] == 0
+
+
+def test_dil_runs_over_domains(learn):
+    rest = ["baby_laughter", "female_singing", "dog_barking"]
+    domains = {"speech": ["male_speech"], "rest": rest}
+    results = read_results(learn("dil", protocol="dil", method="finetune", domains=domains))
+    assert [task["name"] for task in results["tasks"]] == ["speech", "rest"]
+
+
+def test_ms3_is_scored_on_disjoint_clips_beside_all(learn, ms3_tree, monkeypatch):
+    """The synthetic set's test clips share no source with its train clips: both are the same."""
+    monkeypatch.setattr(protocols, "audio_segments", lambda x, clips, k: np.arange(len(clips)) % k)
+    folder = learn(
+        "ms3",
+        dataset="ms3",
+        data_root=str(ms3_tree),
+        protocol="tfcl",
+        stream_checkpoints=2,
+        lra_trigger="plateau",
+    )
+    results = read_results(folder)
+    found = results["metrics"]["source_disjoint"]
+    assert found["clips"] == sum(task["clips"]["test"] for task in results["tasks"]) == 8
+    assert found["J"] == pytest.approx(results["metrics"]["J"]["final_clips"])
+    assert results["class_matrix"] is None
+
+
+# ---- a first task that another run has learned -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def giver(learn):
+    return str(learn("finetune", method="finetune"))
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("til", {"protocol": "til", "method": "olora", "lr": 2e-3}),
+        ("classify", {"classify": True}),
+    ],
+)
+def test_a_first_task_taken_over_gives_the_run_that_learned_it(learn, giver, name, keys):
+    """The same bits in every matrix, also in TIL from CIL's run, whatever method goes on from it.
+
+    Where classes compete, what competed in the first task is what the method measures with.
+    """
+    if name == "classify":
+        giver = str(learn("giver_classify", method="finetune", classify=True))
+    whole = learn(f"{name}_whole", **keys)
+    taken = learn(f"{name}_taken", **keys, first_task=giver)
+    one, other = read_results(whole), read_results(taken)
+    for key in ("tasks", "matrix", "val_matrix", "class_matrix", "metrics"):
+        assert one[key] == other[key], key
+    logs = [Journal(folder).lines() for folder in (whole, taken)]
+    assert logs[1][0]["reused"] == giver
+    assert read_results(giver)["seconds"]["train"][0] == pytest.approx(other["seconds"]["train"][0])
+    reports = [[x["consolidated"] for x in log if "consolidated" in x] for log in logs]
+    assert reports[0] == reports[1]
+    for path in whole.glob("task_*/*.safetensors"):
+        assert path.read_bytes() == (taken / path.relative_to(whole)).read_bytes()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_that_took_over_a_first_task_is_resumed_to_the_same_bits(
+    learn, place, giver, number, monkeypatch
+):
+    """Stopped before its first checkpoint, and before its first score."""
+    here = replace(place, name=f"stopped_{number}", first_task=giver)
+    work = ["consolidate", "evaluate"][number - 1]
+    original = getattr(train, work)
+
+    def stop(run, t):
+        if t == number:
+            raise KeyboardInterrupt
+        original(run, t)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, work, stop)
+        train.main(here)
+    train.main(here, resume=True)
+    whole = read_results(learn("again"))
+    found = read_results(Path(here.out_dir, here.name))
+    for key in ("matrix", "val_matrix", "class_matrix", "metrics"):
+        assert whole[key] == found[key], key
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"seed": 5}, r"seed \(0 there, 5 here\)"),
+        ({"lr_first": 2e-3}, "lr_first"),
+        ({"lora_rank": 4}, "lora_rank"),
+        ({"augment": True}, "augment"),
+        ({"epochs_first": 2}, "epochs_first"),
+        ({"base": 3}, "base"),
+        ({"amp": "bf16"}, "amp"),
+        ({"protocol": "dil", "domains": {"a": ["male_speech"], "b": []}}, "tasks"),
+    ],
+)
+def test_a_first_task_that_was_learned_otherwise_is_refused(place, giver, keys, said):
+    """With and without --resume; the corrected command finds no folder in its way."""
+    if "domains" in keys:
+        names = ["baby_laughter", "female_singing", "dog_barking"]
+        keys = keys | {"domains": keys["domains"] | {"b": names}}
+    here = replace(place, name="other", first_task=giver, **keys)
+    for resume in (False, True):
+        with pytest.raises(AtlasError, match=f"{said}.*first_task=null"):
+            train.main(here, resume)
+        assert not Path(here.out_dir, "other").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["torch", "timm", "peft", "python", "platform", "device", "instructions", "threads"]
+)
+def test_a_first_task_of_another_machine_or_version_is_refused(place, giver, tmp_path, name):
+    copy = Path(shutil.copytree(giver, tmp_path / "giver"))
+    results = read_results(copy)
+    results["environment"][name] = f"another {name}"
+    (copy / "results.json").write_text(json.dumps(results))
+    with pytest.raises(AtlasError, match=rf"{name} \(another {name} there"):
+        train.main(replace(place, name="other", first_task=str(copy)))
+    assert not Path(place.out_dir, "other").exists()
+
+
+def test_only_a_finetune_run_with_its_first_task_can_be_reused(place, learn, giver, tmp_path):
+    def refused(path, said):
+        with pytest.raises(AtlasError, match=said):
+            train.main(replace(place, name="other", first_task=str(path)))
+        assert not Path(place.out_dir, "other").exists()
+
+    refused(learn("again"), "it is no finetune run")
+    refused(tmp_path / "nowhere", "no results.json")
+    copy = Path(shutil.copytree(giver, tmp_path / "giver"))
+    (copy / "task_01" / "model.safetensors").write_bytes(b"half of it")
+    refused(copy, "model.safetensors is damaged")
+    shutil.rmtree(copy / "task_01")
+    refused(copy, "no checkpoint")
+    results = read_results(copy)
+    for name in ("matrix", "val_matrix"):
+        results[name] = {score: rows[:1] for score, rows in results[name].items()}
+    (copy / "results.json").write_text(json.dumps(results | {"complete": False, "metrics": None}))
+    refused(copy, "has not learned and scored a task yet")
+
+
+# ---- a Run in this process ---------------------------------------------------------------------
+
+
+def test_a_run_is_opened_again_with_its_results(lra):
+    found = read_run(lra[0])
+    assert found.results == read_results(lra[0])
+    assert found.learned == 2 and found.folder == lra[0]
+    for t in (1, 2):
+        found.load_task(t)
+        assert score_tasks(found, t)["test"]["J"] == found.results["matrix"]["J"][t]
+
+
+@pytest.mark.parametrize("name", ["visual", "audio"])
+def test_a_run_of_other_encoders_is_refused(lra, tmp_path, name):
+    copy = Path(shutil.copytree(lra[0], tmp_path / "run"))
+    results = read_results(copy)
+    results["weights"][name]["sha256"] = "0" * 64
+    (copy / "results.json").write_text(json.dumps(results))
+    with pytest.raises(AtlasError, match=f"the {name} encoder is not the one"):
+        read_run(copy)
+
+
+@pytest.mark.parametrize("clips", [0, 3, 99])
+def test_a_method_measures_the_clips_of_its_task_once_in_eval_mode(place, clips):
+    """All of them, or `lra_clips` drawn from them by seed and task."""
+    opened = Run(replace(place, lra_clips=clips))
+    opened.model.train()
+    chosen = []
+    for batch in TaskClips(opened, 1):
+        assert not opened.model.training
+        chosen += batch["index"]
+        assert len(set(torch.bincount(batch["clip"]).tolist())) == 1
+    train_clips = opened.tasks[0].train
+    assert len(chosen) == len(set(chosen)) == (3 if clips == 3 else len(train_clips))
+    assert set(chosen) <= set(train_clips)
+    assert chosen == [i for batch in TaskClips(opened, 1) for i in batch["index"]]
+
+
+def test_clips_of_other_frame_counts_go_apart(place):
+    opened = Run(place)
+    opened.cache.arrays["annotated"] = opened.cache.arrays["annotated"].copy()
+    own = list(opened.tasks[0].train)
+    opened.cache.arrays["annotated"][own[:3]] = True
+    batches = list(TaskClips(opened, 1))
+    assert sorted(i for batch in batches for i in batch["index"]) == sorted(own)
+    counts = [torch.bincount(batch["clip"]).tolist() for batch in batches]
+    assert counts == [[1] * (len(own) - 3), [5] * 3]
+
+
+def test_the_loss_of_task_clips_is_the_mean_task_loss(place):
+    """Without the penalty, weighted: what learn() adds up."""
+    opened = Run(replace(place, w_bce=2.0))
+    clips = TaskClips(opened, 1)
+    batch = next(iter(clips))
+    with torch.no_grad():
+        outputs = opened.model(batch)
+    terms = clip_losses(outputs, batch)
+    expected = (2 * terms["bce"] + terms["dice"]).mean()
+    torch.testing.assert_close(clips.loss(outputs, batch), expected)
+
+
+def test_every_name_of_the_table_builds(place):
+    """A name without a working entry would be an error, never finetuning in silence."""
+    built = {}
+    for name in METHODS:
+        built[name] = type(Run(replace(place, method=name)).method).__name__
+    plain = [name for name, kind in built.items() if kind == "Method"]
+    assert plain == ["finetune", "frozen", "joint"]
+    assert len(set(built.values())) == len(METHODS) - 2
+
+
+def test_synth_true_makes_the_set_on_first_use(tmp_path, place, monkeypatch):
+    made = []
+
+    def small(dataset, root):
+        made.append(dataset)
+        names = synth.CLASSES[:2]
+        synth.synth_s4(root, size=32, train=1, val=1, test=1, classes=names, progress=False)
+
+    monkeypatch.setattr(synth, "make_set", small)
+    root = str(tmp_path / "new")
+    here = replace(place, synth=True, data_root=root, cache_dir=str(tmp_path / "c"), base=1)
+    for name in ("first", "second"):
+        train.main(replace(here, out_dir=str(tmp_path), name=name, epochs_first=0, epochs=0))
+    assert made == ["s4"]
+    assert len(read_results(tmp_path / "second")["tasks"]) == 2
+
+
+@real
+def test_real_weights(place, tmp_path):
+    """CIL with pretrained encoders from files, a step or two of it, in one task."""
+    weights = SHARED / "weights"
+    here = replace(
+        place,
+        out_dir=str(tmp_path),
+        name="run",
+        visual="mobilenetv2_100",
+        visual_weights=str(weights / "mobilenetv2_100.imagenet.safetensors"),
+        audio="yamnet",
+        audio_weights=str(weights / "mobilenetv1_100.yamnet.safetensors"),
+        base=4,
+        method="finetune",
+    )
+    train.main(here)
+    results = read_results(tmp_path / "run")
+    sources = {name: told["source"] for name, told in results["weights"].items()}
+    assert sources == {"visual": here.visual_weights, "audio": here.audio_weights}

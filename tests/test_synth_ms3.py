@@ -1,3 +1,5 @@
+"""The synthetic MS3: sounds and masks follow the schedules."""
+
 import json
 
 import numpy as np
@@ -8,7 +10,7 @@ from conftest import one_line, run
 from atlas.audio import RATE
 from atlas.clips import T, load_clip, read_ms3
 from atlas.errors import AtlasError
-from atlas.prepare.synth import CLASSES
+from atlas.prepare.synth import CLASSES, draw_background, draw_scene, paint
 from atlas.prepare.synth_ms3 import SCENES, draw_cast, make_ms3_clip, synth_ms3
 
 
@@ -42,7 +44,7 @@ def test_clips_of_a_source_share_their_cast_and_stay_in_a_split(ms3_tree, scenes
 
 
 def test_sound_and_mask_follow_the_schedule(ms3_tree, scenes):
-    """A second in which nothing is heard is silent and has an empty mask; the others are neither."""
+    """A second in which nothing is heard is silent and has an empty mask. The others do not."""
     silent = 0
     for clip in read_ms3(ms3_tree):
         _, masks = load_clip(clip, 32)
@@ -60,15 +62,10 @@ def test_sound_and_mask_follow_the_schedule(ms3_tree, scenes):
 
 def test_the_mask_is_the_union_of_what_is_heard():
     heard, silent = ["helicopter", "playing_piano"], ["dog_barking"]
-    draw = lambda names: (
-        make_ms3_clip(heard, silent, np.random.default_rng(3), 64) if names else None
-    )
-    frames, masks, wave, schedules = draw(heard)
-    again = draw(heard)
+    frames, masks, wave, schedules = make_ms3_clip(heard, silent, np.random.default_rng(3), 64)
+    again = make_ms3_clip(heard, silent, np.random.default_rng(3), 64)
     np.testing.assert_array_equal(frames, again[0])
     np.testing.assert_array_equal(masks, again[1])
-    from atlas.prepare.synth import draw_background, draw_scene, paint
-
     rng = np.random.default_rng(3)
     things, backdrop = draw_scene([*heard, *silent], rng), draw_background(rng, 64)
     _, visible = paint(things, backdrop, rng)

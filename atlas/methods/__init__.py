@@ -1,6 +1,7 @@
-"""The table of continual-learning methods. It is plain data and imports nothing, so the core and `--help` may read it.
+"""The table of methods. It is plain data, so the core and `--help` may read it.
 
-A new method is one file with a class derived from `atlas.lra.Method`, and one line here (docs/extend.md).
+A new method is a file with a class derived from `atlas.lra.Method`, and a line here
+(docs/extend.md).
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ p = sigmoid(z),
 
     L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2 + strength (D + HEARING H)
     D = mean over sounds and frames of BCE(y, z) + 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1)
-    H = mean over scales and over gate, keys and values of  mean (h - h_last)^2 / (var h_last + 1e-6)
+    H = mean over scales and over gate, keys, values of  mean (h - h_last)^2 / (var h_last + 1e-6)
 
 The sums of D are over a frame's pixels; both its terms are least at p = y. h is what of a sound of
 each past class reaches the frames, so H needs no frame. It holds how past sounds are heard where

@@ -1,1 +1,1 @@
-"""What prepare_data.py calls: synthetic, collected and composed sets, extraction from videos, checks."""
+"""What prepare_data.py calls: synthetic, collected and composed sets, videos, checks."""

@@ -6,85 +6,73 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
-from atlas.audio import RATE
-from atlas.clips import CSVS, DOMAINS, READERS, SPLITS, T, read_frame, read_mask
+from atlas.audio import read_wave
+from atlas.clips import (
+    CSVS,
+    DOMAINS,
+    RATE,
+    READERS,
+    SPLITS,
+    T,
+    read_frame,
+    read_mask,
+    refuse_other_size,
+)
 from atlas.errors import AtlasError
 
-PUBLISHED = {
+PUBLISHED = {  # AVSBench's own counts
     "s4": {"train": 3452, "val": 740, "test": 740},
     "ms3": {"train": 296, "val": 64, "test": 64},
-}  # AVSBench's own counts
-PUBLISHED_CLASSES = dict(zip(sum(DOMAINS.values(), ()), (  # S4: train, val, test, counted from the released CSV
-    (63, 14, 14), (214, 46, 45), (155, 33, 34), (182, 39, 39), (126, 27, 27), (175, 37, 37), (134, 29, 29), (44, 9, 9), (140, 30, 30), (209, 45, 45),
-    (194, 41, 41), (205, 44, 44), (208, 45, 45), (137, 30, 30), (154, 33, 33), (217, 47, 47), (143, 31, 31), (105, 22, 22), (138, 29, 29),
-    (193, 42, 42), (173, 37, 37), (86, 18, 18), (57, 12, 12),
+}
+PUBLISHED_CLASSES = dict(zip(sum(DOMAINS.values(), ()), (  # S4: train, val, test, counted
+    (63, 14, 14), (214, 46, 45), (155, 33, 34), (182, 39, 39), (126, 27, 27), (175, 37, 37),
+    (134, 29, 29), (44, 9, 9), (140, 30, 30), (209, 45, 45), (194, 41, 41), (205, 44, 44),
+    (208, 45, 45), (137, 30, 30), (154, 33, 33), (217, 47, 47), (143, 31, 31), (105, 22, 22),
+    (138, 29, 29), (193, 42, 42), (173, 37, 37), (86, 18, 18), (57, 12, 12),
 )))  # fmt: skip
 
 
 def check(root):
     """(counts, errors, warnings), lists of lines, over the S4 and MS3 trees that are in `root`."""
-    present = [dataset for dataset, csv in CSVS.items() if Path(root, csv).is_file()]
+    present = [dataset for dataset, table in CSVS.items() if Path(root, table).is_file()]
     if not present:
         raise AtlasError(
-            f"neither an S4 nor an MS3 tree in {root}: {' and '.join(CSVS.values())} are missing; give the folder that holds Single-source/ or Multi-sources/"
+            f"neither an S4 nor an MS3 tree in {root}: {' and '.join(CSVS.values())} are missing; "
+            "give the folder that holds Single-source/ or Multi-sources/"
         )
-    parts = [check_tree(root, dataset) for dataset in present]
-    return tuple(sum(lists, []) for lists in zip(*parts))
+    counts, errors, warnings = [], [], []
+    for dataset in present:
+        for lines, more in zip((counts, errors, warnings), check_tree(root, dataset)):
+            lines += more
+    return counts, errors, warnings
 
 
 def check_tree(root, dataset):
-    """(counts, errors, warnings) of one tree. An error would stop or falsify a run; a warning is handled, but worth knowing.
+    """(counts, errors, warnings) of one tree.
 
-    Checked: every frame, mask and sound is there and readable; masks have their frame's size, hold 0 and 255 only, and are not empty (MS3: not all five);
-    sounds last T seconds, are mono, at 16 kHz and not silent (others are converted or padded when packed); no clip id stands twice;
-    no source video is in two splits (an error in S4; MS3 was released so, and runs report the source-disjoint clips apart).
+    An error stops or falsifies a run: what the readers of the table, the pictures and the sounds
+    refuse, a mask of another size than its frame, and in S4 a source video in two splits. MS3 was
+    released with such videos, and runs report the other clips apart. A warning is handled, but
+    worth knowing: an empty mask (MS3: all five), a sound that is converted, padded, cut or silent.
     """
-    clips, errors, warnings = READERS[dataset](root), [], []
+    errors, warnings = [], []
+    clips = _tried(errors, READERS[dataset], root)
+    if clips is None:
+        return [], errors, warnings
     for clip in tqdm(clips, f"checking {dataset.upper()}", unit="clip", disable=None):
-        here = "/".join(filter(None, (clip.split, clip.category, clip.id)))
-        sizes, empty = {}, []
-        for k, path in enumerate(clip.frames):
-            frame = _tried(read_frame, path, errors)
-            sizes[k] = None if frame is None else frame.shape[:2]
-        for k, path in enumerate(clip.masks):
-            mask = _tried(read_mask, path, errors) if path else None
-            if mask is None:
-                continue
-            if sizes[k] and mask.shape != sizes[k]:
-                errors.append(
-                    f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]}, its frame {sizes[k][1]}x{sizes[k][0]}"
-                )
-            if not mask.any():
-                empty.append(path)
-        if dataset == "s4":
-            warnings += [
-                f"{path}: nothing is masked, but in S4 the object sounds all the time"
-                for path in empty
-            ]
-        elif len(empty) == T:
-            warnings.append(f"{here}: none of its masks holds anything")
+        _check_pictures(clip, errors, warnings)
         _check_sound(clip.audio, errors, warnings)
-        if len({size for size in sizes.values() if size}) > 1:
-            warnings.append(f"{here}: its frames differ in size")
-    errors += [
-        f"the clip id {name} stands {n} times in the CSV"
-        for name, n in Counter(clip.id for clip in clips).items()
-        if n > 1
-    ]
     crossing = shared_sources(clips)
-    if dataset == "s4":
-        errors += [
-            f"the source video {source} is in {' and '.join(sorted(found))}: a leak"
-            for source, found in crossing.items()
-        ]
-    else:
-        for split in ("val", "test"):
-            mine = [clip for clip in clips if clip.split == split]
-            shared = sum("train" in crossing.get(clip.source, ()) for clip in mine)
-            if shared:
-                warnings.append(
-                    f"{shared} of {len(mine)} {split} clips share their source video with a train clip; runs report the others apart (source_disjoint)"
-                )
+    for source, splits in crossing.items() if dataset == "s4" else ():
+        errors.append(f"the source video {source} is in {' and '.join(sorted(splits))}: a leak")
+    for split in ("val", "test") if dataset == "ms3" else ():
+        mine = [clip for clip in clips if clip.split == split]
+        shared = sum("train" in crossing.get(clip.source, ()) for clip in mine)
+        if shared:
+            warnings.append(
+                f"{shared} of {len(mine)} {split} clips share their source video with a train "
+                "clip; runs report the others apart (source_disjoint)"
+            )
     return counted(clips, dataset), errors, warnings
 
 
@@ -97,49 +85,68 @@ def shared_sources(clips):
 
 
 def counted(clips, dataset):
-    """Lines: the clips of each split and, S4, of each category, against the published numbers."""
+    """Lines: the clips of each split and class, beside the published numbers where they differ."""
     splits, published = Counter(clip.split for clip in clips), PUBLISHED[dataset]
-    lines = [
-        f"{dataset.upper()}: {len(clips)} clips, " + ", ".join(f"{s} {splits[s]}" for s in SPLITS)
-    ]
+
+    def listed(numbers):
+        return ", ".join(f"{split} {numbers[split]}" for split in SPLITS)
+
+    lines = [f"{dataset.upper()}: {len(clips)} clips, {listed(splits)}"]
     if splits != published:
-        lines.append(
-            f"(AVSBench's {dataset.upper()} as released: "
-            + ", ".join(f"{s} {n}" for s, n in published.items())
-            + ")"
-        )
+        lines.append(f"(AVSBench's {dataset.upper()} as released: {listed(published)})")
     per_class = Counter((clip.category, clip.split) for clip in clips)
     for name in sorted({clip.category for clip in clips if clip.category}):
-        found = tuple(per_class[name, s] for s in SPLITS)
-        known = PUBLISHED_CLASSES.get(name) if len(clips) == sum(published.values()) else None
-        lines.append(
-            f"  {name:<32} "
-            + " ".join(f"{n:5d}" for n in found)
-            + (f"   (as released: {known})" if known and known != found else "")
-        )
+        found = tuple(per_class[name, split] for split in SPLITS)
+        line = f"  {name:<32} " + " ".join(f"{n:5d}" for n in found)
+        known = PUBLISHED_CLASSES.get(name, found)
+        if len(clips) == sum(published.values()) and known != found:
+            line += f"   (as released: {known})"
+        lines.append(line)
     return lines
 
 
-def _tried(read, path, errors):
+def _tried(errors, work, *words):
+    """work(*words), or None where it refuses; why is added to `errors`."""
     try:
-        return read(path)
+        return work(*words)
     except AtlasError as error:
         errors.append(str(error))
+        return None
+
+
+def _check_pictures(clip, errors, warnings):
+    here = "/".join(filter(None, (clip.split, clip.category, clip.id)))
+    sizes, empty = set(), []
+    for frame_path, mask_path in zip(clip.frames, clip.masks):
+        frame = _tried(errors, read_frame, frame_path)
+        mask = _tried(errors, read_mask, mask_path) if mask_path else None
+        if frame is not None:
+            sizes.add(frame.shape)
+        if frame is not None and mask is not None:
+            _tried(errors, refuse_other_size, mask_path, mask, frame)
+        if mask is not None and not mask.any():
+            empty.append(mask_path)
+    if clip.category is None:  # MS3, where a silent second has an empty mask
+        warnings += [f"{here}: none of its masks holds anything"] * (len(empty) == T)
+    else:
+        warnings += [f"{path}: nothing is masked, but S4's object always sounds" for path in empty]
+    if len(sizes) > 1:
+        warnings.append(f"{here}: its frames differ in size")
 
 
 def _check_sound(path, errors, warnings):
-    if not Path(path).is_file():
-        return errors.append(f"the file {path} is missing")
-    try:
-        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        return errors.append(f"cannot read the sound {path}: {error}")
-    if not len(wave):
-        return errors.append(f"the sound {path} is empty")
-    found = [f"{rate} Hz, is resampled to {RATE}"] * (rate != RATE) + [
-        f"{wave.shape[1]} channels, are averaged"
-    ] * (wave.shape[1] > 1)
-    found += [f"{len(wave) / rate:.2f} s, is padded to {T} s"] * (len(wave) / rate < T - 0.2) + [
-        "silent throughout"
-    ] * (not wave.any())
+    wave = _tried(errors, read_wave, path)
+    if wave is None:
+        return
+    file, found = soundfile.info(path), []
+    if file.samplerate != RATE:
+        found.append(f"{file.samplerate} Hz, is resampled to {RATE}")
+    if file.channels > 1:
+        found.append(f"{file.channels} channels, are averaged")
+    if file.duration < T - 0.2:
+        found.append(f"{file.duration:.2f} s, is padded to {T} s")
+    if file.duration > T + 0.2:
+        found.append(f"{file.duration:.2f} s, of which the first {T} are heard")
+    if not wave.any():
+        found.append("silent throughout")
     warnings += [f"{path}: {what}" for what in found]

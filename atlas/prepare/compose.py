@@ -1,308 +1,325 @@
-"""Open AVS sets: pictures and videos with masks x environmental sounds, joined by shared class, written as an AVSBench tree, S4 or MS3.
+"""An open AVS set from a stock of real pictures and sounds, written as an AVSBench tree, S4 or MS3.
 
-AVSBench is by e-mail request only; PASCAL VOC, DAVIS and ESC-50 are a download away (scan.py reads them). A clip is pictures side by side.
+A clip is pictures side by side, each in a column of the square frame. In S4 they are two, of which
+one is heard in all T seconds. In MS3 they are two or three, of which one or two are heard, each in
+seconds of its own. The truth of a second is every pixel of the classes heard in it, and no picture
+shows a class that another one of its clip is heard for. What keeps a set honest:
 
-- S4: two pictures and one recording. One picture shows the heard class; the other is silent and does not contain that class.
-  Truth = every pixel of the heard class in the frame.
-- MS3: two or three pictures of different classes, none with a pixel of another's class. One or two of them are heard, each with a recording
-  and seconds of its own. Truth at second t = every pixel of every class heard in second t; nothing where nothing sounds.
+- A source (a photo, a video, a recording) is in one split only.
+- Silent pictures are drawn from the heard pictures of other classes (one in five from classes that
+  are never heard), and are cut and moved like heard ones. All recordings have one loudness. So only
+  the sound tells what is heard.
+- Few sources are not stretched into many test clips: a class has at most CLIPS_A_SOURCE val or test
+  clips for each source of its pictures, or of its sounds where these are fewer.
 
-What keeps it honest:
-- Pictures, videos and recordings never cross splits.
-- Silent pictures are drawn from the heard pictures of the other classes (one in five: from classes that are never heard), cut and moved in the
-  same way, so the picture does not tell whether it is heard; recordings have one loudness.
-- A class needs three sources of pictures that show it and three recordings; a class of fewer is dropped and named.
-
-Shapes: T frames (5), H W pixels of the square frame; each picture fills a column of it. Masks are 1 on the sounding object.
+Shapes: T frames (5), H W pixels of the frame. Masks are 1 on the sounding object.
 """
 
 import json
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from atlas.audio import RATE, draw_schedule, gate
-from atlas.clips import SPLITS, T, built_beside, ms3_clip, s4_clip, write_clip, write_csv
+from atlas import clips
+from atlas.audio import draw_schedule, gate, read_wave
+from atlas.clips import RATE, SPLITS, T, read_mask
 from atlas.errors import AtlasError
-from atlas.prepare.scan import VISIBLE, load_sound, read_image, read_mask
-from atlas.prepare.stock import (
-    deck,
-    picture_deck,
-    showing,
-    shown_classes,
-    sound_deck,
-    stand_together,
-    take_stock,
-)
+from atlas.prepare.stock import LEAST, read_pictures, read_stock, sources_of
 
-DISTRACTORS = 0.2  # silent pictures of classes that are never heard
-ALONE = 0.6  # MS3: clips in which only one picture is ever heard
-SOUNDS = (
-    0.9,
-    0.5,
-)  # MS3: the chance of the first and of the second heard picture to sound in a second
+CLIPS = {"s4": 40, "ms3": 1000}  # train clips: of a class (S4), in all (MS3)
+CLIPS_A_SOURCE = 2  # val and test
+SHARE = {"train": 0.6, "test": 0.25, "val": 0.15}  # of the sources of a class
+DISTRACTORS = 0.2  # of the silent pictures are of classes that are never heard
+ONE_HEARD = 0.6  # of the MS3 clips; in the others a second picture is heard too
+CHANCES = (0.9, 0.5)  # MS3: that the first and the second heard picture sound in a given second
+VISIBLE = 0.02  # of every frame shows the class of each picture
+RMS = 0.05  # of a recording
 
 
-def compose_s4(
-    out,
-    voc=None,
-    davis=None,
-    esc=None,
-    seed=0,
-    clips=24,
-    val=None,
-    test=None,
-    size=128,
-    classes=None,
-    class_map=None,
-    progress=True,
-):
-    """Build the S4 set at `out` and return its report, which is also written to out/compose.json.
+@dataclass(frozen=True)
+class Recipe:
+    """What a set is to be like. `clips` None is CLIPS; `classes` None is all that have enough."""
 
-    clips, val, test: clips a class in each split (val: a quarter, test: half of `clips`). `classes`: only these; `class_map`: another map file.
-    The report: seed, arguments, kept {class: {split: {"clips", "picture_sources", "recordings"}}}, dropped {class: reason},
-    unknown [DAVIS sequences whose class nobody tells], clips [{id, split, class, side, name and source of both pictures and of the recording}].
+    dataset: str = "s4"
+    seed: int = 0
+    clips: int | None = None
+    size: int = 128  # height and width in pixels
+    classes: tuple | None = None  # to be heard
+    alone: float = 0.0  # the share of the clips that show one picture only
+
+
+def make_open_set(stock, out, recipe):
+    """Make the set of a Recipe at `out`; return the report, which is also out/compose.json.
+
+    The report: recipe; heard {class: {split: {"clips", "picture_sources", "sound_sources"}}} of the
+    clips in which it is heard; left_out {class: why it is not}; clips [{id, split, source, mask,
+    heard [classes], pictures}]. A clip's `source` is that of its first heard class's picture; its
+    `mask` is "drawn" where people drew the masks of all its heard pictures. `pictures` from left to
+    right: {class, picture, source, mask, columns [first, behind the last], schedule [T x 0 or 1],
+    recording, recording_source}, the last two null for a silent one.
     """
-    counts = {
-        "train": clips,
-        "val": -(-clips // 4) if val is None else val,
-        "test": -(-clips // 2) if test is None else test,
-    }
-    fits = lambda pictures, name, kept: any(name not in p.contains for p in pictures)
-    stock = take_stock(out, voc, davis, esc, seed, counts, size, classes, class_map, progress, fits)
-    return write_set(
-        out,
-        "s4",
-        stock.report,
-        draw_s4(stock, size),
-        len(stock.kept) * sum(counts.values()),
-        progress,
-    )
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise AtlasError(f"{out} is there already and not empty: give another --out, or remove it")
+    if recipe.size < 32 or recipe.seed < 0 or (recipe.clips or 4) < 4 or not 0 <= recipe.alone <= 1:
+        raise AtlasError(
+            "compose needs --size 32 or more, --seed 0 or more, --clips 4 or more and --alone from "
+            f"0 to 1; got {asdict(recipe)}"
+        )
+    pools, left_out = gather(stock, recipe)
+    sources = sorted({picture.source for pool in pools.values() for picture in pool.pictures})
+    written, made, takes = [], [], Counter()
+    with clips.built_beside(out) as folder:
+        for split, pool in pools.items():
+            plan = tqdm(pool.plan(split, recipe), f"composing {split}", unit="clip", disable=None)
+            for first in plan:
+                frames, masks, wave, entry = make_clip(pool, first, recipe)
+                number = sources.index(entry["source"])
+                name = f"p{number:010d}_{takes[number]}"  # AVSBench's form: source, _, a number
+                takes[number] += 1
+                clip = clips.ms3_clip(folder, name, split)
+                if recipe.dataset == "s4":
+                    clip = clips.s4_clip(folder, name, first, split)
+                written.append(clips.write_clip(clip, frames, masks, wave))
+                made.append({"id": name, "split": split, **entry})
+        counts = {c: {split: count(made, c, split) for split in SPLITS} for c in pool.heard}
+        report = {"recipe": asdict(recipe), "heard": counts, "left_out": left_out, "clips": made}
+        Path(folder, "compose.json").write_text(json.dumps(report, indent=1) + "\n")
+        clips.write_csv(folder, written, recipe.dataset)
+    return report
 
 
-def compose_ms3(
-    out,
-    voc=None,
-    davis=None,
-    esc=None,
-    seed=0,
-    clips=400,
-    val=None,
-    test=None,
-    size=128,
-    classes=None,
-    class_map=None,
-    progress=True,
-):
-    """Build the MS3 set at `out` and return its report, which is also written to out/compose.json.
+def gather(stock, recipe):
+    """({split: Pool}, {class that is not heard: why}): the stock divided for a recipe."""
+    pictures, sounds = read_stock(stock)
+    bar = tqdm(pictures, "reading masks", unit="picture", disable=None)
+    pictures = [picture for picture in bar if large_enough(picture)]
+    heard, left_out = choose_classes(sources_of(pictures), sources_of(sounds), recipe.classes)
+    sounds = [sound for sound in sounds if sound.category in heard]
+    rng = np.random.default_rng(recipe.seed)
+    seen_in = divide(sources_of(pictures), heard, rng)
+    heard_in = divide(sources_of(sounds), heard, rng)
+    pools = {}
+    for split in SPLITS:
+        shown = [picture for picture in pictures if seen_in[picture.source] == split]
+        known = [sound for sound in sounds if heard_in[sound.source] == split]
+        pools[split] = Pool(shown, known, heard, rng)
+    return pools, left_out
 
-    clips, val, test: clips in each split (val: a sixth, test: a quarter of `clips`); the other arguments are compose_s4's. So is the report, but
-    kept counts the clips in which a class is ever heard, and its clips are [{id, split, heard [classes, the dominant one first],
-    pictures [from left to right: {class, picture, source, columns [first, behind the last], schedule [T x 0 or 1], recording, recording_source}]}].
 
-    One picture dominates. TF-CL's stream drifts by clusters of the clips' audio features, and with the four classes that open data leaves, clips
-    of two equal voices would all fall between the clusters. So each class dominates equally many clips; in ALONE of them nothing else is heard,
-    in the others a second picture sounds about half as often. That keeps what MS3 is about (sounds that start, stop and overlap, and about one
-    second in nine in which nothing sounds) and leaves the stream something to drift by.
+def large_enough(picture):
+    """Whether the class fills VISIBLE of a half frame in each mask, with some room to cut."""
+    for mask in map(read_mask, picture.masks):
+        if mask.sum() < 1.5 * VISIBLE * min(mask.shape[0], 2 * mask.shape[1]) ** 2:
+            return False
+    return True
+
+
+def choose_classes(shown, known, classes):
+    """(classes to be heard, {other class: why not}), of {class: sources} of pictures and sounds.
+
+    LEAST sources of each are needed or, of classes asked for, the three that can be divided.
     """
-    counts = {
-        "train": clips,
-        "val": -(-clips // 6) if val is None else val,
-        "test": -(-clips // 4) if test is None else test,
-    }
-    fits = lambda pictures, name, kept: any(
-        stand_together(pictures, {name, other}) for other in kept if other != name
-    )
-    stock = take_stock(
-        out, voc, davis, esc, seed, counts, size, classes, class_map, progress, fits, least=2
-    )
-    return write_set(
-        out, "ms3", stock.report, draw_ms3(stock, size), sum(counts.values()), progress
-    )
+    least = 3 if classes else LEAST
+    heard, left_out = [], {}
+    for name in sorted({*shown, *known, *(classes or ())}):
+        found = len(shown.get(name, ())), len(known.get(name, ()))
+        if classes and name not in classes:
+            left_out[name] = "not in --classes"
+        elif min(found) < least:
+            left_out[name] = f"sources: {found[0]} of pictures, {found[1]} of sounds"
+            if classes:
+                raise AtlasError(f"{name} cannot be heard, {left_out[name]}, of {least} needed")
+        else:
+            heard.append(name)
+    if not heard:
+        raise AtlasError(f"no class of the stock has {least} sources of pictures and of sounds")
+    return heard, left_out
 
 
-def draw_s4(stock, size):
-    """Yield (split, frames [T, H, W, 3], masks [T, H, W], wave [T * RATE], what the report says of the clip), one for each clip."""
-    rng = stock.rng
-    for split, name, heard_deck, (sound, sound_source, _), silent_class, silent_deck in plan_s4(
-        stock
-    ):
-        heard, heard_frames, heard_masks = first_view(heard_deck, name, size, size // 2, rng)
-        silent, silent_frames, silent_masks = first_view(
-            silent_deck, silent_class, size, size // 2, rng
-        )
-        side = ("left", "right")[rng.integers(2)]
-        order = 1 if side == "left" else -1
-        frames = np.concatenate([heard_frames, silent_frames][::order], axis=2)
-        masks = np.concatenate([heard_masks, np.zeros_like(silent_masks)][::order], axis=2)
-        stock.report["kept"][name][split]["clips"] += 1
-        yield split, frames, masks, load_sound(sound), {
-            "class": name, "side": side, "heard": heard.name, "heard_source": heard.source, "silent": silent.name, "silent_source": silent.source,
-            "silent_class": silent_class, "recording": sound.name, "recording_source": sound_source}  # fmt: skip
+def divide(sources, heard, rng):
+    """{source: split} of {class: sources}: each heard class has one at least in every split.
 
-
-def plan_s4(stock):
-    """Yield (split, class, deck of its pictures, recording, silent class, deck of its pictures), one for each clip."""
-    for split in SPLITS:
-        here = stock.pictures[split]
-        for name in stock.kept:
-            heard = picture_deck(showing(here, name), stock.rng)
-            sounds = sound_deck(stock, split, name)
-            decks = {
-                other: picture_deck(mine, stock.rng)
-                for other in shown_classes(here)
-                if (mine := showing(here, other, {name}))
-            }
-            for _ in range(stock.counts[split]):
-                silent = draw_class(list(decks), stock)
-                yield split, name, heard, next(sounds), silent, decks[silent]
-
-
-def draw_ms3(stock, size):
-    """As draw_s4, for clips of two or three columns and of sounds that come and go."""
-    for split, heard, cast in plan_ms3(stock):
-        edges = np.linspace(0, size, len(cast) + 1).round().astype(int).tolist()
-        frames, masks, wave, pictures = [], [], np.zeros(T * RATE), []
-        for (name, suited, recording, chance), left, right in zip(cast, edges, edges[1:]):
-            picture, seen, mask = first_view(suited, name, size, right - left, stock.rng)
-            sound, source, schedule = None, None, np.zeros(T, bool)
-            if recording:
-                sound, source, _ = recording
-                sounding = load_sound(sound)
-                schedule = draw_schedule(sounding, chance, stock.rng)
-                wave += sounding * gate(schedule)
-            frames.append(seen)
-            masks.append(mask & schedule[:, None, None])
-            pictures.append({"class": name, "picture": picture.name, "source": picture.source, "columns": [left, right],
-                             "schedule": schedule.astype(int).tolist(), "recording": sound and sound.name, "recording_source": source})  # fmt: skip
-        for name in heard:
-            stock.report["kept"][name][split]["clips"] += 1
-        wave /= max(1, np.abs(wave).max())  # each recording stays within 1, their sum may not
-        yield (
-            split,
-            np.concatenate(frames, axis=2),
-            np.concatenate(masks, axis=2),
-            wave,
-            {"heard": heard, "pictures": pictures},
-        )
-
-
-def plan_ms3(stock):
-    """Yield (split, heard classes, cast: [(class, deck of its pictures, recording or None, chance to sound in a second)] from left to right)."""
-    rng = stock.rng
-    for split in SPLITS:
-        here = stock.pictures[split]
-        sounds = {name: sound_deck(stock, split, name) for name in stock.kept}
-        decks = {}  # (class, classes of the clip) -> deck: a picture must suit the others of its clip
-        for _, first in zip(
-            range(stock.counts[split]), deck([(name, name) for name in stock.kept], rng)
-        ):
-            heard, wanted, names = 1 + (rng.random() >= ALONE), rng.integers(2, 4), [first]
-            while len(names) < wanted:
-                beside = [
-                    c
-                    for c in shown_classes(here)
-                    if c not in names and stand_together(here, {*names, c})
-                ]
-                if len(names) < heard:
-                    beside = [c for c in beside if c in stock.kept]
-                if not beside:
-                    break  # two pictures always go together (take_stock saw to it), a third may not
-                names.append(draw_class(beside, stock))
-            cast = []
-            for place in rng.permutation(len(names)).tolist():
-                name, clip = names[place], frozenset(names)
-                if (name, clip) not in decks:
-                    decks[name, clip] = picture_deck(showing(here, name, clip - {name}), rng)
-                sound = (next(sounds[name]), SOUNDS[place]) if place < heard else (None, 0)
-                cast.append((name, decks[name, clip], *sound))
-            yield split, names[:heard], cast
-
-
-def draw_class(names, stock):
-    """One of the classes `names` at random, DISTRACTORS of the time one that is never heard, where there is such."""
-    usual, never_heard = (
-        [c for c in names if c in stock.kept],
-        [c for c in names if c not in stock.kept],
-    )
-    pool = never_heard if never_heard and (not usual or stock.rng.random() < DISTRACTORS) else usual
-    return pool[stock.rng.integers(len(pool))]
-
-
-def first_view(deck, name, size, width, rng):
-    """(picture, frames, masks) of the first picture of `deck` that can be cut so that class `name` stays in sight."""
-    for _, picture in zip(range(50), deck):
-        if found := view(picture, name, size, width, rng):
-            return picture, *found
+    Rarest class first, each split near its SHARE. A source may serve several classes, so a draw may
+    leave a class without; then it is drawn again.
+    """
+    order = sorted(sources, key=lambda name: (name not in heard, len(sources[name]), name))
+    for _ in range(200):
+        split_of = {}
+        for name in order:
+            mine = sorted(sources[name])
+            got = Counter(split_of[source] for source in mine if source in split_of)
+            for source in rng.permutation([s for s in mine if s not in split_of]).tolist():
+                lack = {s: (not got[s], SHARE[s] * len(mine) - got[s]) for s in SHARE}
+                split_of[source] = max(SHARE, key=lack.get)
+                got[split_of[source]] += 1
+        lacking = [c for c in heard if len({split_of[s] for s in sources[c]}) < len(SPLITS)]
+        if not lacking:
+            return split_of
     raise AtlasError(
-        f"{picture.name}: no part of it (or of the other pictures of its split) keeps {name} in sight; leave {name} out with --classes"
+        f"{lacking[0]} shares its sources with other classes, so that they cannot be divided into "
+        "train, val and test: add some, or leave a class out with --classes"
     )
 
 
-def view(picture, name, size, width, rng):
-    """Five views of a picture by a window that pans and zooms a little: frames [T, size, width, 3] uint8 and class `name`'s masks [T, size, width].
+class Pool:
+    """The pictures and sounds of one split, and how often each was used."""
 
-    The same window cuts frame and mask (bilinear and nearest). It is drawn at random around the class's pixels; after half of the tries it
-    follows them from frame to frame. None if the class never keeps VISIBLE of the square frame; heard and silent pictures are treated alike.
+    def __init__(self, pictures, sounds, heard, rng):
+        self.pictures = pictures
+        self.sounds = sounds
+        self.heard = heard  # classes
+        self.rng = rng
+        self.used = Counter()
+
+    def plan(self, split, recipe):
+        """The class that each clip is about, in turn."""
+        train = recipe.clips or CLIPS[recipe.dataset]
+        if recipe.dataset == "ms3":
+            train = -(-train // len(self.heard))
+        if split == "train":
+            return self.heard * train
+        shown, known = sources_of(self.pictures), sources_of(self.sounds)
+        counts = {}
+        for name in self.heard:
+            most = CLIPS_A_SOURCE * min(len(shown[name]), len(known[name]))
+            counts[name] = min(train // {"val": 4, "test": 2}[split], most)
+        return [name for k in range(train) for name in self.heard if k < counts[name]]
+
+    def showing(self, name, without):
+        """The pictures of class `name` that show none of the classes `without`."""
+        return [p for p in self.pictures if p.category == name and not p.also & set(without)]
+
+    def draw(self, role, items):
+        """One of `items` by chance, of those whose source was used least in this role."""
+        order = self.rng.permutation(len(items)).tolist()
+        keys = [((role, i.category, i.source), (role, i.category, i.name, 0)) for i in items]
+        best = min(order, key=lambda k: [self.used[key] for key in keys[k]])
+        self.used.update(keys[best])
+        return items[best]
+
+    def cast(self, first, recipe):
+        """(heard classes, silent classes) of a clip in which `first` is heard the most."""
+        heard, silent, wanted = [first], [], 2
+        if self.rng.random() < recipe.alone:
+            return heard, silent
+        if recipe.dataset == "ms3":
+            wanted = self.rng.integers(2, 4)
+            if self.rng.random() >= ONE_HEARD:
+                beside = [c for c in self.heard if self.showing(first, {c})]
+                beside = [c for c in beside if c != first and self.showing(c, heard)]
+                heard += self.rng.choice(beside, min(1, len(beside))).tolist()
+        while len(heard) + len(silent) < wanted:
+            names = sorted({p.category for p in self.pictures} - {*heard, *silent})
+            names = [name for name in names if self.showing(name, heard)]
+            rare = [name for name in names if name not in self.heard]
+            usual = [name for name in names if name in self.heard]
+            if rare and (not usual or self.rng.random() < DISTRACTORS):
+                usual = rare
+            if not usual:
+                break
+            silent.append(str(self.rng.choice(usual)))
+        if len(heard) + len(silent) < 2:
+            raise AtlasError(
+                f"no picture without {first} is left in one of the splits to stand beside it: "
+                "add pictures, or leave it out with --classes"
+            )
+        return heard, silent
+
+
+def make_clip(pool, first, recipe):
+    """(frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [T * RATE], entry of the report)."""
+    heard, silent = pool.cast(first, recipe)
+    names = heard + silent
+    edges = np.linspace(0, recipe.size, len(names) + 1).round().astype(int).tolist()
+    wave = np.zeros(T * RATE)
+    frames, masks, shown = [], [], []
+    for place, left, right in zip(pool.rng.permutation(len(names)).tolist(), edges, edges[1:]):
+        name = names[place]
+        suited = pool.showing(name, {*heard} - {name})
+        picture = pool.draw("heard" if place < len(heard) else "silent", suited)
+        seen, mask = view(picture, (recipe.size, right - left), pool.rng)
+        schedule, sound = np.zeros(T, bool), None
+        if place < len(heard):
+            sound = pool.draw("sound", [s for s in pool.sounds if s.category == name])
+            own = load_sound(sound.files[0])
+            schedule = np.ones(T, bool)
+            if recipe.dataset == "ms3":
+                schedule = draw_schedule(own, CHANCES[place], pool.rng)
+            wave += own * gate(schedule)
+        frames.append(seen)
+        masks.append(mask & schedule[:, None, None])
+        entry = {"class": name, "picture": picture.name, "source": picture.source}
+        entry |= {"mask": picture.mask, "columns": [left, right]}
+        entry |= {"schedule": schedule.astype(int).tolist(), "recording": sound and sound.name}
+        shown.append(entry | {"recording_source": sound and sound.source})
+    sounding = {entry["class"]: entry for entry in shown if entry["recording"]}
+    drawn = all(entry["mask"] == "drawn" for entry in sounding.values())
+    report = {"source": sounding[first]["source"], "mask": "drawn" if drawn else "made"}
+    report |= {"heard": heard, "pictures": shown}
+    wave /= max(1, np.abs(wave).max())  # each recording stays within 1, their sum may not
+    return np.concatenate(frames, axis=2), np.concatenate(masks, axis=2), wave, report
+
+
+def view(picture, shape, rng):
+    """Frames [T, H, W, 3] uint8 and masks [T, H, W] bool: a window that pans and zooms a little.
+
+    It is drawn at random around the object and follows it. Of 30 draws the first is taken that
+    keeps VISIBLE of the whole frame in sight, or else the best.
     """
-    arrays = [read_mask(path) for path in picture.masks]
-    values = picture.values[name]
-    arrays = [a > 0 if values is None else np.isin(a, values) for a in arrays] * (T // len(arrays))
-    high, wide = arrays[0].shape  # of the picture
-    share = width / size  # of the frame; a window is this much as wide as tall
-    masks = [Image.fromarray(a.astype(np.uint8)) for a in arrays]
-    middle = np.array(
-        [
-            [x.mean() + 0.5, y.mean() + 0.5] if len(x) else [wide / 2, high / 2]
-            for y, x in map(np.nonzero, arrays)
-        ]
-    )  # [T, 2]
-    time = np.linspace(0, 1, T)[:, None]
-    whole = min(high, wide / share)  # of the tallest window
-    tries = 30
-    for k in range(tries):
-        path = middle if k >= tries // 2 else middle[0] * (1 - time) + middle[-1] * time
-        first = rng.uniform(0.7, 1)
-        tall = whole * np.clip(first * np.linspace(1, rng.uniform(0.92, 1.08), T), 0.6, 1)  # [T]
-        extent = np.stack([tall * share, tall], axis=1)  # [T, 2], x and y
-        centre = (
-            path
-            + rng.uniform(-0.25, 0.25, 2) * extent[0]
-            + (time - 0.5) * rng.uniform(-0.06, 0.06, 2) * whole
-        )
+    height, width = shape
+    pairs = read_pictures(picture) * (T // len(picture.files))
+    high, wide = pairs[0][1].shape
+    middle = np.array([np.argwhere(mask).mean(0)[::-1] + 0.5 for _, mask in pairs])  # [T, 2], x y
+    masks = [Image.fromarray(mask.astype(np.uint8)) for _, mask in pairs]
+    share = width / height
+    tallest = min(high, wide / share)
+    time = np.linspace(-0.5, 0.5, T)[:, None]
+    best = None
+    for _ in range(30):
+        zoom = rng.uniform(0.7, 1) * np.linspace(1, rng.uniform(0.92, 1.08), T)
+        tall = tallest * np.clip(zoom, 0.6, 1)
+        extent = np.stack([tall * share, tall], axis=1)  # [T, 2]
+        offset = rng.uniform(-0.25, 0.25, 2) * extent[0]
+        centre = middle + offset + time * rng.uniform(-0.06, 0.06, 2) * tallest
         corner = np.clip(centre - extent / 2, 0, [wide, high] - extent)
         boxes = np.concatenate([corner, corner + extent], axis=1).clip(0, [wide, high] * 2).tolist()
-        cut = (
-            np.stack([m.resize((width, size), Image.NEAREST, box) for m, box in zip(masks, boxes)])
-            > 0
-        )
-        if cut.mean((1, 2)).min() >= VISIBLE / share:
-            images = [read_image(path, (wide, high)) for path in picture.frames] * (
-                T // len(picture.frames)
-            )
-            return np.stack(
-                [im.resize((width, size), Image.BILINEAR, box) for im, box in zip(images, boxes)]
-            ), cut
-    return None
+        cut = [m.resize((width, height), Image.NEAREST, box) for m, box in zip(masks, boxes)]
+        cut = np.stack(cut) > 0
+        seen = cut.mean((1, 2)).min() * share
+        if best is None or seen > best[0]:
+            best = seen, boxes, cut
+        if seen >= VISIBLE:
+            break
+    frames = [
+        Image.fromarray(frame).resize((width, height), Image.BILINEAR, box)
+        for (frame, _), box in zip(pairs, best[1])
+    ]
+    return np.stack(frames), best[2]
 
 
-def write_set(out, dataset, report, drawn, total, progress):
-    """Write the clips that draw_s4 or draw_ms3 yields, then compose.json and the CSV; return the report."""
-    with built_beside(out) as folder:
-        written = []
-        for split, frames, masks, wave, entry in tqdm(
-            drawn, "compose", total, unit="clip", disable=not progress
-        ):
-            name = f"c{len(written):06d}"
-            clip = (
-                s4_clip(folder, name, entry["class"], split)
-                if dataset == "s4"
-                else ms3_clip(folder, name, split)
-            )
-            written.append(write_clip(clip, frames, masks, wave, RATE))
-            report["clips"].append({"id": name, "split": split, **entry})
-        Path(folder, "compose.json").write_text(json.dumps(report, indent=1) + "\n")
-        write_csv(folder, written, dataset)
-    return report
+def load_sound(path):
+    """A recording as T seconds of one loudness, [T * RATE]: trimmed of silence, looped if short."""
+    wave = read_wave(path).numpy()
+    audible = np.flatnonzero(np.abs(wave) > 1e-3 * np.abs(wave).max(initial=0))
+    if not len(audible):
+        raise AtlasError(f"the sound {path} is silent: remove it from the stock")
+    wave = wave[audible[0] : audible[-1] + 1]
+    wave = np.tile(wave, -(-T * RATE // len(wave)))[: T * RATE]
+    return wave * min(RMS / np.sqrt(np.mean(wave**2)), 1 / np.abs(wave).max())
+
+
+def count(made, name, split):
+    """{"clips", "picture_sources", "sound_sources"} of the clips of a split that sound a class."""
+    mine = []
+    for clip in made:
+        if clip["split"] == split:
+            mine += [p for p in clip["pictures"] if p["recording"] and p["class"] == name]
+    return {
+        "clips": len(mine),
+        "picture_sources": len({picture["source"] for picture in mine}),
+        "sound_sources": len({picture["recording_source"] for picture in mine}),
+    }

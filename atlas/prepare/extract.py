@@ -1,19 +1,20 @@
-"""Videos as clips: mp4 files and AVSBench's CSV -> the frames and sounds of AVSBench's tree (atlas/clips.py), by PyAV.
+"""Videos as clips: mp4 files and AVSBench's CSV -> frames and sounds in AVSBench's tree (clips.py).
 
-Frames. AVSBench (preprocess_scripts/preprocess_s4.py and _ms3.py, FACTS.md §1) samples each second 16 times and keeps the 16th: with f = the frame rate rounded
-to a whole number, second l = 0..4 is frame n = ⌊l f + 15/16 f⌋ of the video, counted from 0, and its last frame where there is none of that number: 23, 48, 73, 98, 123
-at 25 a second; 28, 58, 88, 118, 148 at 30 and at 29.97. Frame n is the one on display n / rate seconds after the first one, which in a video of constant rate is
-frame n itself, and elsewhere the one that ffmpeg's conversion to a constant rate (AVSBench's reader) would make it. 224 x 224 pixels, squeezed, not cropped.
+Frames. AVSBench samples each second 16 times and keeps the 16th: with f = the frame rate rounded to
+a whole number (ours: below 10 it is not rounded, which would bend the time), second l = 0..4 is
+frame n = floor(l f + 15/16 f), counted from 0, or else the last one: 23, 48, 73, 98, 123 at 25 a
+second. Frame n is the one on display n / rate seconds after the first one, which is what ffmpeg's
+conversion to a constant rate makes it. 224 x 224 pixels, squeezed, not cropped.
 
-Sound. 16 kHz and 16 bit as AVSBench's. Ours: one channel, the mean of all (AVSBench's writer, moviepy, makes two, and VGGish's front end averages them), and T seconds from the
-first frame's time on, silence where the sound begins after it; AVSBench keeps whatever the file holds. What ends early stays short, as there.
+Sound. 16 kHz and 16 bit. Ours: the mean of all channels of the default track, T seconds from the
+first frame's time on, silence where the sound begins after it. What ends early stays short.
 
-A video is bad where it is missing, cannot be decoded, has no pictures or no sound, or where either does not reach the clip's last second.
+A video is bad where it is missing or damaged, or where its pictures or its sound do not reach the
+clip's last second.
 """
 
 import concurrent.futures
 import csv
-import fcntl
 import functools
 import io
 import multiprocessing
@@ -28,55 +29,46 @@ import soundfile
 from PIL import Image
 from tqdm import tqdm
 
-from atlas.clips import CSVS, RATE, T, ms3_clip, read_rows, s4_clip
+from atlas.audio import best_stream, mono
+from atlas.clips import CSVS, RATE, T, locked, ms3_clip, read_rows, resized, s4_clip
 from atlas.errors import AtlasError
 
-COLUMNS = {"s4": ("name", "start", "category", "split"), "ms3": ("video_id", "split")}  # AVSBench's
+COLUMNS = {"s4": ("name", "start", "category", "split"), "ms3": ("video_id", "split")}
 SAMPLES = 16  # a second; the last is kept
+SLOW = 10  # frames a second
 
 
 def extract(videos, out, table=None, dataset="s4", size=224, jobs=1, whole=False):
-    """Extract every clip of the CSV `table` (default: the tree's own) from VIDEOS/SPLIT/CATEGORY/NAME.mp4 or VIDEOS/NAME.mp4 into the tree below `out`.
+    """Extract every clip of the CSV `table` (default: the tree's own) into the tree below `out`.
 
-    A clip whose six files are there, in this size, is kept as it is. A file appears under its name only when it is whole, so that a kill at any time costs the clips in hand at most.
-    `whole`: the videos were not trimmed, the clip begins at the CSV's `start` (seconds). The tree's CSV is written last: it gains the clips that are there now and loses none.
-    Returns {"extracted", "kept": how many, "bad": [(video, reason)] in the table's order, "list": the file that names these, None where there are none}.
+    The videos are VIDEOS/SPLIT/CATEGORY/NAME.mp4 or VIDEOS/NAME.mp4. A clip whose six files are
+    there, in this size, is kept as it is. A file appears under its name only when it is whole, so
+    that a kill costs the clips in hand at most. `whole`: the videos were not trimmed, and the clip
+    begins at the CSV's `start` (seconds). The tree's CSV is written last: it gains the clips that
+    are there now and loses none. Returns {"extracted", "kept": how many, "bad": [(video, reason)]
+    in the table's order, "list": the file that names these, or None}.
     """
     own = Path(out, CSVS[dataset])
     table = Path(table or own)
     if not table.is_file():
-        raise AtlasError(
-            f"no CSV {table}; give AVSBench's {own.name}, or one with the columns {','.join(COLUMNS[dataset])}, with --csv"
-        )
+        raise AtlasError(f"no CSV {table}; give AVSBench's {own.name}, or one like it, with --csv")
     if not Path(videos).is_dir():
         raise AtlasError(f"no folder {videos}; --videos holds SPLIT/CATEGORY/NAME.mp4 or NAME.mp4")
     if size < 1:
-        raise AtlasError(
-            f"a size of {size} pixels; frames need 1 at least, and the size of the masks to be of use"
-        )
+        raise AtlasError(f"a size of {size} pixels; frames need the size of the masks")
     rows = _rows(table, dataset, whole)
     own.parent.mkdir(parents=True, exist_ok=True)
-    with open(own.parent / ".extract.lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise AtlasError(
-                f"another process is extracting into {own.parent}; wait for it"
-            ) from None
+    busy = f"another process is extracting into {own.parent}; wait for it"
+    with locked(own.parent / ".extract.lock", busy):
         clips = [_clip(out, row, dataset) for row in rows]
         missing = [i for i, clip in enumerate(clips) if not complete(clip, size)]
-        tasks = [
-            (clips[i], find_video(videos, clips[i]), float(rows[i]["start"]) if whole else 0.0)
-            for i in missing
-        ]
-        progress = functools.partial(
-            tqdm,
-            desc=f"extracting {dataset.upper()}",
-            unit="clip",
-            total=len(missing),
-            disable=None,
-        )
-        reasons = list(progress(_mapped(functools.partial(_extract_clip, size=size), tasks, jobs)))
+        tasks = []
+        for i in missing:
+            start = float(rows[i]["start"]) if whole else 0.0
+            tasks.append((clips[i], find_video(videos, clips[i]), start))
+        bar = {"unit": "clip", "total": len(tasks), "disable": None}
+        done = _mapped(functools.partial(_extract_clip, size=size), tasks, jobs)
+        reasons = list(tqdm(done, f"extracting {dataset.upper()}", **bar))
         bad = {i: reason for i, reason in zip(missing, reasons) if reason}
         _extend_csv(own, dataset, [row for i, row in enumerate(rows) if i not in bad])
         report = own.parent / "bad_videos.txt"
@@ -93,7 +85,7 @@ def extract(videos, out, table=None, dataset="s4", size=224, jobs=1, whole=False
 
 
 def complete(clip, size):
-    """All frames are there, `size` pixels wide and high, and the sound is."""
+    """Whether all frames are there, `size` pixels wide and high, and the sound is."""
     try:
         for path in clip.frames:
             with Image.open(path) as image:  # reads the header only
@@ -105,50 +97,54 @@ def complete(clip, size):
 
 
 def find_video(videos, clip):
-    """VIDEOS/SPLIT/CATEGORY/NAME.mp4 (AVSBench's raw_videos of S4), or VIDEOS/NAME.mp4 where that is there."""
+    """VIDEOS/NAME.mp4 where that is there or the clip has no category, else AVSBench's place."""
     flat = Path(videos, f"{clip.id}.mp4")
-    return (
-        flat
-        if clip.category is None or flat.is_file()
-        else Path(videos, clip.split, clip.category, flat.name)
-    )
+    if clip.category is None or flat.is_file():
+        return flat
+    return Path(videos, clip.split, clip.category, flat.name)
+
+
+# ---- a video -------------------------------------------------------------------------------------
 
 
 def frame_numbers(rate):
     """The T frames AVSBench keeps of a video with `rate` frames a second."""
-    f = round(rate)
+    f = rate if rate < SLOW else round(rate)
     return [int(second * f + (SAMPLES - 1) / SAMPLES * f) for second in range(T)]
 
 
 def read_video(path, start=0.0):
-    """(the T frames, [H, W, 3] uint8 each, the mono sound [samples <= T * RATE] float32 at 16 kHz) from `start` seconds on; AtlasError says why not."""
+    """The clip of a video that begins `start` seconds after its first frame.
+
+    Returns the T frames, [H, W, 3] uint8 each, and the sound [samples <= T * RATE] float32.
+    An AtlasError says why there is none.
+    """
     if not path.is_file():
         raise AtlasError("missing")
     try:
         with av.open(path, metadata_errors="ignore") as file:
-            if not file.streams.video:
-                raise AtlasError("no pictures: it has no video stream")
-            if not file.streams.audio:
-                raise AtlasError("no sound: it has no audio stream")
             frames, begin = _read_frames(file, start)
         with av.open(path, metadata_errors="ignore") as file:
             return frames, _read_sound(file, begin)
-    except (av.FFmpegError, ValueError) as error:  # whatever broken files make the decoders raise
+    except (av.FFmpegError, ValueError, OSError) as error:  # what broken files make decoders raise
         raise AtlasError(f"not readable: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _read_frames(file, start):
-    """(T frames as arrays, the time in the file at which the clip begins)."""
-    stream = file.streams.video[0]
+    """The T frames as arrays, and the time in the file at which the clip begins."""
+    stream = best_stream(file, "video")
+    if stream is None:
+        raise AtlasError("no pictures: it has no video stream")
+    if best_stream(file, "audio") is None:
+        raise AtlasError("no sound: it has no audio stream")
     rate = float(stream.guessed_rate or stream.average_rate or 25)
     begin, shown, chosen, time = None, None, [], 0.0
     for k, frame in enumerate(file.decode(stream)):
         time = frame.time if frame.time is not None else k / rate
         if begin is None:
             begin = time + start
-            due = [
-                begin + (n + 0.5) / rate for n in frame_numbers(rate)
-            ]  # a frame that comes later than half a frame late is the next one
+            # a frame that comes later than half a frame late is the next one
+            due = [begin + (n + 0.5) / rate for n in frame_numbers(rate)]
         while len(chosen) < T and time >= due[len(chosen)]:
             chosen.append(shown or frame)
         shown = frame
@@ -156,44 +152,45 @@ def _read_frames(file, start):
             break
     if shown is None:
         raise AtlasError("no pictures: its video stream is empty")
-    if len(chosen) < T and time < begin + T - 1:
-        raise AtlasError(
-            f"too short: its pictures end at {max(0.0, time + 1 / rate - begin):.2f} s of {T}"
-        )
+    end = time + 1 / rate - begin
+    if len(chosen) < T and end < T - 1 + 1e-3:
+        raise AtlasError(f"too short: its pictures end at {max(0.0, end):.2f} s of {T}")
     chosen += [shown] * (T - len(chosen))
-    return [
-        np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for frame in chosen
-    ], begin
+    if any(frame.is_corrupt for frame in chosen):
+        raise AtlasError("not readable: its pictures are damaged")
+    arrays = [np.rot90(each.to_ndarray(format="rgb24"), each.rotation // 90) for each in chosen]
+    return arrays, begin
 
 
 def _read_sound(file, begin):
-    """The sound from the time `begin` of the file on, [samples <= T * RATE]."""
+    """The sound of the default track from the time `begin` of the file on, [<= T * RATE]."""
     resampler = av.AudioResampler(format="fltp", rate=RATE)
-    parts, count, skip = (
-        [],
-        0,
-        None,
-    )  # skip: samples before the clip; negative: of silence before the sound
-    for frame in _and_none(file.decode(file.streams.audio[0])):
+    parts, count = [], 0
+    skip = None  # samples before the clip; negative: of silence before the sound
+    for frame in _and_none(file.decode(best_stream(file, "audio"))):
         if skip is None and frame is not None:
             skip = round((begin - (frame.time or 0.0)) * RATE)
-            if skip < 0:
-                parts.append(np.zeros(-skip, np.float32))
         for piece in resampler.resample(frame):
-            parts.append(piece.to_ndarray().mean(0))
-            count += len(parts[-1])
+            parts.append(piece.to_ndarray())  # [channels, samples]
+            count += parts[-1].shape[1]
         if skip is not None and count >= skip + T * RATE:
             break
-    wave = np.concatenate(parts)[max(0, skip) :][: T * RATE] if parts else np.zeros(0, np.float32)
-    if len(wave) <= (T - 1) * RATE:
-        raise AtlasError(f"too short: its sound ends at {len(wave) / RATE:.2f} s of {T}")
-    return wave
+    if not parts:
+        raise AtlasError("no sound: its audio stream is empty")
+    channels = np.concatenate(parts, 1)[:, max(0, skip) :]
+    channels = np.pad(channels, ((0, 0), (max(0, -skip), 0)))[:, : T * RATE]
+    if channels.shape[1] <= (T - 1) * RATE:
+        raise AtlasError(f"too short: its sound ends at {channels.shape[1] / RATE:.2f} s of {T}")
+    return mono(channels.T, "track")
 
 
 def _and_none(frames):
     """Decoded frames, then None, which empties the resampler."""
     yield from frames
     yield None
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def _extract_clip(task, size):
@@ -205,17 +202,17 @@ def _extract_clip(task, size):
         return str(error)
     for path, frame in zip(clip.frames, frames):
         picture = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(frame)).resize(
-            (size, size), Image.Resampling.BILINEAR
-        ).save(picture, "PNG", compress_level=1)
+        small = resized(np.ascontiguousarray(frame), size)
+        Image.fromarray(small).save(picture, "PNG", compress_level=1)
         _write(Path(path), picture.getvalue())
     sound = io.BytesIO()
     soundfile.write(sound, np.clip(wave, -1, 1), RATE, format="WAV", subtype="PCM_16")
     _write(Path(clip.audio), sound.getvalue())
+    return None
 
 
 def _write(path, content):
-    """Beside and renamed: what has its name is whole."""
+    """Write beside and rename: what has its name is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_bytes(content)
@@ -234,60 +231,62 @@ def _mapped(function, tasks, jobs):
         yield from pool.map(function, tasks)
     except concurrent.futures.process.BrokenProcessPool:
         raise AtlasError(
-            "a worker process was killed (no memory?); run the same command again, with fewer --jobs: what was finished is kept"
+            "a worker process was killed (no memory?); run the same command again, with fewer "
+            "--jobs: what was finished is kept"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent():
-    """A worker leaves Ctrl-C to its parent and ends when that is killed, instead of waiting for work for ever."""
+    """A worker leaves Ctrl-C to its parent, and ends when that is killed."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(
-        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
-    ).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _rows(table, dataset, whole):
-    """The rows of the CSV, each clip once."""
-    names = _names(dataset)
-    if whole and dataset == "ms3":
-        raise AtlasError(
-            "MS3's CSV has no column start, so its videos cannot be cut; trim them first"
-        )
-    rows = read_rows(table, COLUMNS[dataset] if whole else names)
-    for row in rows:
-        if any(Path(row[column] or "..").name != row[column] for column in names):
-            raise AtlasError(
-                f"{table}: the row {','.join(map(str, row.values()))} has an empty field, or one that is no plain file name"
-            )
-        try:
-            float(row["start"] if whole else 0)
-        except (TypeError, ValueError):
-            raise AtlasError(
-                f"{table}: the start of {row['name']} is {row['start']!r}, which is no number of seconds"
-            ) from None
-    return list({tuple(row[column] for column in names): row for row in rows}.values())
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def _names(dataset):
     return [column for column in COLUMNS[dataset] if column != "start"]
 
 
+def _rows(table, dataset, whole):
+    """The rows of the CSV; with `whole`, each has a number of seconds as its start."""
+    if whole and dataset == "ms3":
+        raise AtlasError(
+            "MS3's CSV has no column start, so its videos cannot be cut; trim them first"
+        )
+    rows = read_rows(table, COLUMNS[dataset] if whole else _names(dataset))
+    for row in rows if whole else ():
+        try:
+            wrong = not 0 <= float(row["start"]) < 1e6
+        except ValueError:
+            wrong = True
+        if wrong:
+            raise AtlasError(
+                f"{table}: the start of {row['name']} is {row['start']!r}, which is no number of "
+                "seconds"
+            )
+    return rows
+
+
 def _clip(root, row, dataset):
-    return (
-        s4_clip(root, row["name"], row["category"], row["split"])
-        if dataset == "s4"
-        else ms3_clip(root, row["video_id"], row["split"])
-    )
+    if dataset == "s4":
+        return s4_clip(root, row["name"], row["category"], row["split"])
+    return ms3_clip(root, row["video_id"], row["split"])
 
 
 def _extend_csv(path, dataset, rows):
     """Add to the tree's CSV the rows it does not hold."""
-    key = lambda row: tuple(row[column] for column in _names(dataset))
     old = read_rows(path, _names(dataset)) if path.is_file() else []
-    known = {key(row) for row in old}
-    new = [row for row in rows if key(row) not in known]
+    known = [[row[name] for name in _names(dataset)] for row in old]
+    new = [row for row in rows if [row[name] for name in _names(dataset)] not in known]
     if new:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS[dataset], restval=0, extrasaction="ignore")

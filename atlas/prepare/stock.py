@@ -1,197 +1,167 @@
-"""What a composed set may be made of: the classes that have enough, their pictures and recordings divided into splits, and decks to draw from.
+"""A stock: real pictures with masks, and sounds, in plain folders by class (docs/data.md).
 
-Pictures, videos and recordings never cross splits: it is sources that are divided (scan.py says what a source is).
+    STOCK/pictures/CLASS/NAME.jpg    STOCK/masks/CLASS/NAME.png    STOCK/sounds/CLASS/NAME.wav
+    STOCK/pictures.csv: class,picture,source,also,mask,dataset,repository,path
+    STOCK/sounds.csv: class,sound,source,dataset,repository,path
+
+A video is a folder of frames and one of masks instead of a file. `source` must stay in one split: a
+photo, a video, a recording. `also` names other classes that the picture shows, and `mask` says
+whether people have `drawn` it or a program has `made` it. Both tables may be missing, and so may
+rows: a file without a row is its own source and shows nothing else.
 """
 
-from collections import Counter, defaultdict
+import csv
+import hashlib
+import os
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from atlas.clips import SPLITS
+from atlas.audio import read_wave
+from atlas.clips import T, read_frame, read_mask, read_table
 from atlas.errors import AtlasError
-from atlas.prepare.scan import read_class_map, scan_davis, scan_esc, scan_voc
 
-CLASS_MAP = Path(__file__).parents[2] / "configs" / "class_map.yaml"
-SHARE = {"train": 0.6, "val": 0.2, "test": 0.2}  # of the sources of a class
-RESTARTS = 1000
+COLUMNS = {
+    "pictures": ("class", "picture", "source", "also", "mask", "dataset", "repository", "path"),
+    "sounds": ("class", "sound", "source", "dataset", "repository", "path"),
+}
+LEAST = 10  # sources of pictures, and of sounds, that a class needs to be heard by default
 
 
 @dataclass(frozen=True)
-class Stock:
-    """What a set is made of: pictures {split: [Picture]} and recordings {split: [(file, source, class)]}; no source is in two splits."""
+class Item:
+    """A photo (one file and mask), a video (T of each) or a sound (one file, no mask)."""
 
-    pictures: dict
-    recordings: dict
-    kept: list  # classes that are heard
-    counts: dict  # split -> clips (S4: of a class)
-    rng: np.random.Generator
-    report: dict
+    category: str
+    name: str
+    source: str
+    files: tuple
+    masks: tuple = ()
+    also: frozenset = frozenset()  # the other classes that a picture shows
+    mask: str = ""  # drawn | made
 
 
-def take_stock(
-    out, voc, davis, esc, seed, counts, size, classes, class_map, progress, fits, least=1
-):
-    """Check the arguments, read the folders, choose the classes (`least` of them or more) and divide the sources: a Stock.
+def read_stock(root):
+    """(pictures, sounds) of a stock, as Items, by class and name. Only the tables are opened."""
+    pictures, sounds = [], []
+    rows = read_rows(root, "pictures")
+    for category, path, source in _files(root, "pictures", rows):
+        row = rows.get((category, path.stem), {})
+        files, masks = [path], Path(root, "masks", category)
+        if path.is_dir():
+            masks = masks / path.name
+            frames = _visible(path)
+            if not frames:
+                raise AtlasError(f"the video {path} has no frames: remove its folder, or fill it")
+            files = [frames[k] for k in np.linspace(0, len(frames) - 1, T).round().astype(int)]
+        masks = tuple(masks / f"{file.stem}.png" for file in files)
+        also = frozenset(row.get("also", "").replace(";", " ").split())
+        mask = row.get("mask") or "drawn"
+        pictures.append(Item(category, path.name, source, tuple(files), masks, also, mask))
+    for category, path, source in _files(root, "sounds", read_rows(root, "sounds")):
+        sounds.append(Item(category, path.name, source, (path,)))
+    return pictures, sounds
 
-    fits(pictures of a split, class, kept classes): whether a clip that sounds the class can be made of them.
+
+def _files(root, kind, rows):
+    """Yield (class, path, source) of everything in ROOT/KIND/CLASS/."""
+    if not any(Path(root, kind).is_dir() for kind in COLUMNS):
+        raise AtlasError(f"{root} is no stock: it holds neither pictures/ nor sounds/")
+    for folder in _visible(Path(root, kind)) if Path(root, kind).is_dir() else ():
+        for path in _visible(folder) if folder.is_dir() else ():
+            row = rows.get((folder.name, path.stem), {})
+            yield folder.name, path, row.get("source") or f"{folder.name}/{path.name}"
+
+
+def _visible(folder):
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def read_pictures(item):
+    """[(frame [H, W, 3] uint8, mask [H, W] bool)] of a photo or video, all of one size."""
+    pairs = []
+    for path, mask_path in zip(item.files, item.masks):
+        frame, mask = read_frame(path), read_mask(mask_path)
+        size = pairs[0][1].shape if pairs else frame.shape[:2]
+        if not mask.shape == frame.shape[:2] == size:
+            raise AtlasError(f"{path} and {mask_path} (or those before them) differ in size")
+        pairs.append((frame, mask))
+    return pairs
+
+
+def read_rows(root, kind):
+    """{(class, name without suffix): row} of the table of pictures or sounds, {} without one."""
+    path, name = Path(root, f"{kind}.csv"), kind[:-1]
+    rows = read_table(path, ("class", name, "source")) if path.is_file() else []
+    return {(row["class"], Path(row[name]).stem): row for row in rows}
+
+
+def write_rows(root, kind, rows):
+    path = Path(root, f"{kind}.csv")
+    beside = path.with_suffix(".tmp")
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS[kind], restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
+    os.replace(beside, path)
+
+
+def sources_of(items):
+    """{class: its sources}."""
+    found = defaultdict(set)
+    for item in items:
+        found[item.category].add(item.source)
+    return found
+
+
+def check_stock(root):
+    """(counts, errors, warnings), lists of lines.
+
+    Errors would stop or falsify a set made of the stock: what cannot be read, masks that are not
+    binary, empty or not of their picture's size, silent sounds, and what stands twice. The same
+    photo may serve several classes under one source.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AtlasError(
-            f"{out} exists and is not an empty folder: give another --out, or remove it first"
-        )
-    if not (voc or davis) or not esc:
-        raise AtlasError(
-            "compose needs pictures and sounds: give --esc, and --voc or --davis or both"
-        )
-    if min(counts.values()) < 1 or size < 32 or size % 2 or seed < 0:
-        raise AtlasError(
-            f"compose: at least one clip a class and split, an even frame size of 32 or more, a seed from 0; got {counts}, {size}, {seed}"
-        )
-    names = read_class_map(class_map or CLASS_MAP)
-    if strange := sorted(set(classes or ()) - set(names)):
-        raise AtlasError(
-            f"unknown class {', '.join(strange)} in --classes; the class map knows {', '.join(sorted(names))}"
-        )
-
-    pictures, unknown = scan_voc(voc, names, progress) if voc else [], []
-    if davis:
-        pictures += scan_davis(davis, names, unknown, progress)
-    pictures = [p for p in pictures if p.shows]
-    recordings = scan_esc(esc, names)
-    seen = _by_source((p.source, c) for p in pictures for c in p.shows)
-    heard = _by_source((source, c) for _, source, c in recordings)
-    kept, dropped = choose_classes(seen, heard, names, classes, least)
-
-    rng = np.random.default_rng(seed)
-    picture_split = split_sources(
-        seen, kept, rng, "pictures", pictures, lambda share, name: fits(share, name, kept)
-    )
-    sound_split = split_sources(heard, kept, rng, "recordings")
-    report = {
-        "seed": seed,
-        "arguments": {**{key: path and Path(path).resolve().name for key, path in (("voc", voc), ("davis", davis), ("esc", esc))}, "clips": counts,
-                      "size": size, "classes": sorted(classes) if classes else None, "class_map": Path(class_map or CLASS_MAP).name},
-        "kept": {c: {split: {"clips": 0,
-                             "picture_sources": sum(c in has and picture_split[source] == split for source, has in seen.items()),
-                             "recordings": sum(c in has and sound_split[source] == split for source, has in heard.items())}
-                     for split in SPLITS} for c in kept},
-        "dropped": dropped, "unknown": unknown, "clips": [],
-    }  # fmt: skip
-    pictures = {
-        split: [p for p in pictures if picture_split[p.source] == split] for split in SPLITS
-    }
-    recordings = {split: [r for r in recordings if sound_split[r[1]] == split] for split in SPLITS}
-    return Stock(pictures, recordings, kept, counts, rng, report)
-
-
-def choose_classes(seen, heard, names, classes, least=1):
-    """(`least` or more kept classes, {dropped class: why}): three picture sources and three recordings are the least that three splits need."""
-    kept, dropped = [], {}
-    for name in sorted(set(names).union(*seen.values())):
-        have = {
-            what: sum(name in has for has in of.values())
-            for what, of in (("picture sources", seen), ("recordings", heard))
-        }
-        if classes and name not in classes:
-            dropped[name] = "not in --classes"
-        elif min(have.values()) < 3:
-            dropped[name] = ", ".join(
-                f"{n} of the 3 {what} needed" for what, n in have.items() if n < 3
+    pictures, sounds = read_stock(root)
+    errors, warnings = [], []
+    contents = defaultdict(list)
+    for item in tqdm(pictures + sounds, "checking the stock", unit="file", disable=None):
+        try:
+            contents[_content(item)].append(item)
+        except AtlasError as error:
+            errors.append(str(error))
+    for same in contents.values():
+        if len({i.category for i in same}) < len(same) or len({i.source for i in same}) > 1:
+            named = ", ".join(f"{i.category}/{i.name} (source {i.source})" for i in same)
+            errors.append(f"the same content stands several times: {named}")
+    shown, known = sources_of(pictures), sources_of(sounds)
+    counts = [f"{'class':<16}{'pictures':>9}{'drawn':>8}{'sources':>8}{'sounds':>8}{'sources':>8}"]
+    for name in sorted({*shown, *known}):
+        masks = [item.mask for item in pictures if item.category == name]
+        files = sum(item.category == name for item in sounds)
+        seen, heard = len(shown[name]), len(known[name])
+        drawn = masks.count("drawn")
+        counts.append(f"{name:<16}{len(masks):>9}{drawn:>8}{seen:>8}{files:>8}{heard:>8}")
+        if shown[name] and min(seen, heard) < LEAST:
+            warnings.append(
+                f"{name} is too small to be heard by default: it has {seen} sources of pictures "
+                f"and {heard} of sounds, and needs {LEAST}"
             )
-        else:
-            kept.append(name)
-    if len(kept) < least:
-        left = (
-            f"only {', '.join(kept)} is left of the {least} classes needed"
-            if kept
-            else "no class is left"
-        )
-        why = "; ".join(f"{c}: {reason}" for c, reason in dropped.items())
-        raise AtlasError(f"{left} ({why}): add pictures or sounds, or change the class map")
-    return kept, dropped
+    return counts, errors, warnings
 
 
-def split_sources(sources, kept, rng, what, pictures=(), fits=None):
-    """{source: split} for sources {source: classes}: every kept class gets a source in every split, and else about SHARE of its sources.
-
-    With `fits`, every split's share of `pictures` also satisfies fits(share, class): something can stand beside the class.
-    Greedy, rarest class first; a source may serve several classes, so a bad draw is thrown away and drawn again.
-    """
-    of_class = {c: sorted(s for s, has in sources.items() if c in has) for c in kept}
-    order = sorted(kept, key=lambda c: len(of_class[c]))
-    rest = sorted(s for s, has in sources.items() if not has & set(kept))
-    failures = Counter()
-    for _ in range(RESTARTS):
-        split_of = {}
-        for mine in [*(of_class[c] for c in order), rest]:
-            got = Counter(split_of[s] for s in mine if s in split_of)
-            for source in rng.permutation([s for s in mine if s not in split_of]).tolist():
-                split = max(
-                    ("train", "test", "val"),
-                    key=lambda x: (not got[x], SHARE[x] * len(mine) - got[x]),
-                )
-                split_of[source] = split
-                got[split] += 1
-        lacking = [c for c in order if len({split_of[s] for s in of_class[c]}) < len(SPLITS)]
-        shares = [
-            [p for p in pictures if split_of[p.source] == split]
-            for split in SPLITS
-            if fits and not lacking
-        ]
-        alone = [c for c in kept if not all(fits(share, c) for share in shares)]
-        if not lacking and not alone:
-            return split_of
-        failures[lacking[0] if lacking else f"{alone[0]}, and of others to stand beside it,"] += 1
-    raise AtlasError(f"the {what} of {failures.most_common(1)[0][0]} cannot be divided into train, val and test without sharing a source: "
-                     "add some, or leave a class out with --classes")  # fmt: skip
-
-
-def showing(pictures, name, without=frozenset()):
-    """The pictures that show class `name` and have no pixel of the classes `without`."""
-    return [p for p in pictures if name in p.shows and not p.contains & without]
-
-
-def stand_together(pictures, cast):
-    """Whether every class of the set `cast` has a picture without a pixel of the others."""
-    return all(showing(pictures, name, cast - {name}) for name in cast)
-
-
-def shown_classes(pictures):
-    """The classes that any of the pictures shows, in order."""
-    return sorted({c for p in pictures for c in p.shows})
-
-
-def deck(items, rng):
-    """Endless draw from [(source, item)]: every source once a round, in a new order each time, and its items in turn."""
-    piles = defaultdict(list)
-    for source, item in items:
-        piles[source].append(item)
-    piles = {
-        source: [pile[k] for k in rng.permutation(len(pile))]
-        for source, pile in sorted(piles.items())
-    }
-    while piles:
-        for source in rng.permutation(list(piles)).tolist():
-            piles[source].append(piles[source].pop(0))
-            yield piles[source][-1]
-
-
-def picture_deck(pictures, rng):
-    """Endless draw of pictures, every source as often."""
-    return deck([(p.source, p) for p in pictures], rng)
-
-
-def sound_deck(stock, split, name):
-    """Endless draw of recordings of class `name`, (file, source, class), every source as often."""
-    return deck([(r[1], r) for r in stock.recordings[split] if r[2] == name], stock.rng)
-
-
-def _by_source(pairs):
-    """{source: {class, ...}} from (source, class) pairs."""
-    sources = defaultdict(set)
-    for source, name in pairs:
-        sources[source].add(name)
-    return dict(sources)
+def _content(item):
+    """A digest of the pixels or samples of an item that can be used."""
+    digest = hashlib.sha256()
+    for frame, mask in read_pictures(item):
+        if not mask.any():
+            raise AtlasError(f"{item.category}/{item.name}: its mask is empty")
+        digest.update(str(frame.shape).encode() + frame.tobytes())
+    if not item.masks:
+        wave = read_wave(item.files[0]).numpy()
+        if not wave.any():
+            raise AtlasError(f"the sound {item.files[0]} is silent")
+        digest.update(wave.tobytes())
+    return digest.digest()

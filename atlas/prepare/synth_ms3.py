@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from atlas.audio import draw_schedule, gate
 from atlas.clips import CSVS, RATE, SPLITS, T, built_beside, ms3_clip, write_clip, write_csv
-from atlas.prepare.synth import chosen_classes, draw_background, draw_scene, paint, sound
+from atlas.prepare.synth import chosen_classes, draw_background, draw_scene, paint
+from atlas.prepare.timbres import sound
 
 SCENES = (  # classes of like log-mel spectra, so that a cluster of sounds is a cluster of classes
     ("lions_roaring", "race_car", "chainsawing_trees", "lawn_mowing"),

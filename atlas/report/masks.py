@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from atlas.data import collate, to_device
+from atlas.encoders import merged
 from atlas.errors import AtlasError
 from atlas.metrics import MaskMeter
-from atlas.model import merged
 from atlas.report.figures import PAGE, column_word, panels, shortened, title_of
 
 LOOKED_AT = 12  # test clips of a task that the strip is chosen from

@@ -206,7 +206,7 @@ def brief(runs):
     found, told = problems(runs), {}
     methods = list(dict.fromkeys(row["method"] for row in found[0]["rows"]))
     for k, problem in enumerate(found):
-        for row, cells in zip(problem["rows"], cells_of(problem, BRIEF)[0]):
+        for row, cells in zip(problem["rows"], cells_of(problem, BRIEF)):
             place = methods.index(row["method"]), row["label"]
             of_row = told.setdefault(place, [NONE] * len(BRIEF) * len(found))
             of_row[len(BRIEF) * k : len(BRIEF) * (k + 1)] = cells
@@ -226,7 +226,7 @@ def section(problem):
     problem = problem | {"rows": sorted(problem["rows"], key=rank)}
     rows = problem["rows"]
     runs = [results for row in rows for results in row["runs"]]
-    cells, untested = cells_of(problem, COLUMNS)
+    cells = cells_of(problem, COLUMNS)
     head = ["method", "runs", *(f"{score} {name}" for score, name in COLUMNS)]
     head.append("s train / consolidate / evaluate")
     lines = []
@@ -239,7 +239,7 @@ def section(problem):
         lines.append(line)
     if with_memory:
         head.append("MB kept by the method")
-    under = "  \n".join(notes(rows, runs, untested))
+    under = "  \n".join(notes(rows, runs))
     return f"### {problem['title']}\n\n{markdown(head, lines)}\n\n{under}"
 
 
@@ -253,41 +253,39 @@ def memory_of(results):
 
 
 def cells_of(problem, columns):
-    """([the cells of each row], the labels of rows with too few seeds in common with the best)."""
+    """The cells of each row."""
     rows = problem["rows"]
     runs = [results for row in rows for results in row["runs"]]
     competes = [not is_joint(row["method"]) for row in rows]
-    cells, untested = [[] for _ in rows], set()
+    cells = [[] for _ in rows]
     for column in columns:
         values = [values_of(row, column, runs) for row in rows]
-        marks, few = verdicts(values, competes, column[1] in LESS_IS_BETTER)
-        untested |= {rows[i]["label"] for i in few}
+        marks = verdicts(values, competes, column[1] in LESS_IS_BETTER)
         for row, own, of_row, mark in zip(rows, cells, values, marks):
             own.append(cell(row, column, of_row, mark))
-    return cells, untested
+    return cells
 
 
 def verdicts(values, competes, less_is_better):
-    """One column: (["best", "near" or "" a row], [rows not tested]).
+    """One column: "best", "near" (not shown to be worse than the best) or "", for each row.
 
-    `values`: of values_of, for each row. A row that does not compete (joint) gets no mark.
+    `values`: of values_of, for each row. A row that does not compete (joint) gets no mark, nor one
+    with fewer than COMMON seeds in common with the best, which cannot be tested.
     """
     means = [mean(v.values()) if v and c else None for v, c in zip(values, competes)]
     known = [m for m in means if m is not None]
-    found, few = [""] * len(values), []
+    found = [""] * len(values)
     if len(known) < 2:
-        return found, few
+        return found
     best = means.index(min(known) if less_is_better else max(known))
     for i, m in enumerate(means):
         common = sorted(values[i].keys() & values[best].keys())
         if m == means[best]:
             found[i] = "best"
-        elif m is not None and len(common) < COMMON:
-            few.append(i)
-        elif m is not None:
+        elif m is not None and len(common) >= COMMON:
             pair = [[values[k][key] for key in common] for k in (best, i)]
             found[i] = "near" if paired_p(*pair) >= LEVEL else ""
-    return found, few
+    return found
 
 
 def cell(row, column, values, verdict):
@@ -316,24 +314,17 @@ def seconds(row):
     return " / ".join(f"{part:.0f}" for part in parts)
 
 
-def notes(rows, runs, untested):
+def notes(rows, runs):
     """The lines under a table: how to read it, and what to be careful with."""
     lines = [
         "Mean ± standard deviation over seeds, ranked by final J on validation clips (val J). Of "
         "forgetting and intransigence, less is better. **Bold**: the best, joint apart. "
         f"{MARK}: not shown to be worse than the best (paired t-test over common seeds, "
-        f"p ≥ {LEVEL}, two-sided, uncorrected)."
+        f"p ≥ {LEVEL}, two-sided, uncorrected); not tested with fewer than {COMMON} of them."
     ]
-    if untested:
-        names = ", ".join(row["label"] for row in rows if row["label"] in untested)
-        lines.append(
-            f"Not tested, with fewer than {COMMON} seeds in common with the best: {names}."
-        )
     unfinished = [f"{row['label']} ({row['unfinished']})" for row in rows if row["unfinished"]]
     if unfinished:
         lines.append(f"Left out as unfinished: {', '.join(unfinished)}.")
-    if len({results["config"]["data_root"] for results in runs}) > 1:
-        lines.append("A seed on another data_root counts as another seed.")
     own = set()
     for method in {row["method"] for row in rows}:
         own |= set(differing_keys([r for r in runs if r["method"] == method]))

@@ -1,0 +1,325 @@
+"""A stock (stock.py) from data sets that anyone can download: VOC, COCO, DAVIS, ESC-50, sounds.
+
+A class map (configs/class_map.yaml) says which class is what in each set. A picture is taken for a
+class that covers LEAST of it or more, and `also` names what else of the map it shows. Pictures are
+scaled down to LONGEST pixels; sounds are copied as they are. What has a row in the stock's tables
+is skipped, so another source, or the same one again, only adds.
+"""
+
+import json
+import re
+import shutil
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from atlas.clips import T, read_frame, read_table
+from atlas.errors import AtlasError
+from atlas.prepare.stock import COLUMNS, read_rows, write_rows
+
+CLASS_MAP = Path(__file__).parents[2] / "configs" / "class_map.yaml"
+VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
+motorbike person pottedplant sheep sofa train tvmonitor""".split()  # by palette index; 255 is void
+LEAST = 0.05  # of a picture
+LONGEST = 512  # pixels of a side
+SOUNDS = (".wav", ".ogg", ".flac", ".mp3")
+
+
+@dataclass
+class Found:
+    """What a data set has for a class: a photo, a video (several files and masks) or a sound."""
+
+    category: str
+    name: str
+    row: dict  # source, also, dataset, path
+    files: list
+    masks: list = ()  # [H, W] bool; none for a sound
+
+
+def fill_stock(out, folders, class_map=None, most=200, lists=()):
+    """Fill the stock `out` from `folders`: {"voc" | "coco" | "davis" | "esc" | "sounds": folder}.
+
+    At most `most` pictures, or sounds, of a class are taken from a folder. With `lists` (the tables
+    of another stock) exactly what these name is taken, under their names. Returns (Counter of what
+    was added, by (class, kind); {why: how many were left out}; [listed rows still missing]).
+    """
+    if not folders:
+        raise AtlasError(f"collect needs a folder: one of --{', --'.join(READERS)}")
+    names = read_class_map(class_map or CLASS_MAP)
+    rows = {kind: read_rows(out, kind) for kind in COLUMNS}
+    listed = read_lists(lists)
+    added, left = Counter(), Counter()
+    try:
+        for key, folder in folders.items():
+            if not Path(folder).is_dir():
+                raise AtlasError(f"there is no folder {folder}: check --{key}")
+            items = READERS[key](Path(folder), names, left)
+            if lists and key in ("esc", "sounds"):
+                items = from_list(Path(folder), listed["sounds"])
+            taken = Counter()
+            for item in tqdm(items, key, unit="file", disable=None):
+                kind = "pictures" if item.masks else "sounds"
+                place = item.category, item.name
+                if place in rows[kind] or (lists and place not in listed[kind]):
+                    continue
+                if not lists and item.masks and share(item.masks) < LEAST:
+                    left["pictures in which the class is small"] += 1
+                elif not lists and taken[item.category] == most:
+                    left[f"{kind} of a class above --most"] += 1
+                else:
+                    known = {"class": item.category, "mask": "drawn", kind[:-1]: write(out, item)}
+                    rows[kind][place] = item.row | listed[kind].get(place, {}) | known
+                    taken[item.category] += 1
+                    added[item.category, kind] += 1
+    finally:
+        for kind in COLUMNS:
+            if rows[kind]:
+                write_rows(out, kind, rows[kind])
+    missing = []
+    for kind in COLUMNS:
+        missing += [row for place, row in listed[kind].items() if place not in rows[kind]]
+    return added, left, missing
+
+
+def share(masks):
+    """What a class covers of a picture, on average over a video; 0 where it is ever out of sight."""
+    shares = [mask.mean() for mask in masks]
+    return np.mean(shares) if min(shares) else 0
+
+
+def read_lists(paths):
+    """{"pictures" | "sounds": {(class, name without suffix): row}} of tables of sources."""
+    listed = {kind: {} for kind in COLUMNS}
+    for path in paths:
+        kind = "pictures" if "picture" in read_table(path, ("class", "source"))[0] else "sounds"
+        for row in read_table(path, COLUMNS[kind]):
+            listed[kind][row["class"], Path(row[kind[:-1]]).stem] = row
+    return listed
+
+
+def write(out, item):
+    """Write the files of an item and return its name in the table."""
+    for name in (item.category, item.name):
+        if not name or Path(name).name != name:
+            raise AtlasError(f"{item.files[0]}: {name!r} of its row cannot name a file or folder")
+    if not item.masks:
+        name = f"{item.name}{item.files[0].suffix.lower()}"
+        shutil.copyfile(item.files[0], _made(out, "sounds", item.category, name))
+        return name
+    for k, (path, mask) in enumerate(zip(item.files, item.masks)):
+        image = Image.fromarray(read_frame(path))
+        if image.size != mask.shape[::-1]:
+            raise AtlasError(f"the picture {path} and its mask differ in size")
+        scale = min(1, LONGEST / max(image.size))
+        size = [max(1, round(side * scale)) for side in image.size]
+        name = f"{item.name}/{k:05d}" if len(item.files) > 1 else item.name
+        mask = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
+        mask.save(_made(out, "masks", item.category, f"{name}.png"))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+        image.save(_made(out, "pictures", item.category, f"{name}.jpg"), quality=95)
+    return item.name if len(item.files) > 1 else f"{item.name}.jpg"
+
+
+def _made(*parts):
+    path = Path(*parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+# ---- the data sets: each yields what it has, as Found
+
+
+def from_voc(root, names, left):
+    """JPEGImages/ and SegmentationClass/ or, of SBD, SegmentationClassAug/."""
+    masks = {path.stem: path for path in root.glob("SegmentationClass*/*.png")}
+    indices = {c: [VOC.index(v) for v in entry["voc"]] for c, entry in names.items()}
+    for stem in _some(sorted(masks), f"SegmentationClass/*.png in {root}"):
+        labels = read_labels(masks[stem])
+        if not set(np.unique(labels)) <= {*range(len(VOC)), 255}:
+            raise AtlasError(f"{masks[stem]}: 0 to 20 and 255 are VOC's classes, it has others")
+        photo = stem if re.fullmatch(r"\d{4}_\d{6}", stem) else stem.split("_")[0]  # or its crop
+        row = {"source": f"voc_{photo}", "dataset": "PASCAL VOC", "path": f"JPEGImages/{stem}.jpg"}
+        shown = {c: np.isin(labels, values) for c, values in indices.items()}
+        yield from _photo(f"voc_{stem}", row, root / row["path"], shown)
+
+
+def from_coco(root, names, left):
+    """annotations/instances_SET.json, and the pictures in SET/ or images/SET/.
+
+    A picture is left out in which a class of the map has a region without polygons: a crowd, or one
+    that is run-length encoded.
+    """
+    files = sorted(root.glob("annotations/instances_*.json"))
+    for file in _some(files, f"annotations/instances_*.json in {root}"):
+        folder = file.stem.removeprefix("instances_")
+        for number, file_name, size, regions in read_instances(file, names):
+            paths = [root / folder / file_name, root / "images" / folder / file_name]
+            paths = [path for path in paths if path.is_file()]
+            if not paths:
+                left["COCO pictures that are not in the folder"] += 1
+            elif not all(polygons for _, polygons in regions):
+                left["COCO pictures with a crowd, or a region without polygons"] += 1
+            else:
+                name = f"coco_{number}"
+                row = {"source": name, "dataset": "COCO", "path": f"{folder}/{file_name}"}
+                yield from _photo(name, row, paths[0], fill(regions, size))
+
+
+def read_instances(file, names):
+    """[(id, file name, (W, H), [(class, polygons or None)])] of the pictures with known classes."""
+    class_of = {v: c for c, entry in names.items() for v in entry["coco"]}
+    regions = defaultdict(list)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        category = {c["id"]: class_of.get(c["name"]) for c in data["categories"]}
+        for region in data["annotations"]:
+            polygons = region["segmentation"]
+            if region.get("iscrowd") or not isinstance(polygons, list):
+                polygons = None
+            if category[region["category_id"]]:
+                regions[region["image_id"]].append((category[region["category_id"]], polygons))
+        return [
+            (
+                image["id"],
+                image["file_name"],
+                (image["width"], image["height"]),
+                regions[image["id"]],
+            )
+            for image in data["images"]
+            if image["id"] in regions
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AtlasError(f"{file} is not COCO's instances json: {error!r}") from None
+
+
+def fill(regions, size):
+    """{class: mask [H, W] bool} of [(class, polygons [x, y, x, y, ...])] in a picture (W, H)."""
+    planes = {}
+    for category, polygons in regions:
+        plane = planes.setdefault(category, Image.new("1", size))
+        for polygon in polygons:
+            if len(polygon) >= 6:
+                ImageDraw.Draw(plane).polygon(polygon, fill=1)
+    return {category: np.array(plane) for category, plane in planes.items()}
+
+
+def _photo(name, row, path, shown):
+    """Yield the photo for each class of {class: mask} that has a pixel."""
+    present = sorted(category for category, mask in shown.items() if mask.any())
+    for category in present:
+        also = " ".join(other for other in present if other != category)
+        yield Found(category, name, row | {"also": also}, [path], [shown[category]])
+
+
+def from_davis(root, names, left):
+    """JPEGImages/480p/SEQUENCE/, Annotations/480p/SEQUENCE/: T evenly spaced frames of each.
+
+    All objects of a sequence are one mask. Bystanders have none: a sequence is taken to show its
+    class and what the map says it carries.
+    """
+    known = {s: {"class": c, "video": s} for c, entry in names.items() for s in entry["davis"]}
+    if (root / "classes.csv").is_file():
+        table = read_table(root / "classes.csv", ("sequence", "class", "video"))
+        known |= {row["sequence"]: row for row in table}
+    carries = {s: also for entry in names.values() for s, also in entry["carries"].items()}
+    folders = sorted(path for path in root.glob("Annotations/480p/*") if any(path.glob("*.png")))
+    for folder in _some(folders, f"Annotations/480p/SEQUENCE/*.png in {root}"):
+        if folder.name not in known:
+            left["DAVIS videos whose class is not known"] += 1
+            continue
+        masks = sorted(folder.glob("*.png"))
+        masks = [masks[k] for k in np.linspace(0, len(masks) - 1, T).round().astype(int)]
+        path = f"JPEGImages/480p/{folder.name}"
+        video = known[folder.name]["video"]
+        row = {"source": f"davis_{video}", "dataset": "DAVIS", "path": path}
+        row["also"] = " ".join(carries.get(video, []))
+        files = [root / path / f"{mask.stem}.jpg" for mask in masks]
+        masks = [read_labels(mask) > 0 for mask in masks]
+        yield Found(known[folder.name]["class"], f"davis_{folder.name}", row, files, masks)
+
+
+def from_esc(root, names, left):
+    """audio/ and meta/esc50.csv. Takes of one recording share its `src_file`: their source."""
+    class_of = {v: c for c, entry in names.items() for v in entry["esc"]}
+    for given in read_table(root / "meta" / "esc50.csv", ("filename", "category", "src_file")):
+        path = root / "audio" / Path(given["filename"]).name
+        if given["category"] in class_of and not path.is_file():
+            left["ESC-50 sounds that are not in the folder"] += 1
+        elif given["category"] in class_of:
+            row = {"source": f"esc_{given['src_file']}", "dataset": "ESC-50"}
+            row["path"] = f"audio/{path.name}"
+            yield Found(class_of[given["category"]], f"esc_{path.stem}", row, [path])
+
+
+def from_sounds(root, names, left):
+    """DIR/CLASS/*.wav, ogg, flac or mp3, as one sorts FSD50K. Every file is its own source."""
+    for category, entry in names.items():
+        for folder in (category, *entry["sounds"]):
+            for path in sorted(root.glob(f"{folder}/*")):
+                if path.suffix.lower() in SOUNDS:
+                    name = f"{root.name}_{path.stem}"
+                    row = {"source": name, "dataset": root.name, "path": f"{folder}/{path.name}"}
+                    yield Found(category, name, row, [path])
+
+
+def from_list(root, listed):
+    """The listed sounds: ROOT/PATH, ROOT/REPOSITORY/PATH or, of ESC-10, the same take in ESC-50."""
+    takes = {path.stem.rpartition("-")[0]: path for path in root.glob("audio/*.wav")}
+    for (category, name), row in listed.items():
+        repository = row["repository"].split("@")[0].split("/")[-1]
+        paths = [root / row["path"], root / repository / row["path"]]
+        paths.append(takes.get(Path(row["path"]).stem, paths[0]))
+        paths = [path for path in paths if path.is_file() and path.suffix.lower() in SOUNDS]
+        if paths:
+            yield Found(category, name, row, paths[:1])
+
+
+READERS = {
+    "voc": from_voc,
+    "coco": from_coco,
+    "davis": from_davis,
+    "esc": from_esc,
+    "sounds": from_sounds,
+}
+
+
+def read_class_map(path):
+    """{class: {"voc", "coco", "davis", "esc", "sounds": [...], "carries": {sequence: [...]}}}."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise AtlasError(f"cannot read the class map {path}: {error}") from None
+    names = {}
+    for name, entry in loaded.items() if isinstance(loaded, dict) else [(path, None)]:
+        kinds = {key: [] for key in READERS} | {"carries": {}}
+        fits = isinstance(entry, dict) and entry.keys() <= kinds.keys()
+        fits = fits and all(type(value) is type(kinds[key]) for key, value in entry.items())
+        if not fits or not set(entry.get("voc", [])) <= set(VOC[1:]):
+            raise AtlasError(
+                f"the class map {path}: a class has lists under {', '.join(READERS)} and a mapping "
+                f"under carries, and VOC's classes are {', '.join(VOC[1:])}; look at {name}"
+            )
+        names[str(name)] = kinds | entry
+    return names
+
+
+def read_labels(path):
+    """The values of a data set's own mask [H, W] uint8: palette indices where it has a palette."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L", "1"):
+                raise AtlasError(f"the mask {path} is an {image.mode} image, not of one channel")
+            return np.array(image).astype(np.uint8)
+    except (OSError, SyntaxError) as error:
+        raise AtlasError(f"cannot read the mask {path}: {error}") from None
+
+
+def _some(found, wanted):
+    if not found:
+        raise AtlasError(f"there are no {wanted}: is it the right folder?")
+    return found

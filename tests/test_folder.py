@@ -1,0 +1,164 @@
+"""The folder of a run: its lock, files written whole, what a kill leaves."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from atlas import folder as folders
+from atlas.config import Config, as_dict
+from atlas.errors import AtlasError
+from atlas.folder import (
+    checkpoints,
+    first_rows,
+    read_or_none,
+    read_progress,
+    refuse_used_folder,
+    save_torch,
+    take_folder,
+    write_text,
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(out_dir=str(tmp_path), name="run")
+
+
+@pytest.fixture
+def folder(config):
+    return Path(config.out_dir, "run")
+
+
+def begun(folder, config):
+    """A folder in which a run of this config began."""
+    folder.mkdir()
+    lines = [f"{key}: {'null' if v is None else v}\n" for key, v in as_dict(config).items()]
+    (folder / "config.yaml").write_text("".join(lines))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_text(path, "old")
+
+    def fail(*paths):
+        raise OSError("no room")
+
+    monkeypatch.setattr(folders.os, "replace", fail)
+    with pytest.raises(OSError):
+        write_text(path, "new")
+    with pytest.raises(AtlasError, match="no room.*--resume"):
+        save_torch(tmp_path / "results.json", {})
+    assert path.read_text() == "old"
+
+
+def test_a_new_folder_is_made_and_a_used_one_refused(folder, config):
+    refuse_used_folder(config)
+    take_folder(folder, config, resume=False).close()
+    for left in (".lock", ".config.yaml.tmp"):  # of a run that was killed before its first file
+        (folder / left).touch()
+    refuse_used_folder(config)
+    take_folder(folder, config, resume=False).close()
+    (folder / "log.jsonl").touch()
+    with pytest.raises(AtlasError, match="not empty and is never overwritten.*--resume"):
+        refuse_used_folder(config)
+    with pytest.raises(AtlasError, match="not empty"):
+        take_folder(folder, config, resume=False)
+
+
+def test_resume_takes_a_new_folder_one_that_holds_nothing_or_the_same_config(folder, config):
+    take_folder(folder, config, resume=True).close()
+    (folder / ".config.yaml.tmp").touch()
+    take_folder(folder, config, resume=True).close()
+    (folder / "notes.txt").touch()
+    with pytest.raises(AtlasError, match="holds no config.yaml"):
+        take_folder(folder, config, resume=True)
+
+
+def test_resume_refuses_another_config_by_its_keys(folder, config):
+    begun(folder, config)
+    take_folder(folder, config, resume=True).close()
+    other = replace(config, lr=0.5, heads=4)
+    with pytest.raises(AtlasError, match=r"heads \(8 there, 4 here\), lr \(None there, 0.5 here"):
+        take_folder(folder, other, resume=True)
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed(folder, config):
+    begun(folder, config)
+    for name in (".task_02.17.tmp", "task_01"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"half of it")
+    take_folder(folder, config, resume=True).close()
+    assert checkpoints(folder) == [1]
+    assert not list(folder.glob(".task*"))
+
+
+def test_a_folder_in_use_is_refused_until_its_process_ends(folder, config):
+    """The other process is a child that holds the lock until it is told to end."""
+    to_parent, to_child = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        lock = take_folder(folder, config, resume=True)
+        os.write(to_parent[1], b"1")
+        os.read(to_child[0], 1)
+        os._exit(lock is None)
+    os.read(to_parent[0], 1)
+    try:
+        for resume in (False, True):
+            with pytest.raises(AtlasError, match="is in use"):
+                take_folder(folder, config, resume)
+    finally:
+        os.write(to_child[1], b"1")
+        os.waitpid(child, 0)
+    take_folder(folder, config, resume=True).close()
+
+
+def test_checkpoints_are_counted_by_their_numbers(tmp_path):
+    for name in ("task_02", "task_10", "task_x", ".task_03.1.tmp", "figures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "task_04").touch()
+    assert checkpoints(tmp_path) == [2, 10]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"schema": 1}', "\xff", "[]"])
+def test_damaged_results_are_said_and_not_used(tmp_path, capsys, text):
+    assert read_or_none(tmp_path) is None
+    assert capsys.readouterr().out == ""
+    (tmp_path / "results.json").write_bytes(text.encode("latin-1"))
+    assert read_or_none(tmp_path) is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "results.json is written anew from the checkpoints" in line
+
+
+def test_damaged_progress_is_said_and_not_used(tmp_path, capsys):
+    path = tmp_path / "progress.pt"
+    assert read_progress(path) is None
+    state = {"task": 1, "weights": {"a": torch.arange(100.0)}}
+    save_torch(path, state)
+    assert torch.equal(read_progress(path)["weights"]["a"], state["weights"]["a"])
+    assert capsys.readouterr().out == ""
+    whole = path.read_bytes()
+    for torn in (b"", whole[:100], whole[: len(whole) // 2], b"x" * 1000, whole[:-1]):
+        path.write_bytes(torn)
+        assert read_progress(path) is None
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "progress.pt is damaged" in line and "not used" in line
+
+
+def test_first_rows_cut_every_matrix_and_what_they_took():
+    found = {
+        "matrix": {"J": [[0], [1], [2], None], "F": [[0], [1], [2], [3]]},
+        "val_matrix": {"J": [[0], [1], [2], [3]]},
+        "class_matrix": {"classes": ["a"], "J": [[0], [1], [2], [3]]},
+        "seconds": {"train": [1, 2, 3], "consolidate": [4, 5, 6], "evaluate": [0, 7, 8, 9]},
+    }
+    rows = first_rows(found, 2)
+    assert rows == {
+        "matrix": {"J": [[0], [1]], "F": [[0], [1]]},
+        "val_matrix": {"J": [[0], [1]]},
+        "class_matrix": {"classes": ["a"], "J": [[0], [1]]},
+        "seconds": {"train": [1], "consolidate": [4], "evaluate": [0, 7]},
+    }
+    assert first_rows(found | {"class_matrix": None}, 2)["class_matrix"] is None
