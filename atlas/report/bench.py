@@ -183,7 +183,7 @@ def plain_scores(logits, masks):
 def plain_forward(bench, clips):
     """A forward pass as AVSBench's: all five frames, and the frozen audio encoder each time."""
     frames = torch.from_numpy(bench.cache.arrays["frames"][clips]).flatten(0, 1)
-    audio = build_audio_encoder("vggish", False)
+    audio = build_audio_encoder(bench.config.audio, False)
     files = READERS["s4"](bench.config.data_root)
     mels = torch.cat([log_mel(read_wave(files[i].audio), T) for i in clips])
     place = {
@@ -236,7 +236,7 @@ def bench_metrics(folder, scale, pairs):
 
 def bench_step(folder, scale, pairs):
     scale = scale or "paper"
-    bench = Bench(folder, scale, "audio=vggish", clips=2)
+    bench = Bench(folder, scale, "" if scale == "quick" else "audio=vggish", clips=2)
     clips = bench.chosen[: 2 if scale == "paper" else 4]
     batch = bench.batch(len(clips))
     ours = functools.partial(bench.step, batch)
