@@ -334,7 +334,7 @@ def test_only_a_finetune_run_with_its_first_task_can_be_reused(place, learn, giv
     for name in ("matrix", "val_matrix"):
         results[name] = {score: rows[:1] for score, rows in results[name].items()}
     (copy / "results.json").write_text(json.dumps(results | {"complete": False, "metrics": None}))
-    refused(copy, "has not learned and scored a task yet")
+    refused(copy, "no finetune run that has learned a task")
 
 
 # ---- a Run in this process ---------------------------------------------------------------------
