@@ -263,7 +263,7 @@ def test_the_sound_is_what_training_reads_whatever_its_form(tmp_path):
 
     Before its start and after its end there is silence.
     """
-    both = np.stack([tone(12, hertz=300), tone(12, hertz=2000)], 1)
+    both = np.random.default_rng(0).uniform(-0.5, 0.5, (44100 * 12, 2))
     soundfile.write(tmp_path / "a.wav", both, 44100, subtype="PCM_24")
     whole = read_wave(tmp_path / "a.wav").numpy()
     source = make(tmp_path / "v.mp4", ticks=[0])
@@ -278,7 +278,8 @@ def test_the_sound_is_what_training_reads_whatever_its_form(tmp_path):
     with patch.object(video, "encode_wave", lambda encoder, wave, seconds: [wave.numpy()]):
         found = clips(0, 4)
         assert [len(clip) for clip in found] == [5 * RATE, 5 * RATE, 2 * RATE, 0]
-        np.testing.assert_allclose(np.concatenate(found)[50:-50], whole[50:-50], atol=1e-3)
+        # in its first millisecond a resampler depends on the length of the first block
+        np.testing.assert_allclose(np.concatenate(found)[20:], whole[20:], atol=1e-6)
         early, late = clips("-1/2", 1)[0], clips("1/2", 1)[0]
     found = np.concatenate(found)
     assert not early[: RATE // 2 - 20].any()
@@ -365,7 +366,7 @@ def test_nothing_is_left_of_an_overlay_that_failed_midway(tmp_path, monkeypatch,
 def test_a_sound_that_is_no_number(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
     source = make(tmp_path / "v.mp4", TEN)
-    with pytest.raises(AtlasError, match="a.wav cannot be read .*no number"):
+    with pytest.raises(AtlasError, match="a.wav cannot be read .*not finite"):
         draw(source, tmp_path / "o.mp4", tmp_path / "a.wav")
     assert not (tmp_path / "o.mp4").exists()
 

@@ -22,10 +22,10 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.stream import Disposition
 from tqdm import tqdm
 
-from atlas.audio import RATE, build_audio_encoder, encode_wave, fingerprint
+from atlas import audio
+from atlas.audio import RATE, encode_wave
 from atlas.clips import T, resized
 from atlas.config import load_config
 from atlas.data import to_device
@@ -113,10 +113,10 @@ def open_trained(run, task=None):
         raise AtlasError(f"{run} has not learned a task yet, so there is no model to show")
     if task is not None and config.protocol != "til":
         raise AtlasError(f"--task chooses a head of a TIL run; {run} is {config.protocol.upper()}")
-    encoder = build_audio_encoder(config.audio, config.audio_weights)
+    encoder = audio.build_audio_encoder(config.audio, config.audio_weights)
     classes = [each["classes"] for each in found["tasks"]] if config.classify else None
     learner = Learner(config, (encoder.context_dim, encoder.token_dim), classes)
-    refuse_other_encoders(run, found, learner.visual_sha, fingerprint(encoder))
+    refuse_other_encoders(run, found, learner.visual_sha, audio.fingerprint(encoder))
     learner.load(Path(run, f"task_{learned:02d}"))
     decoder = learner.model.eval().decoder
     heads = len(decoder.heads)
@@ -207,22 +207,16 @@ def reading(source):
 
 
 def opened(path, kind, files):
-    """A stream of a file, "video" or "audio": the default one, or else the first."""
+    """The stream of a kind, "video" or "audio", that a player takes."""
     with reading(path):
         container = files.enter_context(av.open(str(path), metadata_errors="ignore"))
-    stream = best_stream(container, kind)
+    stream = audio.best_stream(container, kind)
     if stream is None:
         what = "video" if kind == "video" else "sound; give one to hear with --audio FILE"
         raise AtlasError(f"{path} holds no {what}")
+    if kind == "audio" and stream.rate not in audio.RATES:
+        raise AtlasError(f"{path} has {stream.rate} samples a second; give an ordinary sound")
     return stream
-
-
-def best_stream(container, kind):
-    """The default stream of a kind, or else the first; None: there is none. A cover is no video."""
-    found = [s for s in container.streams if s.type == kind]
-    found = [s for s in found if not s.disposition & Disposition.attached_pic]
-    default = [s for s in found if s.disposition & Disposition.default]
-    return (default or found or [None])[0]
 
 
 def decoded(stream):
@@ -271,8 +265,8 @@ def waves(stream, start):
                 at = due
         with reading(stream):
             blocks = [part.to_ndarray().mean(0) for part in resampler.resample(frame)]
-            if not all(np.isfinite(block).all() for block in blocks):
-                raise ValueError("its sound holds what is no number")
+            if not all(np.abs(block).max(initial=0) <= audio.LOUDEST for block in blocks):
+                raise ValueError("its samples are not finite and within ±1")
         for block in blocks:
             at = at or 0
             for left in range(at - given, 0, -RATE):
