@@ -26,9 +26,7 @@ import sys
 from atlas import sweep
 from atlas.errors import AtlasError, one_line_errors, prepare_process
 
-if (
-    __name__ == "__main__"
-):  # before the heavy imports, so that --help and a wrong key answer at once
+if __name__ == "__main__":  # before the heavy imports: --help and a wrong key answer at once
     prepare_process()
     arguments = sweep.parse_arguments(__doc__)
     if arguments.is_grid:
