@@ -1,12 +1,16 @@
 """Low-Rank Anchoring against its equations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import pair_of
+from conftest import LIGHT, pair_of
 from support import Clips, flat, learner_of, linear, method_of, moved, stirred, two
 
+from atlas import lra
 from atlas.data import ClipDataset, loader
 from atlas.lra import Method, Step, per_clip_gradients
+from atlas.runs import Run, TaskClips
 
 
 def step(loss, clips=4):
@@ -152,6 +156,27 @@ def test_the_sensitivity_is_that_of_single_clips_whatever_the_batch(cache, confi
         torch.testing.assert_close(measured, expected, rtol=2e-3, atol=1e-4 * expected.max().item())
 
 
+def test_gradients_that_do_not_fit_side_by_side_are_cut_up(cache, config, tasks, monkeypatch):
+    learner = learner_of(config, cache, visual=LIGHT)
+    clips = Clips(learner, cache, tasks[0].train[:3], 3)
+    (whole,) = learner.method.measure(clips)
+    monkeypatch.setattr(lra, "SIDE_BY_SIDE", 2 * sum(learner.method.sizes))
+    first, second = learner.method.measure(clips)
+    assert (len(first[0]), len(second[0])) == (2, 1)
+    for a, b, both in zip(first, second, whole):
+        torch.testing.assert_close(torch.cat([a, b]), both, rtol=1e-3, atol=1e-6)
+
+
+def test_lra_clips_draws_from_the_task_and_other_frame_counts_go_apart(config):
+    run = Run(replace(config, visual=LIGHT, lra_clips=3))
+    drawn = TaskClips(run, 1).chosen
+    assert len(set(drawn)) == 3 and set(drawn) <= set(run.tasks[0].train)
+    task = run.tasks[0]
+    clips = TaskClips(run, 1)
+    clips.chosen = [task.train[0], task.test[0], task.train[1]]  # of one frame, five, one
+    assert [len(chunk[0]) for chunk in run.method.measure(clips)] == [2, 1]
+
+
 @pytest.mark.parametrize("scope, groups", [("lora", ["lora"]), ("trainable", None)])
 def test_the_scope_says_what_is_anchored(cache, config, scope, groups):
     learner = learner_of(config, cache, method="lra", lra_scope=scope)
@@ -246,6 +271,23 @@ def test_where_boundaries_are_told_observe_does_nothing():
     a, b, groups = two()
     a.grad = torch.ones(1)
     assert method_of(groups).observe(step(1.0)) is None
+
+
+def test_a_gradient_that_overflowed_counts_as_zero():
+    """fp16: the loss scaler skips such a step."""
+    a, b, groups = two()
+    method = method_of(groups, **FREE)
+    a.grad = torch.tensor([float("inf")])
+    b.grad = torch.tensor([float("nan")])
+    method.observe(step(1.0))
+    assert not method.window.any()
+
+
+def test_the_batch_sensitivity_is_the_clips_where_the_mean_gradient_vanishes():
+    """Where signs are independent, B (mean g)^2 over batches averages to g^2 over clips."""
+    g = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0))  # batches of four
+    of_batches = (4 * g.mean(1).square()).mean().item()
+    assert of_batches == pytest.approx(g.square().mean().item(), rel=0.03)
 
 
 def test_memory_is_flat_in_consolidations_and_a_resume_goes_on_mid_window():

@@ -1,5 +1,9 @@
 """The plateau trigger, by hand."""
 
+import math
+
+import pytest
+
 from atlas.config import load_config
 from atlas.trigger import Plateau, trigger_of
 
@@ -21,6 +25,22 @@ def test_boundaries_need_no_trigger():
     assert trigger_of(load_config([], [])) is None
     plateau = trigger_of(load_config([], ["lra_trigger=plateau", "lra_window=7", "lra_peak=0.6"]))
     assert plateau.length == 7 and plateau.peak == 0.6
+
+
+def test_two_windows_by_hand():
+    plateau = Plateau(3, 0.5)
+    reports = [plateau.watch(loss) for loss in (1.0, 2.0, 3.0, 4.0, 4.0, 7.0)]
+    assert [report is None for report in reports] == [True, True, False] * 2
+    assert reports[2] == {"step": 3, "mean": 2.0, "std": 1.0, "fired": False, "reason": ""}
+    assert reports[5] == {
+        "step": 6,
+        "mean": 5.0,
+        "std": pytest.approx(math.sqrt(3.0)),
+        "fired": True,
+        "reason": "5.000 > 2.000 + 0.5 x 1.000",
+    }
+    assert plateau.means == [5.0]  # counted anew
+    assert plateau.noise == pytest.approx((1.0 + math.sqrt(3.0)) / 2)
 
 
 def test_a_plateau_ends_where_the_loss_rises_and_not_where_it_falls():
