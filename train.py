@@ -46,7 +46,7 @@ from atlas.lra import Step
 from atlas.metrics import score_tasks
 from atlas.model import clip_losses, weighted
 from atlas.prepare.synth import make_missing
-from atlas.results import row_text, summary
+from atlas.report.summary import row_text, summary
 from atlas.runs import Run, TaskClips
 
 

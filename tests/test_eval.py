@@ -9,8 +9,9 @@ from test_table import made
 import eval as script
 from atlas.errors import AtlasError
 from atlas.report.packed import read_runs
+from atlas.report.summary import summary
 from atlas.report.table import brief, comparison
-from atlas.results import read_results, summary
+from atlas.results import read_results
 
 TABLES = ROOT / "docs" / "results"
 

@@ -13,6 +13,7 @@ from atlas.config import Config
 from atlas.errors import AtlasError
 from atlas.metrics import continual_metrics
 from atlas.report.packed import pack, read_runs
+from atlas.report.summary import row_text, summary
 from atlas.results import (
     TEST_SCORES,
     add_scores,
@@ -21,8 +22,6 @@ from atlas.results import (
     new_results,
     read_joint,
     read_results,
-    row_text,
-    summary,
 )
 
 R = [[0.1, 0.1, 0.1], [0.6, 0.2, 0.1], [0.5, 0.7, 0.2], [0.4, 0.5, 0.6]]

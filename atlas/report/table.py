@@ -17,11 +17,13 @@ from atlas.results import mean_known
 # Runs that differ in one of these keys are not compared.
 PROBLEM = ("protocol", "dataset", "image_size", "base", "step", "domains")
 PROBLEM += ("stream_blur", "stream_checkpoints")
-# These keys are no setting of a method.
+# These keys are no setting of a method; an older version wrote `watch`.
 ELSEWHERE = (*PROBLEM, *PLACES, "method", "seed", "data_root", "synth", "compile", "watch")
-# Keys that begin like this belong to single methods: that methods differ in them is no news.
-OWN = ("lra_", "lora_", "strength")
-PROTOCOLS = ("til", "cil", "dil", "tfcl")
+OWN = (
+    "lra_",
+    "lora_",
+    "strength",
+)  # keys of single methods: that methods differ in them is no news
 NAMES = ("final", "incremental", "forgetting", "fwt", "listening", "intransigence")
 COLUMNS = [("val J", "final"), *(("J", name) for name in NAMES)]
 COLUMNS += [("F", name) for name in NAMES if name != "listening"]
@@ -33,58 +35,43 @@ COMMON = 3  # the fewest common seeds it is made with
 MARK, NONE, UNDEFINED = "†", "not run", "–"
 
 
-# ---- which runs belong together -----------------------------------------------------------------
-
-
 def problems(runs):
     """[{"title", "rows": [{"label", "method", "runs": [finished results], "unfinished": int}]}].
 
     Each method among the runs has a row in every problem, if only an empty one. A run that is given
     twice counts once; two different finished runs of one config are an error.
     """
-    found = {}
+    groups = {}
     for results in runs:
         setting = [results["config"].get(name) for name in PROBLEM]
         classes = sorted({name for task in results["tasks"] for name in task["classes"]})
-        found.setdefault(repr((setting, classes)), []).append(results)
-    groups = sorted(found.values(), key=protocol_order)
+        groups.setdefault(repr((setting, classes)), []).append(results)
+    groups = sorted(groups.values(), key=lambda g: "til cil dil tfcl".find(g[0]["protocol"]))
     methods = list(dict.fromkeys(results["method"] for results in runs))
-    methods.sort(key=is_joint)  # as given, but the upper bound last
-    return [
-        {
-            "title": title(group, groups),
-            "rows": [row for method in methods for row in rows_of(method, group)],
-        }
-        for group in groups
-    ]
-
-
-def is_joint(method):
-    return method == "joint"
-
-
-def protocol_order(group):
-    return [*PROTOCOLS, group[0]["protocol"]].index(group[0]["protocol"])
+    methods.sort(key=lambda method: method == "joint")  # as given, but the upper bound last
+    found = []
+    for group in groups:
+        rows = [row for method in methods for row in rows_of(method, group)]
+        found.append({"title": title(group, groups), "rows": rows})
+    return found
 
 
 def title(group, groups):
     """The protocol, and what tells this group from the other groups of the protocol."""
     first = group[0]["config"]
-    alike = [other for other in groups if other[0]["protocol"] == group[0]["protocol"]]
+    alike = [g[0]["config"] for g in groups if g[0]["protocol"] == group[0]["protocol"]]
     said = []
     for name in PROBLEM[1:]:
-        if len({repr(other[0]["config"].get(name)) for other in alike}) > 1:
+        if len({repr(config.get(name)) for config in alike}) > 1:
             said.append(f"{name}={text(first.get(name))}")
     if len(alike) > 1 and not said:
-        said = [f"data_root={text(first['data_root'])}"]
+        said = [f"data_root={first['data_root']}"]
     return " · ".join([group[0]["protocol"].upper(), *said])
 
 
 def rows_of(method, group):
     """The rows of one method, one a setting, named by what is not as in most runs of the group."""
     runs = [results for results in group if results["method"] == method]
-    if not runs:
-        return [{"label": method, "method": method, "runs": [], "unfinished": 0}]
     usual = {}
     for key in differing_keys(runs):
         values = Counter(text(value_in(results, key)) for results in group)
@@ -94,20 +81,22 @@ def rows_of(method, group):
         setting = {key: text(value_in(results, key)) for key in usual}
         said = [f"{key}={value}" for key, value in setting.items() if value != usual[key]]
         label = " ".join([method, *said])
-        empty = {"label": label, "method": method, "runs": [], "unfinished": 0}
-        row = rows.setdefault(label, empty)
+        row = rows.setdefault(label, empty_row(label, method))
+        twins = [other for other in row["runs"] if replicate(other) == replicate(results)]
         if not results["complete"]:
             row["unfinished"] += 1
-            continue
-        twins = [other for other in row["runs"] if replicate(other) == replicate(results)]
-        if twins and twins[0]["matrix"] != results["matrix"]:
+        elif not twins:
+            row["runs"].append(results)
+        elif twins[0]["matrix"] != results["matrix"]:
             raise AtlasError(
                 f"two of the runs are {label}, {results['protocol']}, seed {results['seed']} on "
                 f"{results['config']['data_root']}; give one of them"
             )
-        if not twins:
-            row["runs"].append(results)
-    return list(rows.values())
+    return list(rows.values()) or [empty_row(method, method)]
+
+
+def empty_row(label, method):
+    return {"label": label, "method": method, "runs": [], "unfinished": 0}
 
 
 def differing_keys(runs):
@@ -139,9 +128,6 @@ def text(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# ---- numbers ------------------------------------------------------------------------------------
-
-
 def joint_of(results, runs):
     """The joint run over the same tasks, seed and data with the nearest config, or None."""
     fits = []
@@ -152,32 +138,28 @@ def joint_of(results, runs):
     return min(fits, key=lambda run: len(differing_keys([run, results])), default=None)
 
 
-def value_of(results, column, joint=None):
-    """One score of a finished run, None where it is undefined. Intransigence is against the results
-    `joint`, else as the run itself found it."""
+def value_of(results, column, runs):
+    """One score of a finished run, None where it is undefined. Intransigence is against the joint
+    run among `runs`, else as the run itself found it."""
     score, name = column
     if score == "val J":
         return mean_known(results["val_matrix"]["J"][-1])
     if name == "listening":
         return results["metrics"]["listening"]
-    if name == "intransigence" and joint is not None and results["method"] != "joint":
-        rows = results["matrix"][score][1:]
-        if None in [*rows, joint["matrix"][score][-1]]:
-            return None
-        pairs = [(best, rows[j][j]) for j, best in enumerate(joint["matrix"][score][-1])]
-        return mean_known([None if None in pair else pair[0] - pair[1] for pair in pairs])
-    return results["metrics"][score][name]
+    joint = joint_of(results, runs) if name == "intransigence" else None
+    if joint is None or results["method"] == "joint":
+        return results["metrics"][score][name]
+    rows, best = results["matrix"][score][1:], joint["matrix"][score][-1]
+    if None in [*rows, best]:
+        return None
+    pairs = [(best[j], rows[j][j]) for j in range(len(best))]
+    return mean_known([None if None in pair else pair[0] - pair[1] for pair in pairs])
 
 
 def values_of(row, column, runs):
     """{(seed, data_root): value} of a row, without the undefined. `runs`: all of the problem."""
-    values = {}
-    for results in row["runs"]:
-        joint = joint_of(results, runs) if column[1] == "intransigence" else None
-        value = value_of(results, column, joint)
-        if value is not None:
-            values[replicate(results)] = value
-    return values
+    values = {replicate(results): value_of(results, column, runs) for results in row["runs"]}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def paired_p(a, b):
@@ -190,9 +172,6 @@ def paired_p(a, b):
     return float(ttest_rel(a, b).pvalue)
 
 
-# ---- the table ----------------------------------------------------------------------------------
-
-
 def comparison(runs):
     """Markdown: for each problem a heading, a table, and the lines that say how to read it.
 
@@ -203,17 +182,14 @@ def comparison(runs):
 
 def brief(runs):
     """One table of all problems, of each final J and forgetting alone."""
-    found, told = problems(runs), {}
-    methods = list(dict.fromkeys(row["method"] for row in found[0]["rows"]))
+    found, head, told = problems(runs), ["method"], {}
+    methods = [row["method"] for row in found[0]["rows"]]
     for k, problem in enumerate(found):
-        for row, cells in zip(problem["rows"], cells_of(problem, BRIEF)):
-            place = methods.index(row["method"]), row["label"]
-            of_row = told.setdefault(place, [NONE] * len(BRIEF) * len(found))
-            of_row[len(BRIEF) * k : len(BRIEF) * (k + 1)] = cells
-    head = ["method"]
-    for problem in found:
         head += [f"{problem['title']}: {score} {name}" for score, name in BRIEF]
-    rows = [[label, *told[place, label]] for place, label in sorted(told)]
+        for row, cells in zip(problem["rows"], cells_of(problem["rows"], BRIEF)):
+            place = methods.index(row["method"]), row["label"]
+            told.setdefault(place, [[NONE] * len(BRIEF)] * len(found))[k] = cells
+    rows = [[label, *sum(told[place, label], [])] for place, label in sorted(told)]
     return markdown(head, rows)
 
 
@@ -223,40 +199,37 @@ def markdown(head, rows):
 
 
 def section(problem):
-    problem = problem | {"rows": sorted(problem["rows"], key=rank)}
-    rows = problem["rows"]
+    rows = sorted(problem["rows"], key=rank)
     runs = [results for row in rows for results in row["runs"]]
-    cells = cells_of(problem, COLUMNS)
     head = ["method", "runs", *(f"{score} {name}" for score, name in COLUMNS)]
     head.append("s train / consolidate / evaluate")
     lines = []
-    with_memory = any(memory_of(results) is not None for results in runs)
-    for row, of_row in zip(rows, cells):
-        line = [row["label"], str(len(row["runs"])), *of_row, seconds(row)]
-        if with_memory:
-            kept = [memory_of(r) for r in row["runs"] if memory_of(r) is not None]
-            line.append(f"{mean(kept) / 1e6:.1f}" if kept else UNDEFINED)
-        lines.append(line)
-    if with_memory:
+    for row, cells in zip(rows, cells_of(rows, COLUMNS)):
+        lines.append([row["label"], str(len(row["runs"])), *cells, seconds(row)])
+    if kept_bytes(runs):
         head.append("MB kept by the method")
+        for row, line in zip(rows, lines):
+            kept = kept_bytes(row["runs"])
+            line.append(f"{mean(kept) / 1e6:.1f}" if kept else UNDEFINED)
     under = "  \n".join(notes(rows, runs))
     return f"### {problem['title']}\n\n{markdown(head, lines)}\n\n{under}"
 
 
 def rank(row):
     values = values_of(row, COLUMNS[0], ())
-    return is_joint(row["method"]), -mean(values.values()) if values else 0.0
+    return row["method"] == "joint", -mean(values.values()) if values else 0.0
 
 
-def memory_of(results):
-    return results.get("method_memory_bytes")
+def kept_bytes(runs):
+    """What the methods of the runs keep, of those that know it."""
+    kept = [results.get("method_memory_bytes") for results in runs]
+    return [value for value in kept if value is not None]
 
 
-def cells_of(problem, columns):
+def cells_of(rows, columns):
     """The cells of each row."""
-    rows = problem["rows"]
     runs = [results for row in rows for results in row["runs"]]
-    competes = [not is_joint(row["method"]) for row in rows]
+    competes = [row["method"] != "joint" for row in rows]
     cells = [[] for _ in rows]
     for column in columns:
         values = [values_of(row, column, runs) for row in rows]
@@ -290,19 +263,15 @@ def verdicts(values, competes, less_is_better):
 
 def cell(row, column, values, verdict):
     """Mean ± deviation over the runs; in brackets of how many, where not of all of the row."""
-    no_joint = column[1] == "intransigence" and not values and not is_joint(row["method"])
-    if not row["runs"] or no_joint:
+    if not row["runs"] or not values and column[1] == "intransigence" and row["method"] != "joint":
         return NONE
     if not values:
         return UNDEFINED
-    said = spread_text(list(values.values()))
-    if len(values) < len(row["runs"]):
-        said += f" ({len(values)})"
+    found = list(values.values())
+    said = f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
+    if len(found) < len(row["runs"]):
+        said += f" ({len(found)})"
     return {"best": f"**{said}**", "near": f"{said} {MARK}", "": said}[verdict]
-
-
-def spread_text(values):
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def seconds(row):
@@ -335,12 +304,10 @@ def notes(rows, runs):
     machines = sorted({f"{e['device']} ({e['threads']} threads)" for e in environments})
     if machines:
         lines.append(f"Seconds on {' and '.join(machines)}.")
-    commits = Counter(map(commit_text, runs))
+    commits = Counter(
+        (r["commit"] or "unknown")[:8] + (" with changes" if r["dirty"] else "") for r in runs
+    )
     if len(commits) > 1:
         said = ", ".join(f"{commit} ({count})" for commit, count in commits.most_common())
         lines.append(f"Runs of several commits: {said}.")
     return lines
-
-
-def commit_text(results):
-    return (results["commit"] or "unknown")[:8] + (" with changes" if results["dirty"] else "")
