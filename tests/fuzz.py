@@ -1,0 +1,316 @@
+"""Breaks one thing at a time in what a user's files can hold, and runs the command line on it.
+
+    python tests/fuzz.py --count 500 --seed 0     prints each failure with its number, and the counts
+
+A case is a kind of damage (KINDS) to one file of a target (TARGETS): a small tree, its cache, a run
+folder, a config, a weights file, a video. The command may refuse it in one line, or bear it. It
+fails where it ends in a traceback, hangs, or exits 0 without a warning and with other results than
+those of the whole input.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import timm
+from conftest import LIGHT, TINY, run
+from safetensors.torch import save_file
+
+from atlas.prepare.synth import CLASSES, synth_s4
+
+HANGS = 120  # seconds
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
+HUGE = {".csv": b'"' + b"x" * 300_000, ".yaml": b"seed: " + b"9" * 5000, ".json": b"[" * 100_000}
+
+
+# ---- the whole input -----------------------------------------------------------------------------
+
+
+def whole(place):
+    """Make a tree, its cache, a finished run, a half-learned run, weights, a config, a video."""
+    place = Path(place)
+    names = list(CLASSES[:3])
+    synth_s4(place / "tree", size=32, train=2, val=1, test=1, classes=names, progress=False)
+    model = timm.create_model(LIGHT, pretrained=False)
+    save_file(model.state_dict(), place / "weights.safetensors")
+    lines = [word.replace("=", ": ", 1) for word in TINY]
+    lines += ["epochs: 1", "epochs_first: 1", "batch_size: 4", "method: lra"]
+    (place / "config.yaml").write_text("\n".join(lines) + "\n")
+    write_video(place / "video.mp4")
+    done = train(place, "epochs=1")
+    assert done.returncode == 0, done.stderr
+    for part in ("run", "cache"):
+        assert (place / part).is_dir()
+    return place
+
+
+def train(place, *words):
+    """train.py on the tree, config and weights of `place`, into place/run."""
+    where = [f"data_root={place}/tree", f"cache_dir={place}/cache", f"out_dir={place}", "name=run"]
+    where += [f"visual={LIGHT}", f"visual_weights={place}/weights.safetensors"]
+    return patient("train.py", "--resume", "--cfg", place / "config.yaml", *where, *words)
+
+
+def write_video(path):
+    """Two seconds of 32 x 32 pixels with sound."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as output:
+        picture = output.add_stream("libx264", rate=4)
+        picture.width = picture.height = 32
+        picture.pix_fmt = "yuv420p"
+        sound = output.add_stream("aac", rate=16000, layout="mono")
+        for _ in range(8):
+            frame = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            output.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        wave = rng.uniform(-0.3, 0.3, (1, 32000)).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        output.mux(sound.encode(frame))
+        for stream in (picture, sound):
+            output.mux(stream.encode(None))
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def truncate(path, draw):
+    path.write_bytes(path.read_bytes()[: draw.randrange(1, max(2, path.stat().st_size))])
+
+
+def empty(path, draw):
+    path.write_bytes(b"")
+
+
+def flip(path, draw):
+    """One bit of the first 64 bytes."""
+    content = bytearray(path.read_bytes())
+    place = draw.randrange(min(64, len(content)))
+    content[place] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def swap(path, draw):
+    """Another file of the same folder or the one above, of another type, in its place."""
+    others = [p for p in sorted(path.parent.rglob("*")) if p.is_file() and p.suffix != path.suffix]
+    path.write_bytes(draw.choice(others).read_bytes() if others else b"\x89PNG\r\n\x1a\n")
+
+
+def web_page(path, draw):
+    path.write_bytes(b"<!DOCTYPE html><html><body>Sign in to download</body></html>")
+
+
+def pointer(path, draw):
+    path.write_bytes(POINTER)
+
+
+def missing(path, draw):
+    path.unlink()
+
+
+def folder(path, draw):
+    """A folder where a file should be."""
+    path.unlink()
+    path.mkdir()
+
+
+def doubled(path, draw):
+    """Its content twice; of text, one line twice."""
+    content = path.read_bytes()
+    if path.suffix in (".csv", ".yaml", ".jsonl"):
+        lines = content.splitlines(keepends=True)
+        lines.insert(1, draw.choice(lines))
+        content = b"".join(lines)
+    else:
+        content += content
+    path.write_bytes(content)
+
+
+def garbage(path, draw):
+    path.write_bytes(draw.randbytes(draw.randrange(1, 3000)))
+
+
+def huge(path, draw):
+    path.write_bytes(HUGE.get(path.suffix, path.read_bytes() + bytes(3_000_000)))
+
+
+def loop(path, draw):
+    """A link to itself."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+KINDS = (
+    truncate,
+    empty,
+    flip,
+    swap,
+    web_page,
+    pointer,
+    missing,
+    folder,
+    doubled,
+    garbage,
+    huge,
+    loop,
+)
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+class Hangs(Exception):
+    pass
+
+
+def patient(*words):
+    """conftest.run, but a command that takes longer than HANGS is killed and reported."""
+
+    def stop(started=[None]):  # noqa: B006
+        import time
+
+        started[0] = started[0] or time.time()
+        return signal.SIGKILL if time.time() - started[0] > HANGS else None
+
+    done = run(*words, stop=stop)
+    if done.returncode == -signal.SIGKILL:
+        raise Hangs
+    return done
+
+
+def scores(place):
+    """What a run says: its matrices."""
+    results = json.loads((place / "run" / "results.json").read_text())
+    return json.dumps([results["matrix"], results["val_matrix"], results["complete"]])
+
+
+def cached(place):
+    """What a cache holds: a hash of its arrays."""
+    digest = hashlib.sha256()
+    for path in sorted((place / "cache").glob("s4-*/*.npy")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def of_tree(place):
+    """check names what pack refuses; a tree that both bear without a word is packed alike."""
+    shutil.rmtree(place / "cache")
+    found = patient("prepare_data.py", "check", "--root", place / "tree")
+    where = [f"data_root={place}/tree", f"cache_dir={place}/cache"]
+    packed = patient("prepare_data.py", "pack", "--cfg", place / "config.yaml", *where)
+    warned = "warning" in found.stdout or found.returncode
+    if packed.returncode and not warned:
+        return [found, packed], "pack refuses what check passes"
+    return [found, packed], None if packed.returncode or warned else cached(place)
+
+
+def of_run(place):
+    """eval.py reads it; with its last row and checkpoint gone, train.py goes on from it."""
+    told = patient("eval.py", place / "run")
+    gone_on = train(place, "epochs=1")
+    quiet = gone_on.returncode == 0 and "damaged" not in gone_on.stdout + gone_on.stderr
+    return [told, gone_on], scores(place) if quiet else None
+
+
+def of_training(place):
+    """A fresh run with what is broken."""
+    shutil.rmtree(place / "run")
+    done = train(place, "epochs=1")
+    return [done], scores(place) if done.returncode == 0 else None
+
+
+def of_cache(place):
+    done = patient("eval.py", place / "run", "--rescore")
+    return [done], None
+
+
+def of_video(place):
+    words = ["--video", place / "video.mp4", "--out", place / "overlay.mp4"]
+    return [patient("eval.py", place / "run", *words)], None
+
+
+TARGETS = {  # name: (files that may be broken, what runs on them)
+    "tree": ("tree/**/*.*", of_tree),
+    "cache": ("cache/s4-*/*", of_cache),
+    "run": ("run/**/*", of_run),
+    "config": ("config.yaml", of_training),
+    "weights": ("weights.safetensors", of_training),
+    "video": ("video.mp4", of_video),
+}
+
+
+def case(source, place, draw):
+    """Break one file of a copy of `source` and run; (what was done, why it failed or None)."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(source, place, symlinks=True)
+    relocate(source, place)
+    target = draw.choice(list(TARGETS))
+    pattern, command = TARGETS[target]
+    path = draw.choice(sorted(p for p in place.glob(pattern) if p.is_file()))
+    kind = draw.choice(KINDS)
+    whole_answer = answer_of(command, place, source)
+    shutil.rmtree(place)
+    shutil.copytree(source, place, symlinks=True)
+    relocate(source, place)
+    kind(path, draw)
+    what = f"{target}: {kind.__name__} {path.relative_to(place)}"
+    try:
+        done, answer = command(place)
+    except Hangs:
+        return what, "hangs"
+    for each in done:
+        if "Traceback" in each.stderr + each.stdout or each.returncode < 0:
+            return what, "traceback: " + (each.stderr.strip().splitlines() or ["?"])[-1]
+    if answer == "pack refuses what check passes":
+        return what, answer
+    if answer is not None and answer != whole_answer:
+        return what, "silent: other results, and no word of it"
+    return what, None
+
+
+ANSWERS = {}
+
+
+def answer_of(command, place, source):
+    """What the command gives on the whole input, once."""
+    if command not in ANSWERS:
+        ANSWERS[command] = command(place)[1]
+    return ANSWERS[command]
+
+
+def relocate(source, place):
+    """The run's own config names the folder that it is in."""
+    path = place / "run" / "config.yaml"
+    path.write_text(path.read_text().replace(str(source), str(place)))
+
+
+def fuzz(count, seed, told=print):
+    """[(number, what, why)] of the cases that fail; told: called with a line a failure."""
+    failures, kinds = [], Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        source = whole(Path(folder, "whole"))
+        for number in range(count):
+            draw = random.Random(f"{seed}-{number}")
+            what, why = case(source, Path(folder, "broken"), draw)
+            kinds[what.split()[1]] += 1
+            if why:
+                failures.append((number, what, why))
+                told(f"case {seed}-{number}: {what}: {why}")
+    told(f"{count} cases of {len(kinds)} kinds, {len(failures)} failures: {dict(kinds)}")
+    return failures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--seed", default="0")
+    given = parser.parse_args()
+    sys.exit(bool(fuzz(given.count, given.seed)))
