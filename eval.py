@@ -19,7 +19,8 @@ from pathlib import Path
 
 from atlas.errors import AtlasError, one_line_errors
 from atlas.report.packed import pack, read_runs
-from atlas.results import TEST_SCORES, derived_metrics, read_joint, summary
+from atlas.report.summary import summary
+from atlas.results import TEST_SCORES, derived_metrics, read_joint
 
 TOLERANCE = 1e-6  # a score that differs by more is another score
 
@@ -36,7 +37,6 @@ def parse(words=None):
     flag("--brief", action="store_true", help="several runs: the short table")
     flag("--pack", metavar="FILE", help="add the runs to this file")
     flag("--methods", metavar="A,B", help="figures: methods in colour and as heat-maps")
-    flag("--score", choices=("J", "F"), default="J", help="figures: the score to draw")
     flag("--clips", metavar="ID,ID", help="figures: test clips whose masks to draw")
     flag("--video", metavar="FILE", help="the video to draw masks over")
     flag("--audio", metavar="FILE", help="video: another sound for it to hear")
@@ -45,6 +45,7 @@ def parse(words=None):
 
 
 def main(given):
+    """Do what the command line asks. Returns the exit status."""
     if not given.video and (given.audio or given.task is not None):
         raise AtlasError("--audio and --task go with --video FILE")
     if given.video:
@@ -59,12 +60,10 @@ def main(given):
         return compare(runs, given)
     if given.brief or given.methods:
         raise AtlasError("--brief and --methods are for several runs; give more than one folder")
-    folder, results = given.run[0], runs[0]
-    print(summary(results))
+    print(summary(runs[0]))
     if given.figures:
-        print()
-        draw(folder, results, given)
-    return rescore(folder) if given.rescore else 0
+        draw(given.run[0], runs[0], given)
+    return rescore(given.run[0]) if given.rescore else 0
 
 
 def compare(runs, given):
@@ -82,7 +81,7 @@ def compare(runs, given):
         from atlas.report.overview import comparison_figures
 
         methods = given.methods.split(",") if given.methods else ()
-        for name, figure in comparison_figures(runs, methods, given.score).items():
+        for name, figure in comparison_figures(runs, methods).items():
             print(*save(figure, given.out, name))
     if given.out:
         Path(given.out).mkdir(parents=True, exist_ok=True)
@@ -98,7 +97,8 @@ def draw(folder, results, given):
     from atlas.runs import read_run
 
     out = given.out or Path(folder, "figures")
-    for name, figure in run_figures(results, folder, given.score).items():
+    print()
+    for name, figure in run_figures(results, folder).items():
         print(*save(figure, out, name))
     ids = given.clips.split(",") if given.clips else ()
     try:
@@ -110,11 +110,8 @@ def draw(folder, results, given):
 
 
 def rescore(folder):
-    """Score the checkpoints of a run as they are on disk, and compare with its results.json.
-
-    The run's own number of threads is used, since another one rounds differently. The metrics must
-    follow from the matrices exactly. Returns the exit status.
-    """
+    """Score the checkpoints of a run again, and compare with its results.json. The metrics must
+    follow from the matrices exactly. Returns the exit status."""
     import torch
 
     from atlas.metrics import score_tasks
@@ -125,10 +122,8 @@ def rescore(folder):
     if results["complete"]:
         joint = read_joint(results["config"]["joint_run"], results["tasks"])
         if not derived_metrics(results, joint).items() <= results["metrics"].items():
-            raise AtlasError(
-                f"the metrics in {folder}/results.json do not follow from its matrices"
-            )
-    torch.set_num_threads(results["environment"]["threads"])
+            raise AtlasError(f"the metrics of {folder} do not follow from its matrices")
+    torch.set_num_threads(results["environment"]["threads"])  # another number rounds differently
     largest = 0.0
     print()
     for k, row in enumerate(results["matrix"]["J"]):
@@ -153,9 +148,9 @@ def difference(old, new):
     """The largest difference between two rows of scores; infinite where only one is defined."""
     largest = 0.0
     for a, b in zip(old, new, strict=True):
-        if a is None or b is None:
-            largest = max(largest, 0.0 if a is b else float("inf"))
-        else:
+        if (a is None) != (b is None):
+            return float("inf")
+        if a is not None:
             largest = max(largest, abs(a - b))
     return largest
 

@@ -4,7 +4,6 @@ A figure is 3.3 in (a column) or 6.9 in (a page) wide. The colours are those of 
 viridis, which colour-blind readers tell apart.
 """
 
-import io
 import json
 from pathlib import Path
 
@@ -22,7 +21,6 @@ PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 PALE = "#D0D0D0"  # tasks that are not learned yet
 LARGEST_PNG = 300_000  # bytes
 STYLE = {
-    "backend": "Agg",
     "font.size": 7,
     "axes.titlesize": 7.5,
     "figure.titlesize": 8,
@@ -42,8 +40,8 @@ STYLE = {
 
 
 def new_figure(width, height):
-    """An empty figure in the one style, headless; inches."""
-    matplotlib.rcParams.update(matplotlib.rcParamsDefault | STYLE)
+    """An empty figure in the one style, without a window; inches."""
+    matplotlib.rcParams.update(matplotlib.rcParamsDefault | STYLE | {"backend": "Agg"})
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -61,18 +59,15 @@ def save(figure, folder, name):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise AtlasError(
-            f"{folder} is a file, not a folder for figures; choose another --out"
-        ) from None
+        said = f"{folder} is a file, not a folder for figures; choose another --out"
+        raise AtlasError(said) from None
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once; it takes most of the time
-    for dpi in (300, 200, 150, 120, 100, 80, 60):
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=dpi, pil_kwargs={"optimize": True})
-        if drawn.tell() < LARGEST_PNG:
-            break
     png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
-    png.write_bytes(drawn.getvalue())
+    for dpi in (300, 200, 150, 120, 100, 80, 60):
+        figure.savefig(png, dpi=dpi, pil_kwargs={"optimize": True})
+        if png.stat().st_size < LARGEST_PNG:
+            break
     figure.savefig(pdf, metadata={"CreationDate": None})  # no date: equal runs give equal files
     return [png, pdf]
 
@@ -83,11 +78,9 @@ def shortened(name, length):
 
 def numbered(tasks, length):
     """["1 NAME", ...], shortened; the segments of a stream are numbered already."""
-    names = []
-    for j, task in enumerate(tasks, start=1):
-        stream = task["name"].startswith("segment")
-        names.append(task["name"] if stream else f"{j} {shortened(task['name'], length)}")
-    return names
+    names = [task["name"] for task in tasks]
+    stream = names and names[0].startswith("segment")
+    return names if stream else [f"{j} {shortened(n, length)}" for j, n in enumerate(names, 1)]
 
 
 def column_word(results):
@@ -102,31 +95,30 @@ def title_of(results):
     return f"{results['protocol'].upper()} · {results['method']} · seed {results['seed']}{said}"
 
 
-def matrix_of(results, score):
-    """R, [rows, tasks]; nan where a score is None or a row was not scored."""
+def matrix_of(results):
+    """R of J, [rows, tasks]; nan where a score is None or a row was not scored."""
     width = len(results["tasks"])
-    rows = [row or [None] * width for row in results["matrix"][score]]
+    rows = [row or [None] * width for row in results["matrix"]["J"]]
     return np.array(rows, float).reshape(-1, width)
 
 
-def run_figures(results, folder, score="J"):
+def run_figures(results, folder):
     """{name: Figure} of one run, from its files alone: the heat-map of R, the bars of its classes
     or tasks, and the trace of a stream that watched its loss."""
-    rows = len(results["matrix"][score])
+    rows = len(results["matrix"]["J"])
     if not rows:
         raise AtlasError(f"{folder} has no scores yet, so there is nothing to draw")
-    figures = {f"heatmap_{score}": heatmap(results, score)}
+    figures = {"heatmap": heatmap(results)}
     if results["method"] != "joint" and rows > 1:
-        name = "classes" if has_classes(results, score) else "tasks"
-        figures[f"{name}_{score}"] = bars(results, score)
+        figures["classes" if has_classes(results) else "tasks"] = bars(results)
     if found := windows(folder):
         figures["trace"] = trace(results, found)
     return figures
 
 
-def heatmap(results, score="J"):
+def heatmap(results):
     """R: rows after a task, columns tasks; the cells of tasks not learned yet are grey."""
-    R = matrix_of(results, score)
+    R = matrix_of(results)
     width = PAGE if R.shape[1] > 8 else COLUMN
     figure, axes = panels(1, 1, width, max(2.0, 1.35 + 0.24 * len(R)))
     ax = axes[0, 0]
@@ -134,7 +126,7 @@ def heatmap(results, score="J"):
     names = numbered(results["tasks"], 17)
     ax.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     figure.colorbar(image, ax=ax, pad=0.02, aspect=30).outline.set_linewidth(0.4)
-    figure.suptitle(f"{title_of(results)}\n{score} on test clips; grey: not learned yet")
+    figure.suptitle(f"{title_of(results)}\nJ on test clips; grey: not learned yet")
     return figure
 
 
@@ -155,33 +147,39 @@ def draw_heatmap(ax, R, results, cell, untold=True):
             ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fc=PALE, ec="white", lw=0.4))
         if untold or not future[i, j]:
             said = "–" if np.isnan(value) else f"{value:.2f}"
-            if cell < 0.25 and said.startswith("0"):
-                said = said[1:]
+            if cell < 0.25:
+                said = said.removeprefix("0")
             ax.text(j, i, said, ha="center", va="center", fontsize=size, color=colour)
-    stream = column_word(results) == "segment"
-    ax.set_xticks(range(tasks), [str(j + 1) for j in range(tasks)])
+    word = column_word(results)
+    ax.set_xticks(range(tasks), range(1, tasks + 1))
     ax.set_yticks(range(rows), ["none", "all"] if joint else ["none", *range(1, rows)])
-    ax.set_xlabel(column_word(results))
-    ax.set_ylabel("at checkpoint" if stream else "after task")
+    ax.set_xlabel(word)
+    ax.set_ylabel("at checkpoint" if word == "segment" else "after task")
     ax.tick_params(length=0, labelsize=min(6.5, 1.4 * size))
     ax.spines[:].set_visible(False)
     return image
 
 
-def bars(results, score="J"):
-    """The score right after learning beside the one after the last task: of each class, where
-    `has_classes`, else of each task."""
-    pairs = []
-    if by_class := has_classes(results, score):
-        C = results["class_matrix"]["J"]
+def has_classes(results):
+    """Whether the results hold the score of each class, and classes belong to tasks."""
+    classes = any(task["classes"] for task in results["tasks"])
+    return classes and bool(results.get("class_matrix"))
+
+
+def bars(results):
+    """J right after learning beside J after the last task: of each class, where `has_classes`, else
+    of each task."""
+    R = matrix_of(results)
+    learned = results["tasks"][: len(R) - 1]
+    if by_class := has_classes(results):
+        C, pairs = results["class_matrix"]["J"], []
         place = {name: c for c, name in enumerate(results["class_matrix"]["classes"])}
-        for k, task in enumerate(results["tasks"][: len(C) - 1], start=1):
+        for k, task in enumerate(learned, start=1):
             for name in task["classes"]:
-                own, last = C[k] and C[k][place[name]], C[-1] and C[-1][place[name]]
+                own, last = (row and row[place[name]] for row in (C[k], C[-1]))
                 pairs.append((f"{k} {shortened(name, 22)}", own, last))
     else:
-        R = matrix_of(results, score)
-        names = numbered(results["tasks"][: len(R) - 1], 22)
+        names = numbered(learned, 22)
         pairs = [(name, R[j + 1, j], R[-1, j]) for j, name in enumerate(names)]
     names, *values = zip(*pairs)
     own, last = np.nan_to_num(np.array(values, float))
@@ -191,27 +189,19 @@ def bars(results, score="J"):
     ax.barh(y - 0.2, own, 0.38, color=SKY, label="right after learning it")
     ax.barh(y + 0.2, last, 0.38, color=BLUE, label="at the end")
     ax.set_yticks(y, names)
-    ax.set_ylim(len(pairs) - 0.4, -0.6)
-    ax.set_xlim(0, 1)
-    ax.set_xlabel(f"{score} on test clips" + (", by task and class" if by_class else ""))
+    ax.set(xlim=(0, 1), ylim=(len(pairs) - 0.4, -0.6))
+    ax.set_xlabel("J on test clips" + (", by task and class" if by_class else ""))
     ax.grid(axis="x")
     figure.legend(loc="outside lower center", ncols=2)
     figure.suptitle(title_of(results))
     return figure
 
 
-def has_classes(results, score):
-    """Whether the results hold the score of each class, and classes belong to tasks."""
-    classes = any(task["classes"] for task in results["tasks"])
-    return score == "J" and classes and bool(results.get("class_matrix"))
-
-
 def windows(folder):
     """The loss windows of log.jsonl, [{"step", "mean", "std", "fired"}]; empty where none."""
     path = Path(folder, "log.jsonl")
-    if not path.is_file():
-        return []
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = map(json.loads, text.splitlines())
     return [line["window"] for line in lines if "window" in line]
 
 

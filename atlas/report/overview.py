@@ -9,83 +9,59 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 
 from atlas.errors import AtlasError
-from atlas.report.figures import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PAGE,
-    PURPLE,
-    RED,
-    SKY,
-    column_word,
-    draw_heatmap,
-    matrix_of,
-    new_figure,
-    panels,
-    shortened,
-)
+from atlas.report import figures as F
 from atlas.report.table import problems
 
 GREY = "#8C8C8C"  # methods that are not chosen
-LOOKS = {"lra": (BLUE, "o"), "lra_plus": (ORANGE, "D"), "finetune": (RED, "s")}
-LOOKS["joint"] = (BLACK, "X")
-OTHERS = (GREEN, PURPLE, SKY)
+LOOKS = {"lra": (F.BLUE, "o"), "lra_plus": (F.ORANGE, "D"), "finetune": (F.RED, "s")}
+LOOKS["joint"] = (F.BLACK, "X")
+OTHERS = (F.GREEN, F.PURPLE, F.SKY)
 MARKERS = "^v<>PdphH8"
 FEW = 8  # so many rows are all in colour
-LONGEST = 34  # letters of a name
 NAME = 10  # height of a written name in pixels, at matplotlib's 100 to the inch
 # Where a name may stand beside its point, in pixels: right and left, nearest first
-PLACES = [
-    (side * across, up)
-    for across in (7, 25, 50, 80)
-    for up in (8, -8, 0, 18, -18, 28, -28, 40, -40, 55, -55)
-    for side in (1, -1)
-]
+UP = (8, -8, 0, 18, -18, 28, -28, 40, -40, 55, -55)
+PLACES = [(side * across, up) for across in (7, 25, 50, 80) for up in UP for side in (1, -1)]
 
 
-def comparison_figures(runs, methods=(), score="J"):
+def comparison_figures(runs, methods=()):
     """{name: Figure}: of each problem (table.problems) the overview and the heat-maps.
 
     `methods`: names of methods or of rows, which are in colour and have heat-maps. Without, a few
     rows are in colour (all, where there are few), and all but joint have heat-maps.
     """
-    figures, found = {}, problems(runs)
-    known = set()
-    for row in (row for problem in found for row in problem["rows"]):
-        known |= {row["label"], row["method"]}
+    figures, found, known = {}, problems(runs), set()
+    for problem in found:
+        for row in problem["rows"]:
+            known |= {row["label"], row["method"]}
     if wrong := set(methods) - known:
         raise AtlasError(f"--methods: {wrong.pop()} is not among {', '.join(sorted(known))}")
     for problem in found:
-        rows = [row for row in problem["rows"] if row["runs"]]
-        rows = [row for row in rows if None not in finals(row, score)]
+        rows = [row for row in problem["rows"] if row["runs"] and None not in finals(row)]
         if not rows:
             continue
-        rows = shortly_named(rows)
-        name = problem["title"].lower().replace(" · ", "_").replace("/", "_")
-        asked = [r for r in rows if {r["label"], r["full"], r["method"]} & set(methods)]
-        figures[f"compare_{name}"] = overview(problem["title"], rows, asked, score)
+        asked = [row for row in rows if {row["label"], row["method"]} & set(methods)]
         drawn = asked if methods else [row for row in rows if row["method"] != "joint"]
+        shorten_labels(rows)
+        name = problem["title"].lower().replace(" · ", "_").replace("/", "_")
+        figures[f"compare_{name}"] = overview(problem["title"], rows, asked)
         if drawn:
-            figures[f"heatmaps_{name}"] = heatmaps(problem["title"], drawn, score)
+            figures[f"heatmaps_{name}"] = heatmaps(problem["title"], drawn)
     if not figures:
         raise AtlasError("none of these runs is finished, so there is nothing to draw")
     return figures
 
 
-def shortly_named(rows):
-    """The rows with short labels, without the method where all have one; `full`: as it was."""
+def shorten_labels(rows):
+    """Shorten the labels of the rows; where all have one method, leave it out."""
     alike = len({row["method"] for row in rows}) == 1
-    named = []
     for row in rows:
         setting = row["label"].partition(" ")[2] if alike else ""
-        short = shortened(setting or row["label"], LONGEST)
-        named.append(row | {"label": short, "full": row["label"]})
-    return named
+        row["label"] = F.shortened(setting or row["label"], 34)
 
 
-def finals(row, score):
-    return [run["metrics"][score]["final"] for run in row["runs"]]
+def finals(row):
+    return [run["metrics"]["J"]["final"] for run in row["runs"]]
 
 
 def looks(rows, asked=()):
@@ -105,25 +81,21 @@ def looks(rows, asked=()):
 
 
 def seeds_text(rows):
-    counts = sorted({len(row["runs"]) for row in rows})
-    if len(counts) > 1:
-        return f"{counts[0]}–{counts[-1]} seeds"
-    return f"{counts[0]} seed{'s' if counts[0] > 1 else ''}"
+    counts = [len(row["runs"]) for row in rows]
+    low, high = min(counts), max(counts)
+    return f"{low}–{high} seeds" if low < high else f"{low} seed{'s' if low > 1 else ''}"
 
 
-def overview(title, rows, asked=(), score="J"):
+def overview(title, rows, asked=()):
     """Three panels, named at their rows and points: the final score of each method, the mean over
     the tasks learned so far, and forward transfer against forgetting."""
     look = looks(rows, asked)
-    figure = new_figure(PAGE, max(3.6, 1.0 + 0.23 * len(rows)))
-    axes = figure.subplot_mosaic(
-        [["final", "curves"], ["final", "transfer"]], width_ratios=[1, 1.75]
-    )
-    draw_final(axes["final"], rows, look, score)
-    ends = draw_curves(axes["curves"], rows, look, score)
-    points = draw_transfer(axes["transfer"], rows, look, score)
-    for ax in axes.values():
-        ax.grid(axis="x" if ax is axes["final"] else "both")
+    figure = F.new_figure(F.PAGE, max(3.6, 1.0 + 0.23 * len(rows)))
+    layout = [["final", "curves"], ["final", "transfer"]]
+    axes = figure.subplot_mosaic(layout, width_ratios=[1, 1.75])
+    draw_final(axes["final"], rows, look)
+    ends = draw_curves(axes["curves"], rows, look)
+    points = draw_transfer(axes["transfer"], rows, look)
     figure.suptitle(f"{title} · {seeds_text(rows)}, mean ± standard deviation")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the names below must not move the panels
@@ -132,57 +104,54 @@ def overview(title, rows, asked=(), score="J"):
     return figure
 
 
-def draw_final(ax, rows, look, score):
+def draw_final(ax, rows, look):
     """A line a method, the best on top: mean ± deviation, and small points for the seeds."""
-    found = {row["label"]: finals(row, score) for row in rows}
-    order = sorted(found, key=lambda label: mean(found[label]))
-    for y, label in enumerate(order):
-        colour, marker = look[label]
-        values = found[label]
+    rows = sorted(rows, key=lambda row: mean(finals(row)))
+    for y, row in enumerate(rows):
+        colour, marker = look[row["label"]]
+        values = finals(row)
         spread = stdev(values) if len(values) > 1 else 0.0
         ax.errorbar(mean(values), y, xerr=spread, color=colour, marker=marker, capsize=2, ms=4.5)
         ax.plot(values, [y - 0.3] * len(values), ".", color=colour, ms=2.5, alpha=0.6)
-    ax.set_yticks(range(len(order)), order)
-    for tick, label in zip(ax.get_yticklabels(), order):
-        tick.set_color(look[label][0])
-    ax.set_ylim(-0.7, len(order) - 0.4)
-    ax.set(xlabel=f"{score} on test clips at the end", title=f"final {score}")
+    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    for tick, row in zip(ax.get_yticklabels(), rows):
+        tick.set_color(look[row["label"]][0])
+    ax.set(ylim=(-0.7, len(rows) - 0.4), xlabel="J on test clips at the end", title="final J")
+    ax.grid(axis="x")
 
 
-def draw_curves(ax, rows, look, score):
+def draw_curves(ax, rows, look):
     """The mean over the tasks learned so far, after each task; {label: (x, y) of its end}."""
     ends = {}
+    tasks = len(rows[0]["runs"][0]["tasks"])
     for row in rows:
         colour, marker = look[row["label"]]
-        tasks = len(row["runs"][0]["tasks"])
-        front = 3 if colour != GREY else 2
-        if row["method"] == "joint":
-            steps = [tasks]
-            curve = [mean(finals(row, score))]
-        else:
+        steps, curve = [tasks], [mean(finals(row))]
+        if row["method"] != "joint":
             steps = range(1, tasks + 1)
-            curve = np.mean([learned_so_far(run, score) for run in row["runs"]], axis=0)
-        width = 1.4 if front == 3 else 0.8
-        ax.plot(steps, curve, color=colour, marker=marker, ms=3, lw=width, zorder=front)
+            curve = np.mean([learned_so_far(run) for run in row["runs"]], axis=0)
+        line = {"lw": 0.8, "zorder": 2} if colour == GREY else {"lw": 1.4, "zorder": 3}
+        ax.plot(steps, curve, color=colour, marker=marker, ms=3, **line)
         ends[row["label"]] = (tasks, curve[-1])
-    word = column_word(rows[0]["runs"][0])
-    ax.set(xlabel=f"{word}s learned", ylabel=f"mean {score} over them", title="forgetting curve")
+    word = F.column_word(rows[0]["runs"][0])
+    ax.set(xlabel=f"{word}s learned", ylabel="mean J over them", title="forgetting curve")
     ax.set_xlim(0.7, tasks * (1.1 + 0.028 * max(map(len, ends))))
     ax.set_xticks(range(1, tasks + 1))
+    ax.grid()
     return ends
 
 
-def learned_so_far(results, score="J"):
+def learned_so_far(results):
     """After each task, the mean of R over the tasks learned so far, [tasks]."""
-    R = matrix_of(results, score)
+    R = F.matrix_of(results)
     return [np.nan if np.isnan(R[k]).all() else np.nanmean(R[k, :k]) for k in range(1, len(R))]
 
 
-def draw_transfer(ax, rows, look, score):
+def draw_transfer(ax, rows, look):
     """Forward transfer against forgetting; {label: (x, y) of its point}."""
     points = {}
     for row in rows:
-        found = [run["metrics"][score] for run in row["runs"]]
+        found = [run["metrics"]["J"] for run in row["runs"]]
         pairs = [(one["forgetting"], one["fwt"]) for one in found]
         if any(None in pair for pair in pairs):
             continue
@@ -192,27 +161,22 @@ def draw_transfer(ax, rows, look, score):
         bars = {"elinewidth": 0.3} if colour == GREY else {"elinewidth": 0.9, "zorder": 3}
         ax.errorbar(x, y, dy, dx, color=colour, marker=marker, ms=4.5, **bars)
         points[row["label"]] = (x, y)
-    ax.set(
-        xlabel=f"forgetting of {score} (less is better)",
-        ylabel=f"forward transfer of {score}",
-        title="forward transfer against forgetting",
-    )
+    ax.set(xlabel="forgetting of J (less is better)", ylabel="forward transfer of J")
+    ax.set_title("forward transfer against forgetting")
+    ax.grid()
     return points
 
 
 def name_ends(ax, ends, look):
     """Write the names at the right ends of curves, moved apart where they would touch."""
     labels = sorted(ends, key=lambda label: ends[label][1])
-    heights = np.array([ax.transData.transform(ends[label])[1] for label in labels])
-    up, down = heights.copy(), heights.copy()
+    heights = [ax.transData.transform(ends[label])[1] for label in labels]
     for k in range(1, len(labels)):
-        up[k] = max(up[k], up[k - 1] + NAME)
-        down[-k - 1] = min(down[-k - 1], down[-k] - NAME)
-    bottom, top = ax.get_window_extent().intervaly
-    room = NAME * (np.arange(len(labels)) + 0.5)
-    places = np.clip((up + down) / 2, bottom + room, top + room - room[-1] - NAME / 2)
+        heights[k] = max(heights[k], heights[k - 1] + NAME)
+    top = ax.get_window_extent().y1 - NAME / 2
     right = ax.transData.transform((1.07 * ends[labels[0]][0] + 0.1, 0))[0]
-    for label, height in zip(labels, places):
+    for k, (label, height) in enumerate(zip(labels, heights)):
+        height = min(height, top - NAME * (len(labels) - 1 - k))
         write_name(ax, label, ends[label], (right, height), look[label][0])
 
 
@@ -226,7 +190,7 @@ def name_points(ax, points, look):
         for across, up in PLACES:
             x, y = pixels[label] + (across - width * (across < 0), up)
             box = (x, y - NAME / 2, x + width, y + NAME / 2)
-            inside = page.x0 < x and x + width < page.x1 and page.y0 < box[1] and box[3] < page.y1
+            inside = page.x0 < x and box[2] < page.x1 and page.y0 < box[1] and box[3] < page.y1
             if inside and not any(overlap(box, other) for other in taken):
                 break
         taken.append(box)
@@ -246,18 +210,18 @@ def write_name(ax, label, point, pixels, colour):
     text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
 
 
-def heatmaps(title, rows, score="J"):
+def heatmaps(title, rows):
     """The heat-maps of R of the rows, at most four side by side, each the mean over its seeds."""
     across = min(4, len(rows))
     down = -(-len(rows) // across)
-    tall = 0.62 + 0.17 * len(rows[0]["runs"][0]["matrix"][score])
-    figure, axes = panels(down, across, PAGE, 0.4 + tall * down)
+    tall = 0.62 + 0.17 * len(rows[0]["runs"][0]["matrix"]["J"])
+    figure, axes = F.panels(down, across, F.PAGE, 0.4 + tall * down)
     for ax in axes.flat[len(rows) :]:
         ax.set_axis_off()
     for ax, row in zip(axes.flat, rows):
-        R = np.mean([matrix_of(run, score) for run in row["runs"]], axis=0)
-        cell = (PAGE - 1.1) / across / R.shape[1]
-        image = draw_heatmap(ax, R, row["runs"][0], cell, untold=False)
+        R = np.mean([F.matrix_of(run) for run in row["runs"]], axis=0)
+        cell = (F.PAGE - 1.1) / across / R.shape[1]
+        image = F.draw_heatmap(ax, R, row["runs"][0], cell, untold=False)
         ax.set_title(row["label"])
         if ax not in axes[:, 0]:
             ax.set_ylabel("")
@@ -265,5 +229,5 @@ def heatmaps(title, rows, score="J"):
             ax.set_xlabel("")
     bar = figure.colorbar(image, ax=axes.ravel().tolist(), pad=0.01, aspect=40)
     bar.outline.set_linewidth(0.4)
-    figure.suptitle(f"{title} · {score} on test clips, mean of {seeds_text(rows)}")
+    figure.suptitle(f"{title} · J on test clips, mean of {seeds_text(rows)}")
     return figure

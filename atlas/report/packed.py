@@ -19,11 +19,9 @@ def read_runs(path):
         return [read_results(path)]
     try:
         packed = json.loads(Path(path).read_text(encoding="utf-8"))
-        flat = [
-            packed["shared"] | group["shared"] | own
-            for group in packed["groups"]
-            for own in group["runs"]
-        ]
+        flat = []
+        for group in packed["groups"]:
+            flat += [packed["shared"] | group["shared"] | own for own in group["runs"]]
     except (ValueError, KeyError, TypeError):
         raise AtlasError(
             f"{path} is no file of runs; give the folder of a run, or a file of eval.py --pack"
@@ -40,7 +38,7 @@ def pack(path, runs):
     found = {}
     for results in [*(read_runs(path) if Path(path).is_file() else []), *runs]:
         setting = {k: v for k, v in results["config"].items() if k not in PLACES}
-        found[compact(sorted(setting.items()))] = results
+        found[json.dumps(setting, sort_keys=True)] = results
     groups = {}
     for results in found.values():
         place = (results["seed"], results["config"]["data_root"])
@@ -60,17 +58,18 @@ def pack(path, runs):
 def flattened(results):
     flat = {}
     for key, value in results.items():
-        value = rounded(value, DIGITS.get(key, 5))
+        digits = DIGITS.get(key, 5)
         inner = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{key}/{name}" if name else key: one for name, one in inner.items()}
+        for name, one in inner.items():
+            flat[f"{key}/{name}" if name else key] = rounded(one, digits)
     return flat
 
 
 def nested(flat):
     results = {}
     for key, value in flat.items():
-        outer, _, inner = key.partition("/")
-        if inner:
+        outer, slash, inner = key.partition("/")
+        if slash:
             results.setdefault(outer, {})[inner] = value
         else:
             results[outer] = value
@@ -79,27 +78,18 @@ def nested(flat):
 
 def split(dicts):
     """({key: value} that more than half of the dicts share, [what each has otherwise])."""
-    texts = [{key: compact(value) for key, value in one.items()} for one in dicts]
     shared = {}
     for key in dicts[0]:
-        if all(key in one for one in texts):
-            usual, count = Counter(one[key] for one in texts).most_common(1)[0]
+        if all(key in one for one in dicts):
+            text, count = Counter(compact(one[key]) for one in dicts).most_common(1)[0]
             if count > len(dicts) / 2:
-                shared[key] = usual
-    own = []
-    for one, text in zip(dicts, texts):
-        own.append({key: value for key, value in one.items() if shared.get(key) != text[key]})
+                shared[key] = text
+    own = [{k: v for k, v in one.items() if shared.get(k) != compact(v)} for one in dicts]
     return {key: json.loads(text) for key, text in shared.items()}, own
 
 
 def rounded(value, digits):
-    if isinstance(value, float):
-        return round(value, digits)
-    if isinstance(value, list):
-        return [rounded(one, digits) for one in value]
-    if isinstance(value, dict):
-        return {key: rounded(one, digits) for key, one in value.items()}
-    return value
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), digits))
 
 
 def compact(value):

@@ -206,11 +206,6 @@ def section(problem):
     lines = []
     for row, cells in zip(rows, cells_of(rows, COLUMNS)):
         lines.append([row["label"], str(len(row["runs"])), *cells, seconds(row)])
-    if kept_bytes(runs):
-        head.append("MB kept by the method")
-        for row, line in zip(rows, lines):
-            kept = kept_bytes(row["runs"])
-            line.append(f"{mean(kept) / 1e6:.1f}" if kept else UNDEFINED)
     under = "  \n".join(notes(rows, runs))
     return f"### {problem['title']}\n\n{markdown(head, lines)}\n\n{under}"
 
@@ -218,12 +213,6 @@ def section(problem):
 def rank(row):
     values = values_of(row, COLUMNS[0], ())
     return row["method"] == "joint", -mean(values.values()) if values else 0.0
-
-
-def kept_bytes(runs):
-    """What the methods of the runs keep, of those that know it."""
-    kept = [results.get("method_memory_bytes") for results in runs]
-    return [value for value in kept if value is not None]
 
 
 def cells_of(rows, columns):
