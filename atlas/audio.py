@@ -17,7 +17,6 @@ import timm
 import torch
 import torch.nn as nn
 import torchaudio
-from av.stream import Disposition
 from safetensors.torch import load_file
 
 from atlas.clips import RATE, T, why_unreadable
@@ -28,18 +27,12 @@ RATES = range(1000, 384001)  # samples a second that a file may have
 SAMPLES = 2**27  # of all channels of a file, at most: 25 minutes of stereo at 44.1 kHz
 LOUDEST = 10  # full scale is 1; a file of larger numbers is in another unit, or broken
 CUT_OFF = re.compile(r"data : (\d+) \(should be (\d+)\)")  # libsndfile's note on a WAV file
-STREAMED = (
-    0x7F000000  # bytes; who writes a WAV file into a pipe states more, not knowing its length
-)
-AUDIBLE = 0.1  # a second below this share of its recording's loudness (-20 dB) is silent
-FADE = 0.02  # seconds
+STREAMED = 0x7F000000  # bytes; a WAV file written into a pipe states more, unknowing
 AUDIOMAE_MEAN, AUDIOMAE_STD = -4.2677393, 4.5689974  # of its filter banks over AudioSet
 AUDIOMAE_HUB = "hf_hub:gaunernst/vit_base_patch16_1024_128.audiomae_as2m_ft_as20k"
-VGGISH_ADDRESS = (
+VGGISH_FILE = (
     "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 )
-
-# ---- files ---------------------------------------------------------------------------------------
 
 
 def read_wave(path):
@@ -70,15 +63,11 @@ def mono(channels, path):
     wave = channels.mean(1)
     peak = np.abs(channels).max(initial=0)
     if not peak <= LOUDEST:  # or not a number
-        raise AtlasError(
-            f"the sound {path} holds the sample {peak:g}, where all must be finite and within ±1; "
-            "write the file anew"
-        )
+        what = f"the sound {path} holds the sample {peak:g}"
+        raise AtlasError(f"{what}; all must be finite and within ±1: write the file anew")
     if len(wave) and np.mean(wave**2) < 0.01 * np.mean(channels**2):
-        raise AtlasError(
-            f"the channels of the sound {path} cancel each other out; keep one of them: "
-            "ffmpeg -i IN -af pan=mono|c0=c0 OUT"
-        )
+        what = f"the channels of the sound {path} cancel each other out"
+        raise AtlasError(f"{what}; keep one of them: ffmpeg -i IN -af pan=mono|c0=c0 OUT")
     return wave
 
 
@@ -99,50 +88,12 @@ def resampled(wave, rate):
     return torch.from_numpy(np.pad(heard[:count], (0, max(0, count - len(heard)))))
 
 
-def best_stream(container, kind):
-    """The stream of `kind` ("video" or "audio") that a player takes: the default one, or the first.
-
-    `container` is PyAV's. A cover picture is no video. None where there is no such stream.
-    """
-    found = [s for s in container.streams if s.type == kind]
-    found = [s for s in found if not s.disposition & Disposition.attached_pic]
-    default = [s for s in found if s.disposition & Disposition.default]
-    return (default or found or [None])[0]
-
-
-def draw_schedule(wave, chance, rng):
-    """Where the recording `wave` [T * RATE] is let through: [T] bool.
-
-    Each second by `chance`, at least one, and none in which the recording itself is silent.
-    """
-    loudness = np.sqrt(np.mean(wave.reshape(T, RATE) ** 2, axis=1))
-    audible = loudness >= AUDIBLE * np.sqrt(np.mean(wave**2))
-    while not (schedule := audible & (rng.random(T) < chance)).any():
-        pass
-    return schedule
-
-
-def gate(schedule):
-    """The loudness [T * RATE] of a schedule [T] bool: 1 where it sounds, 0 elsewhere.
-
-    Straight fades of FADE seconds stand inside both ends of a stretch.
-    """
-    steps = np.diff(schedule.astype(int), prepend=0, append=0)
-    time = (np.arange(T * RATE) + 0.5) / RATE
-    loudness = np.zeros(T * RATE)
-    for start, stop in zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0)):
-        loudness += np.clip(np.minimum(time - start, stop - time) / FADE, 0, 1)
-    return loudness
-
-
 # ---- front ends ----------------------------------------------------------------------------------
 
 
 def mel_filters():
-    """VGGish's filter bank [257, 64], from 125 to 7500 Hz, the DC bin zero (mel_features.py).
-
-    The filters are triangles that are linear in mel = 1127 ln(1 + f / 700).
-    """
+    """VGGish's filter bank [257, 64], 125 to 7500 Hz, the DC bin zero (mel_features.py): triangles
+    that are linear in mel = 1127 ln(1 + f / 700)."""
 
     def mel(hertz):
         return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
@@ -177,8 +128,7 @@ def fbank(wave, seconds):
     """AudioMAE's input, Kaldi's filter banks [frames, 128], of the first `seconds` of a wave.
 
     Frames of 25 ms every 10. Of each: mean removed, pre-emphasis 0.97, symmetric Hann window, power
-    of a 512-point FFT, 128 triangles in mel from 20 to 8000 Hz, log(max(., 1.2e-7)). No dither, no
-    energy. What follows the clip is not heard, as with the other encoders.
+    of a 512-point FFT, 128 triangles in mel from 20 to 8000 Hz, log(max(., 1.2e-7)).
     """
     wave = wave[: seconds * RATE].double()
     wave = nn.functional.pad(wave, (0, max(0, WINDOW - len(wave))))
@@ -203,7 +153,7 @@ class LogMel(nn.Module):
             return torch.cat([x.mean(-2), x.std(-2, correction=0)], -1)
 
         mel = patches.squeeze(1)  # [T, 96, 64]
-        return statistic(mel), statistic(mel.reshape(len(mel), 6, 16, BANDS))
+        return statistic(mel), statistic(mel.unflatten(1, (6, 16)))
 
 
 class VGGish(nn.Module):
@@ -266,13 +216,8 @@ class AudioMAE(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = timm.create_model(
-            "vit_base_patch16_224",
-            img_size=(1024, 128),
-            in_chans=1,
-            num_classes=0,
-            global_pool="avg",
-        )
+        size = {"img_size": (1024, 128), "in_chans": 1, "num_classes": 0, "global_pool": "avg"}
+        self.net = timm.create_model("vit_base_patch16_224", **size)
 
     def forward(self, mel):
         """mel [frames, 128] of fbank -> a [T, 768], U [T, 48, 768]."""
@@ -283,9 +228,8 @@ class AudioMAE(nn.Module):
         columns = tokens.unflatten(0, (64, 8))  # [time, pitch, 768]
         first = [25 * t // 4 for t in range(T)]
         heard = max(1, sum(16 * (column + 5) < len(mel) for column in first))
-        tokens = torch.stack(
-            [columns[first[min(t, heard - 1)] :][:6].flatten(0, 1) for t in range(T)]
-        )
+        seconds = [columns[first[min(t, heard - 1)] :][:6].flatten(0, 1) for t in range(T)]
+        tokens = torch.stack(seconds)
         return tokens.mean(1), tokens
 
 
@@ -303,29 +247,23 @@ def build_audio_encoder(name, weights):
         encoder = ENCODERS[name]().eval().requires_grad_(False)
     if weights is False or name == "logmel":
         return encoder
-    if weights is True and name == "yamnet":
-        raise AtlasError("audio=yamnet has no public address; set audio_weights to a file")
-    if weights is True and name == "audiomae":
-        net = _fetched(AUDIOMAE_HUB, timm.create_model, pretrained=True, num_classes=0)
-        encoder.net = net.eval().requires_grad_(False)
-        return encoder
-    if weights is True:
-        fetch = torch.hub.load_state_dict_from_url
-        state = _fetched(VGGISH_ADDRESS, fetch, map_location="cpu", weights_only=True)
-    else:
+    if weights is not True:
         state = read_weights(weights, "audio_weights")
-    surplus = {"yamnet": ("classifier.",), "audiomae": ("head.",)}.get(name, ())
-    load_strictly(getattr(encoder, "net", encoder), state, weights, surplus)
-    return encoder
-
-
-def _fetched(address, fetch, **options):
+        load_strictly(getattr(encoder, "net", encoder), state, weights)
+        return encoder
+    if name == "yamnet":
+        raise AtlasError("audio=yamnet has no public address; set audio_weights to a file")
     try:
-        return fetch(address, **options)
+        if name == "audiomae":
+            encoder.net = timm.create_model(AUDIOMAE_HUB, pretrained=True, num_classes=0)
+        else:
+            fetch = torch.hub.load_state_dict_from_url
+            state = fetch(VGGISH_FILE, map_location="cpu", weights_only=True)
+            load_strictly(encoder, state, VGGISH_FILE)
     except OSError as error:
-        raise AtlasError(
-            f"cannot fetch {address}: {error}; download it and set audio_weights to the file"
-        ) from None
+        what = f"cannot fetch the weights of audio={name}: {error}"
+        raise AtlasError(f"{what}; download it and set audio_weights to the file") from None
+    return encoder.eval().requires_grad_(False)
 
 
 def read_weights(path, key):
@@ -347,32 +285,23 @@ def read_weights(path, key):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise AtlasError(
-            f"{key}: {path} holds no state dict: names and tensors (also under state_dict or model)"
-        )
+        raise AtlasError(f"{key}: {path} holds no state dict of tensors (or under `model`)")
     state = {n: v.float() if v.is_floating_point() else v for n, v in state.items()}
-    broken = [name for name, value in state.items() if not value.isfinite().all()]
-    if broken:
-        raise AtlasError(f"{key}: {path} holds numbers that are not finite, in {broken[0]}")
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise AtlasError(f"{key}: {path} holds numbers that are not finite, in {name}")
     return state
 
 
-def load_strictly(module, state, path, surplus):
-    """Load `state`. A missing key is an error; only keys that begin with one of `surplus` may be
-    left over."""
-    own = module.state_dict().keys()
-    missing = own - state.keys()
-    unknown = [name for name in state.keys() - own if not name.startswith(tuple(surplus))]
-    if missing or unknown:
-        example = sorted(missing or unknown)[0]
-        raise AtlasError(
-            f"{path} does not fit: {len(missing)} keys missing, {len(unknown)} unknown "
-            f"(`{example}`, for one); is it another model's file?"
-        )
+def load_strictly(module, state, path):
+    """Load `state`, which has the module's keys and no others but AudioMAE's classifier `head`."""
+    own = module.state_dict()
+    kept = {n: v for n, v in state.items() if n in own or not n.startswith("head.")}
     try:
-        module.load_state_dict({name: state[name] for name in own})
+        module.load_state_dict(kept)
     except RuntimeError as error:
-        raise AtlasError(f"{path} does not fit: {error}") from None
+        why = " ".join(str(error).split())[:300]
+        raise AtlasError(f"{path} does not fit; is it another model's file? {why}") from None
 
 
 def fingerprint(module):

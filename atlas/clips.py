@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from PIL import Image, ImageOps
 
 from atlas.errors import AtlasError
@@ -34,6 +33,7 @@ T = 5  # seconds = frames of a clip
 RATE = 16000  # samples a second, of every sound ATLAS writes or hears
 SPLITS = ("train", "val", "test")
 CSVS = {"s4": "Single-source/s4_meta_data.csv", "ms3": "Multi-sources/ms3_meta_data.csv"}
+COLUMNS = {"s4": ("name", "category", "split"), "ms3": ("video_id", "split")}
 DOMAINS = {  # the line breaks of AVSBench's own class list; the names of the groups are ours
     "human": ("baby_laughter", "female_singing", "male_speech"),
     "animal": ("dog_barking", "cat_meowing", "lions_roaring", "horse_clip-clop", "coyote_howling",
@@ -56,96 +56,57 @@ class Clip:
     """One record. `frames` and `masks` are T paths; a mask is None where a frame has none."""
 
     id: str
-    source: str  # the video that it was cut from
     split: str
     category: str | None  # MS3 has none
     frames: tuple
     masks: tuple  # S4 train: the first frame's alone
     audio: str
 
+    @property
+    def source(self):
+        """The video that it was cut from: the YouTube id in an id of AVSBench's form, else the id.
 
-def source_of(name):
-    """The video of a clip: the YouTube id in a name of AVSBench's form, else the whole name.
-
-    AVSBench's form is an id of 11 characters, by itself or with `_` and numbers behind it (times,
-    or which clip of the video). An id holds a capital letter or a digit, as all of AVSBench's do.
-    """
-    found = YOUTUBE.fullmatch(name)
-    return found[1] if found else name
+        AVSBench's form is a YouTube id, by itself or with `_` and numbers behind it. A YouTube id
+        has 11 characters, of which one at least is a capital letter or a digit.
+        """
+        found = YOUTUBE.fullmatch(self.id)
+        return found[1] if found else self.id
 
 
 def s4_clip(root, name, category, split):
     """One S4 clip below `root`, which holds Single-source/. Its files need not exist."""
-    data, numbers = f"{Path(root)}/Single-source/s4_data", range(1, T + 1)
-    folder = f"{split}/{category}/{name}"
-    masks = [f"{data}/gt_masks/{folder}/{name}_{k}.png" for k in numbers]
-    return Clip(
-        id=name,
-        source=source_of(name),
-        split=split,
-        category=category,
-        frames=tuple(f"{data}/visual_frames/{folder}/{name}_{k}.png" for k in numbers),
-        masks=(masks[0], *[None] * (T - 1)) if split == "train" else tuple(masks),
-        audio=f"{data}/audio_wav/{folder}.wav",
-    )
+    data = Path(root, "Single-source/s4_data")
+    place = f"{split}/{category}/{name}"
+    frames = [f"{data}/visual_frames/{place}/{name}_{k}.png" for k in range(1, T + 1)]
+    masks = [f"{data}/gt_masks/{place}/{name}_{k}.png" for k in range(1, T + 1)]
+    if split == "train":
+        masks[1:] = [None] * (T - 1)
+    audio = f"{data}/audio_wav/{place}.wav"
+    return Clip(name, split, category, tuple(frames), tuple(masks), audio)
 
 
 def ms3_clip(root, name, split):
     """One MS3 clip below `root`, which holds Multi-sources/. Its files need not exist."""
-    data, numbers = f"{Path(root)}/Multi-sources/ms3_data", range(1, T + 1)
-    return Clip(
-        id=name,
-        source=source_of(name),
-        split=split,
-        category=None,
-        frames=tuple(f"{data}/visual_frames/{name}/{name}.mp4_{k}.png" for k in numbers),
-        masks=tuple(f"{data}/gt_masks/{split}/{name}/{name}_{k}.png" for k in numbers),
-        audio=f"{data}/audio_wav/{split}/{name}.wav",
-    )
+    data = Path(root, "Multi-sources/ms3_data")
+    frames = [f"{data}/visual_frames/{name}/{name}.mp4_{k}.png" for k in range(1, T + 1)]
+    masks = [f"{data}/gt_masks/{split}/{name}/{name}_{k}.png" for k in range(1, T + 1)]
+    audio = f"{data}/audio_wav/{split}/{name}.wav"
+    return Clip(name, split, None, tuple(frames), tuple(masks), audio)
 
 
-# ---- writing -------------------------------------------------------------------------------------
-
-
-def write_clip(clip, frames, masks, wave, rate=RATE):
-    """Write a clip's files and return it.
-
-    frames [T, H, W, 3] uint8; masks [T, H, W] bool, those it has a path for; wave [samples] in ±1.
-    """
-    for path in (clip.frames[0], clip.masks[0], clip.audio):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    for path, frame in zip(clip.frames, frames):
-        Image.fromarray(frame).save(path, compress_level=1)
-    for path, mask in zip(clip.masks, masks):
-        if path:
-            Image.fromarray(mask.astype(np.uint8) * 255, mode="L").save(path)
-    soundfile.write(clip.audio, np.clip(wave, -1, 1), rate, subtype="PCM_16")
-    return clip
-
-
-def write_csv(root, clips, dataset="s4"):
-    """Write AVSBench's table of `clips`. It comes last: a tree without it is not finished."""
-    if dataset == "s4":
-        rows = [["name", "start", "category", "split"]]
-        rows += [[clip.id, 0, clip.category, clip.split] for clip in clips]
-    else:
-        rows = [["video_id", "split"], *([clip.id, clip.split] for clip in clips)]
-    with open(Path(root, CSVS[dataset]), "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+# ---- folders and locks ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def built_beside(final, inside="."):
     """Yield an empty folder, and rename it (what lies `inside` it) to `final` at the end.
 
-    On failure nothing is left. Of two processes that build the same thing, the one that finishes
-    last drops its own and uses the other's.
+    On failure nothing is left. Where another process was faster, its folder is used.
     """
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         yield temporary
         try:
@@ -161,8 +122,8 @@ def locked(path, in_use=None):
     """Open the file `path`, locked until it is closed. The file itself stays, empty.
 
     Another process that has it is waited for; with `in_use`, an AtlasError of that text is raised.
-    NFS passes POSIX locks on files on, so they hold between the nodes of a cluster. They belong to
-    the process: closing a second opening of the file would end the lock of the first.
+    POSIX locks on files hold between the nodes of a cluster too. They belong to the process:
+    closing a second opening of the file would end the lock of the first.
     """
     file = open(path, "a", encoding="utf-8")
     try:
@@ -173,10 +134,8 @@ def locked(path, in_use=None):
         print(f"waiting for the process that has locked {path}", file=sys.stderr)
         fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError as error:
-        raise AtlasError(
-            f"cannot lock {path} ({error.strerror}), so two processes could write the same files; "
-            "choose a folder on a disk with locks (out_dir, cache_dir)"
-        ) from None
+        why = f"cannot lock {path}: {error.strerror}"
+        raise AtlasError(f"{why}; choose a disk with locks (out_dir, cache_dir)") from None
     return file
 
 
@@ -185,41 +144,38 @@ def locked(path, in_use=None):
 
 def read_s4(root):
     """All clips that S4's table below `root` names, in its order. Their files are not opened."""
-    rows = _read_csv(root, "s4", ("name", "category", "split"))
+    rows = read_rows(_table_of(root, "s4"), COLUMNS["s4"])
     return [s4_clip(root, row["name"], row["category"], row["split"]) for row in rows]
 
 
 def read_ms3(root):
     """All clips that MS3's table below `root` names, in its order. Their files are not opened."""
-    rows = _read_csv(root, "ms3", ("video_id", "split"))
+    rows = read_rows(_table_of(root, "ms3"), COLUMNS["ms3"])
     return [ms3_clip(root, row["video_id"], row["split"]) for row in rows]
 
 
 READERS = {"s4": read_s4, "ms3": read_ms3}
 
 
-def _read_csv(root, dataset, columns):
+def _table_of(root, dataset):
     path = Path(root, CSVS[dataset])
     if not path.is_file():
-        raise AtlasError(
-            f"no {dataset.upper()} tree in {root}: {path} is missing; set data_root to the folder "
-            f"that holds {path.parent.name}/, or synth=true"
-        )
-    return read_rows(path, columns)
+        what = f"no {dataset.upper()} tree in {root}: {path} is missing"
+        raise AtlasError(f"{what}; set data_root to the folder of {path.parent.name}/")
+    return path
 
 
 def read_rows(path, columns):
     """The rows of a table of clips. The first of `columns` is the id; all are plain file names."""
-    rows, seen = read_table(path, columns), set()
+    rows = read_table(path, columns)
+    seen = set()
     for row in rows:
         name = row[columns[0]]
-        wrong = [row[c] for c in columns if row[c] in ("", ".", "..") or "/" in row[c]]
-        if wrong:
-            raise AtlasError(f"{path}: {wrong[0]!r} of clip {name!r} is no plain file name")
+        for value in (row[column] for column in columns):
+            if value in ("", ".", "..") or "/" in value:
+                raise AtlasError(f"{path}: {value!r} of clip {name!r} is no plain file name")
         if row["split"] not in SPLITS:
-            raise AtlasError(
-                f"{path}: clip {name} is in split {row['split']!r}, not train, val or test"
-            )
+            raise AtlasError(f"{path}: the split of clip {name} is {row['split']!r}, no {SPLITS}")
         if name in seen:
             raise AtlasError(f"{path}: the clip id {name} stands twice; remove or rename one")
         seen.add(name)
@@ -232,7 +188,15 @@ def read_table(path, columns):
     Comma, semicolon or tab part the values. The text is UTF-8, or UTF-16 as Excel writes it. Blank
     rows are skipped; in all others each column has its value, which may be empty.
     """
-    text = _text(path)
+    try:
+        content = Path(path).read_bytes()
+        utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+        if "\0" in text or not text.strip() or content.startswith(POINTER):
+            raise ValueError("it holds no text")
+    except (OSError, ValueError) as error:
+        why = why_unreadable(path, error)
+        raise AtlasError(f"cannot read the table {path}: {why}; save it as UTF-8 CSV") from None
     mark = max(",;\t", key=text.lstrip().split("\n")[0].count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     rows = []
@@ -244,36 +208,17 @@ def read_table(path, columns):
             rows.append(row)
             width = len(rows[0])
             if len(row) < width or any(row[width:]):
-                raise AtlasError(
-                    f"{path}, line {lines.line_num}: {len(row)} values in {width} columns"
-                )
+                raise csv.Error(f"{len(row)} values in {width} columns")
     except csv.Error as error:
         raise AtlasError(f"{path}, line {lines.line_num}: {error}; write this row anew") from None
     header = rows[0]
-    lost = [column for column in columns if header.count(column) != 1]
-    if lost:
-        raise AtlasError(
-            f"{path} holds the columns {', '.join(header)[:200]}, which must hold "
-            f"{', '.join(lost)} once"
-        )
+    for column in columns:
+        if header.count(column) != 1:
+            found = f"{path} holds the columns {', '.join(header)[:200]}"
+            raise AtlasError(f"{found}; it must hold {column} once")
     if not rows[1:]:
         raise AtlasError(f"{path} holds no row below the names of its columns")
     return [dict(zip(header, row)) for row in rows[1:]]
-
-
-def _text(path):
-    try:
-        content = Path(path).read_bytes()
-        utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-        text = content.decode("utf-16" if utf16 else "utf-8-sig")
-        if "\0" in text or not text.strip() or content.startswith(POINTER):
-            raise ValueError("it holds no text")
-    except (OSError, ValueError) as error:
-        raise AtlasError(
-            f"the table {path} is not readable: {why_unreadable(path, error)}; "
-            "save it as a CSV of UTF-8 text"
-        ) from None
-    return text
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -323,28 +268,21 @@ def _refused(image):
         return f"is too large, with {image.width}x{image.height} pixels"
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a camera's JPEG
         return f"holds {image.n_frames} frames"
-    if image.mode in ("I", "F"):
-        return "has 32 bits a channel"
+    if image.mode in ("I", "F", "LAB"):
+        return "has 32 bits a channel, or colours that are not RGB"
     if image.has_transparency_data:
-        grey16 = image.mode.startswith("I;16")
-        if grey16 or image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        if image.mode == "I;16" or image.convert("RGBA").getextrema()[3][0] < 255:
             return "has transparent pixels"
     return None
 
 
 def read_frame(path):
-    """The picture in `path` as RGB uint8 [H, W, 3].
-
-    Grey, palette and CMYK are converted, 16 bits scaled. See open_picture for what is refused.
-    """
+    """The picture in `path` as RGB uint8 [H, W, 3]: grey, palette, CMYK and 16 bits converted."""
     image = open_picture(path)
-    try:
-        if image.mode.startswith("I;16"):
-            grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-            image = Image.fromarray(grey.astype(np.uint8))
-        return np.asarray(image.convert("RGB"))
-    except ValueError as error:  # a colour space that Pillow cannot convert
-        raise AtlasError(f"the picture {path} is not readable: {error}") from None
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        image = Image.fromarray(grey.astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
 
 
 def read_mask(path):
@@ -363,18 +301,16 @@ def read_mask(path):
             raise AtlasError(f"the mask {path} holds colours; save it as a black and white PNG")
     white = grey.max()
     if white not in (0, 1, 255, 65535) or not ((grey == 0) | (grey == white)).all():
-        raise AtlasError(
-            f"the mask {path} holds the values {np.unique(grey)[:6].tolist()}; "
-            "a mask holds 0 and 255 only, without smoothing"
-        )
+        what = f"the mask {path} holds the values {np.unique(grey)[:6].tolist()}"
+        raise AtlasError(f"{what}; a mask holds 0 and 255 only, without smoothing")
     return grey > 0
 
 
 def refuse_other_size(path, mask, frame):
     """A mask [H, W] must have its frame's size."""
     if mask.shape != frame.shape[:2]:
-        sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (mask, frame)]
-        raise AtlasError(f"the mask {path} is {sizes[0]}, its frame {sizes[1]}; make them equal")
+        sizes = f"is {mask.shape} pixels high and wide, its frame {frame.shape[:2]}"
+        raise AtlasError(f"the mask {path} {sizes}; make them equal")
 
 
 def load_clip(clip, size):

@@ -5,7 +5,6 @@ a second. Masks are 1 on the sounding object. `annotated[b, t]` is True where a 
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from atlas.clips import T, load_clip, locked, why_unreadable
 from atlas.errors import AtlasError
 
 VERSION = 2  # of the cache's layout and of what the readers make of a file
+LISTED = "`python prepare_data.py check --root {root}` lists every such file"
 
 # ---- packing -------------------------------------------------------------------------------------
 
@@ -31,9 +31,9 @@ def pack(clips, root, cache_dir, size, encoder):
     """Decode `clips` and run the frozen audio encoder over them, once; return the cache's folder.
 
     Its name is a hash of every file's path, size and time, the settings and the encoder's weights,
-    so a stale cache is never used. `layout` says what it holds. Clips are appended to a hidden
-    folder beside it, which is renamed at the end: what was packed before a kill is kept, and memory
-    does not grow with the number of clips. Another process at work on the same cache is waited for.
+    so a stale cache is never used. `layout` says what it holds. It is filled in a hidden folder
+    beside it, which is renamed at the end: what was packed before a kill is kept, and memory does
+    not grow with the number of clips. Another process at work on the same cache is waited for.
     """
     kind = "s4" if clips[0].category else "ms3"
     folder = Path(cache_dir, f"{kind}-{_cache_key(clips, root, size, encoder)}")
@@ -45,7 +45,9 @@ def pack(clips, root, cache_dir, size, encoder):
             build = folder.with_name(f".{folder.name}.part")
             build.mkdir(exist_ok=True)
             _fill(build, clips, size, encoder, root)
+            PackedClips(build)  # every file must be whole
             os.rename(build, folder)
+            (folder / "progress").unlink()
     return folder
 
 
@@ -63,18 +65,26 @@ def layout(n, size, context, tokens):
 
 
 def _fill(build, clips, size, encoder, root):
-    """Write a cache into the folder `build`, going on after the clips that are in it."""
+    """Write a cache into the folder `build`.
+
+    Its file `progress` holds how many clips are whole in it, and packing goes on after these.
+    """
     mute = encode_clip(encoder, None, T)
-    shapes = layout(len(clips), size, mute[0].shape, mute[1].shape)
-    files = {
-        name: _Rows(build / f"{name}.npy", *shapes[name])
-        for name in ("frames", "masks", "context", "tokens")
-    }
-    done = min(file.rows for file in files.values())
-    for file in files.values():
-        file.go_on_after(done)
+    annotated = np.array([[mask is not None for mask in clip.masks] for clip in clips])
+    whole = {"annotated": annotated, "mute_context": mute[0], "mute_tokens": mute[1]}
+    progress = build / "progress"
+    done = int(progress.read_text() or 0) if progress.exists() else 0
+    files = {}
+    for name, (dtype, shape) in layout(len(clips), size, mute[0].shape, mute[1].shape).items():
+        path = build / f"{name}.npy"
+        if name in whole:
+            np.save(path, whole[name])
+            continue
+        if not done:  # makes the file in its full length, without content
+            np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+        files[name] = open(path, "r+b")
     bar = {"unit": "clip", "initial": done, "total": len(clips), "disable": None}
-    for clip in tqdm(clips[done:], "packing clips", **bar):
+    for k, clip in enumerate(tqdm(clips[done:], "packing clips", **bar), done):
         try:
             frames, masks = load_clip(clip, size)
             context, tokens = encode_clip(encoder, clip.audio, T)
@@ -83,56 +93,20 @@ def _fill(build, clips, size, encoder, root):
             raise AtlasError(f"clip {clip.id}: {error}; {LISTED.format(root=root)}") from None
         masks = np.packbits(masks.reshape(T, -1), axis=-1)
         for file, row in zip(files.values(), (frames, masks, context, tokens)):
-            file.append(row)
+            file.seek((k - len(clips)) * row.nbytes, os.SEEK_END)
+            file.write(row.tobytes())
+            file.flush()
+        progress.write_text(str(k + 1))
     for file in files.values():
         file.close()
-    annotated = [[mask is not None for mask in clip.masks] for clip in clips]
-    np.save(build / "annotated.npy", np.array(annotated))
-    np.save(build / "mute_context.npy", mute[0])
-    np.save(build / "mute_tokens.npy", mute[1])
     names = ("id", "source", "split", "category")
     index = {"size": size, "clips": [{n: getattr(c, n) for n in names} for c in clips]}
     index["sha256"] = _sha256(index)
     (build / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-LISTED = "`python prepare_data.py check --root {root}` lists every such file"
-
-
 def _sha256(content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-class _Rows:
-    """An .npy file of a known shape, written row by row. `rows`: how many are whole in it."""
-
-    def __init__(self, path, dtype, shape):
-        self.path, self.dtype, self.shape = path, np.dtype(dtype), shape
-        header = io.BytesIO()
-        descr = np.lib.format.dtype_to_descr(self.dtype)
-        description = {"descr": descr, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(header, description)
-        self.header, self.row = header.getvalue(), int(np.prod(shape[1:])) * self.dtype.itemsize
-        self.file = open(path, "a+b")
-        self.file.seek(0)
-        same = self.file.read(len(self.header)) == self.header
-        rows = (os.path.getsize(path) - len(self.header)) // self.row
-        self.rows = rows if same and rows <= shape[0] else 0
-
-    def go_on_after(self, rows):
-        if not rows:
-            self.file.truncate(0)
-            self.file.write(self.header)
-        self.file.truncate(len(self.header) + rows * self.row)
-
-    def append(self, row):
-        self.file.write(np.ascontiguousarray(row, self.dtype).reshape(self.shape[1:]).data)
-
-    def close(self):
-        """Every row must be there: a file that another process wrote to as well is not used."""
-        self.file.close()
-        if os.path.getsize(self.path) != len(self.header) + self.shape[0] * self.row:
-            raise AtlasError(f"{self.path} has a wrong length; delete its folder and run again")
 
 
 def _cache_key(clips, root, size, encoder):
@@ -144,10 +118,8 @@ def _cache_key(clips, root, size, encoder):
             try:
                 stat = os.stat(path)
             except OSError as error:
-                why = why_unreadable(path, error)
-                raise AtlasError(
-                    f"clip {clip.id}: {path}: {why}; {LISTED.format(root=root)}"
-                ) from None
+                why = f"{path}: {why_unreadable(path, error)}"
+                raise AtlasError(f"clip {clip.id}: {why}; {LISTED.format(root=root)}") from None
             below = os.path.relpath(path, root)
             digest.update(f" {below} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
@@ -160,14 +132,13 @@ class PackedClips:
     """The cache, opened. `[i]` is the only way to a clip's data."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder, self.closed, self.arrays = Path(folder), set(), {}
         path = self.folder / "index.json"
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
             if index.pop("sha256") != _sha256(index):
                 raise ValueError("it was changed")
             self.size, self.clips = index["size"], index["clips"]  # dicts: id, source, ...
-            self.arrays = {}
             for name in layout(0, 0, (), ()):
                 path = self.folder / f"{name}.npy"
                 self.arrays[name] = np.load(path, mmap_mode="r")
@@ -179,11 +150,9 @@ class PackedClips:
                     raise ValueError("it has another size than index.json says")
                 self.arrays[name] = np.asarray(array)  # the memmap class is slow to index
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-            raise AtlasError(
-                f"the file {path} of the cache is damaged: {why_unreadable(path, error)}; delete "
-                f"the folder {self.folder}: the next run packs it anew"
-            ) from None
-        self.closed = set()
+            what = f"the file {path} of the cache is damaged: {why_unreadable(path, error)}"
+            remedy = f"delete the folder {self.folder}: the next run packs it anew"
+            raise AtlasError(f"{what}; {remedy}") from None
 
     def close(self, indices):
         """Exemplar-free: from now on, asking for one of these clips is an error."""
@@ -203,21 +172,18 @@ class PackedClips:
 
     def select(self, split, categories):
         """Indices of the clips of `split` whose category is in `categories`."""
-        categories = set(categories)
-        return [
-            i
-            for i, clip in enumerate(self.clips)
-            if clip["split"] == split and clip["category"] in categories
-        ]
+        chosen = []
+        for i, clip in enumerate(self.clips):
+            if clip["split"] == split and clip["category"] in categories:
+                chosen.append(i)
+        return chosen
 
     def __getitem__(self, i):
         """Clip i: frames [m, 3, H, W] uint8, masks [m, H, W] bool, second [m] of its m annotated
         frames, its sound and its category (MS3: None)."""
         if i in self.closed:
-            raise AtlasError(
-                f"train clip {self.clips[i]['id']} was asked for after its task; no past clip may "
-                "be used again; please report this"
-            )
+            name = self.clips[i]["id"]
+            raise AtlasError(f"train clip {name} was asked for after its task; please report this")
         second = np.flatnonzero(self.arrays["annotated"][i])
         bits = self.arrays["masks"][i, second]
         masks = np.unpackbits(bits, axis=-1, count=self.size**2).view(np.bool_)
@@ -299,32 +265,21 @@ def loader(dataset, batch_size, workers=0, device="cpu", shared=False):
     """
     batches = parallel.batches(len(dataset), batch_size) if shared else None
     options = {"batch_sampler": batches} if shared else {"batch_size": batch_size}
-    return torch.utils.data.DataLoader(
-        dataset,
-        **options,
-        collate_fn=collate,
-        num_workers=workers,
-        worker_init_fn=_send_by_value,
-        pin_memory=torch.device(device).type == "cuda",
-    )
+    options |= {"collate_fn": collate, "num_workers": workers, "worker_init_fn": _send_by_value}
+    pinned = torch.device(device).type == "cuda"
+    return torch.utils.data.DataLoader(dataset, **options, pin_memory=pinned)
 
 
 def _send_by_value(worker):
     """In a worker: batches go to the run through a pipe. torch's own way is /dev/shm, which
     containers keep small, and where it is full the run waits for ever."""
-    ForkingPickler.register(torch.Tensor, _by_value)
-
-
-def _by_value(tensor):
-    return torch.from_numpy, (tensor.numpy(),)
+    ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
 
 
 def to_device(batch, device):
     """A batch with its tensors on `device`."""
-    return {
-        name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-        for name, value in batch.items()
-    }
+    moved = {n: v.to(device, non_blocking=True) for n, v in batch.items() if torch.is_tensor(v)}
+    return batch | moved
 
 
 def swap_partners(cache, tasks, seed=0):
@@ -335,10 +290,8 @@ def swap_partners(cache, tasks, seed=0):
     rng = np.random.default_rng(seed)
     group = {i: cache.clips[i]["category"] or task.name for task in tasks for i in task.test}
     if len(set(group.values())) < 2:
-        raise AtlasError(
-            "the test split holds clips of one category only, so no sounds can be exchanged; "
-            "add clips of another"
-        )
+        what = "the test split holds clips of one category only, so no sounds can be exchanged"
+        raise AtlasError(f"{what}; add clips of another")
     partners = {}
     for i in sorted(group):
         others = [j for j in sorted(group) if group[j] != group[i]]

@@ -5,12 +5,13 @@ import errno
 import os
 import sys
 
-FILE_OR_FOLDER = "a file stands where a folder should be, or the reverse: choose another path"
 FULL = "no room to write: free some space and run again (train.py: with --resume)"
 RIGHTS = "change its permissions, or choose another folder"
+PLACE = "a file stands where a folder should be, or the reverse: choose another path"
 REMEDIES = {"ENOSPC": FULL, "EDQUOT": FULL, "EFBIG": FULL, "EACCES": RIGHTS, "EPERM": RIGHTS,
-    "EROFS": RIGHTS, "ENOTDIR": FILE_OR_FOLDER, "EISDIR": FILE_OR_FOLDER, "EEXIST": FILE_OR_FOLDER,
-    "ENAMETOOLONG": "choose a shorter name", "ENOENT": "check the path"}  # fmt: skip
+    "EROFS": RIGHTS, "ENOTDIR": PLACE, "EISDIR": PLACE, "EEXIST": PLACE, "ENOENT": "check the path",
+    "ENAMETOOLONG": "choose a shorter name"}  # fmt: skip
+OTHERWISE = "check the disk or the network, and run again"
 MEMORY = ("out of memory", "allocate memory", "DataLoader worker (pid")  # in torch's own words
 
 
@@ -47,16 +48,14 @@ class Output:
 def prepare_process():
     """Call this first in a script, before torch is loaded.
 
-    Waiting threads spin for a short time only, where the user set nothing else: on a busy machine
-    they would take the cores from those who work. The output bears any encoding and a closed pipe.
+    The output bears any encoding and a closed pipe. Where the user set nothing else, waiting
+    threads spin for a short time only: on a busy machine they take the cores from those who work.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "100000"  # costs a quiet machine nothing
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif hasattr(stream, "reconfigure") and not isinstance(stream, Output):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: closed
+        if not isinstance(stream, Output):
             stream.reconfigure(errors="replace", line_buffering=True)
             setattr(sys, name, Output(stream))
 
@@ -68,16 +67,12 @@ def one_line_errors():
     The exit code is 2 for bad input, 1 where a disk or the memory fails, 130 after Ctrl-C.
     """
     try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
+        yield
+        sys.stdout.flush()
     except AtlasError as error:
         _end(str(error), 2)
     except KeyboardInterrupt:
-        _end(
-            "stopped by Ctrl-C; what was finished is kept, and train.py goes on with --resume", 130
-        )
+        _end("stopped by Ctrl-C; what is finished is kept, and train.py --resume goes on", 130)
     except OSError as error:
         _end(explained(error), 1)
     except (MemoryError, RuntimeError) as error:
@@ -90,10 +85,7 @@ def explained(error):
     """An OSError in words: the file, what is wrong with it, what to do."""
     files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
     what = f"{files}: {error.strerror}" if files else str(error)
-    remedy = REMEDIES.get(
-        errno.errorcode.get(error.errno), "check the disk or the network, and run again"
-    )
-    return f"{what}; {remedy}"
+    return f"{what}; {REMEDIES.get(errno.errorcode.get(error.errno), OTHERWISE)}"
 
 
 def _end(text, code):

@@ -14,12 +14,12 @@ from conftest import SHARED, run
 from PIL import Image
 from test_stock import BACKGROUND, COLOUR, Stock, flat_stock
 
-from atlas.audio import draw_schedule, gate
 from atlas.clips import SPLITS, T, read_ms3, read_s4
 from atlas.errors import AtlasError
 from atlas.prepare import compose
 from atlas.prepare.check import check
 from atlas.prepare.compose import Recipe, divide, load_sound, make_open_set
+from atlas.prepare.tree import draw_schedule, gate
 
 S4 = Recipe(seed=3, clips=8, size=64)
 MS3 = Recipe("ms3", seed=3, clips=60, size=64)

@@ -36,10 +36,8 @@ def check(root):
     """(counts, errors, warnings), lists of lines, over the S4 and MS3 trees that are in `root`."""
     present = [dataset for dataset, table in CSVS.items() if Path(root, table).is_file()]
     if not present:
-        raise AtlasError(
-            f"neither an S4 nor an MS3 tree in {root}: {' and '.join(CSVS.values())} are missing; "
-            "give the folder that holds Single-source/ or Multi-sources/"
-        )
+        what = f"neither {' nor '.join(CSVS.values())} in {root}"
+        raise AtlasError(f"{what}; give the folder of Single-source/ or Multi-sources/")
     counts, errors, warnings = [], [], []
     for dataset in present:
         for lines, more in zip((counts, errors, warnings), check_tree(root, dataset)):
@@ -63,16 +61,19 @@ def check_tree(root, dataset):
         _check_pictures(clip, errors, warnings)
         _check_sound(clip.audio, errors, warnings)
     crossing = shared_sources(clips)
-    for source, splits in crossing.items() if dataset == "s4" else ():
-        errors.append(f"the source video {source} is in {' and '.join(sorted(splits))}: a leak")
-    for split in ("val", "test") if dataset == "ms3" else ():
+    if dataset == "s4":
+        for source, splits in crossing.items():
+            where = " and ".join(sorted(splits))
+            errors.append(f"the source video {source} is in {where}: a leak")
+        return counted(clips, dataset), errors, warnings
+    for split in ("val", "test"):
         mine = [clip for clip in clips if clip.split == split]
         shared = sum("train" in crossing.get(clip.source, ()) for clip in mine)
         if shared:
-            warnings.append(
-                f"{shared} of {len(mine)} {split} clips share their source video with a train "
-                "clip; runs report the others apart (source_disjoint)"
+            what = (
+                f"{shared} of {len(mine)} {split} clips share their source video with a train clip"
             )
+            warnings.append(f"{what}; runs report the others apart (source_disjoint)")
     return counted(clips, dataset), errors, warnings
 
 

@@ -25,10 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from atlas import clips
-from atlas.audio import draw_schedule, gate, read_wave
+from atlas.audio import read_wave
 from atlas.clips import RATE, SPLITS, T, read_mask
 from atlas.errors import AtlasError
 from atlas.prepare.stock import LEAST, read_pictures, read_stock, sources_of
+from atlas.prepare.tree import draw_schedule, gate, write_clip, write_csv
 
 CLIPS = {"s4": 40, "ms3": 1000}  # train clips: of a class (S4), in all (MS3)
 CLIPS_A_SOURCE = 2  # val and test
@@ -83,12 +84,12 @@ def make_open_set(stock, out, recipe):
                 clip = clips.ms3_clip(folder, name, split)
                 if recipe.dataset == "s4":
                     clip = clips.s4_clip(folder, name, first, split)
-                written.append(clips.write_clip(clip, frames, masks, wave))
+                written.append(write_clip(clip, frames, masks, wave))
                 made.append({"id": name, "split": split, **entry})
         counts = {c: {split: count(made, c, split) for split in SPLITS} for c in pool.heard}
         report = {"recipe": asdict(recipe), "heard": counts, "left_out": left_out, "clips": made}
         Path(folder, "compose.json").write_text(json.dumps(report, indent=1) + "\n")
-        clips.write_csv(folder, written, recipe.dataset)
+        write_csv(folder, written, recipe.dataset)
     return report
 
 

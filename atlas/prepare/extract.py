@@ -17,8 +17,10 @@ import concurrent.futures
 import csv
 import functools
 import io
+import itertools
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -26,14 +28,15 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
+from av.stream import Disposition
 from PIL import Image
 from tqdm import tqdm
 
-from atlas.audio import best_stream, mono
-from atlas.clips import CSVS, RATE, T, locked, ms3_clip, read_rows, resized, s4_clip
+from atlas.audio import mono
+from atlas.clips import COLUMNS, CSVS, RATE, T, locked, ms3_clip, read_rows, resized, s4_clip
 from atlas.errors import AtlasError
 
-COLUMNS = {"s4": ("name", "start", "category", "split"), "ms3": ("video_id", "split")}
+HEADERS = {"s4": ("name", "start", "category", "split"), "ms3": ("video_id", "split")}
 SAMPLES = 16  # a second; the last is kept
 SLOW = 10  # frames a second
 
@@ -42,11 +45,11 @@ def extract(videos, out, table=None, dataset="s4", size=224, jobs=1, whole=False
     """Extract every clip of the CSV `table` (default: the tree's own) into the tree below `out`.
 
     The videos are VIDEOS/SPLIT/CATEGORY/NAME.mp4 or VIDEOS/NAME.mp4. A clip whose six files are
-    there, in this size, is kept as it is. A file appears under its name only when it is whole, so
-    that a kill costs the clips in hand at most. `whole`: the videos were not trimmed, and the clip
-    begins at the CSV's `start` (seconds). The tree's CSV is written last: it gains the clips that
-    are there now and loses none. Returns {"extracted", "kept": how many, "bad": [(video, reason)]
-    in the table's order, "list": the file that names these, or None}.
+    there, in this size, is kept. A file appears under its name only when it is whole, so that a
+    kill costs the clips in hand at most. `whole`: the videos were not trimmed; a clip begins at
+    the CSV's `start` (seconds). The tree's CSV is written last: it gains the clips that are there
+    now and loses none. Returns {"extracted", "kept": how many, "bad": [(video, reason)] in the
+    table's order, "list": the file that names these, or None}.
     """
     own = Path(out, CSVS[dataset])
     table = Path(table or own)
@@ -66,22 +69,18 @@ def extract(videos, out, table=None, dataset="s4", size=224, jobs=1, whole=False
         for i in missing:
             start = float(rows[i]["start"]) if whole else 0.0
             tasks.append((clips[i], find_video(videos, clips[i]), start))
-        bar = {"unit": "clip", "total": len(tasks), "disable": None}
         done = _mapped(functools.partial(_extract_clip, size=size), tasks, jobs)
+        bar = {"unit": "clip", "total": len(tasks), "disable": None}
         reasons = list(tqdm(done, f"extracting {dataset.upper()}", **bar))
         bad = {i: reason for i, reason in zip(missing, reasons) if reason}
         _extend_csv(own, dataset, [row for i, row in enumerate(rows) if i not in bad])
         report = own.parent / "bad_videos.txt"
         report.unlink(missing_ok=True)
-        lines = [(str(find_video(videos, clips[i])), reason) for i, reason in bad.items()]
-        if lines:
-            _write(report, "".join(f"{video}: {reason}\n" for video, reason in lines).encode())
-    return {
-        "extracted": len(missing) - len(bad),
-        "kept": len(clips) - len(missing),
-        "bad": lines,
-        "list": report if lines else None,
-    }
+        listed = [(str(find_video(videos, clips[i])), reason) for i, reason in bad.items()]
+        if bad:
+            _write(report, "".join(f"{video}: {why}\n" for video, why in listed).encode())
+    counts = {"extracted": len(missing) - len(bad), "kept": len(clips) - len(missing)}
+    return counts | {"bad": listed, "list": report if bad else None}
 
 
 def complete(clip, size):
@@ -130,6 +129,17 @@ def read_video(path, start=0.0):
         raise AtlasError(f"not readable: {getattr(error, 'strerror', None) or error}") from None
 
 
+def best_stream(container, kind):
+    """The stream of `kind` ("video" or "audio") that a player takes: the default one, or the first.
+
+    `container` is PyAV's. A cover picture is no video. None where there is no such stream.
+    """
+    found = [s for s in container.streams if s.type == kind]
+    found = [s for s in found if not s.disposition & Disposition.attached_pic]
+    default = [s for s in found if s.disposition & Disposition.default]
+    return (default or found or [None])[0]
+
+
 def _read_frames(file, start):
     """The T frames as arrays, and the time in the file at which the clip begins."""
     stream = best_stream(file, "video")
@@ -167,7 +177,8 @@ def _read_sound(file, begin):
     resampler = av.AudioResampler(format="fltp", rate=RATE)
     parts, count = [], 0
     skip = None  # samples before the clip; negative: of silence before the sound
-    for frame in _and_none(file.decode(best_stream(file, "audio"))):
+    # None, at the end, empties the resampler
+    for frame in itertools.chain(file.decode(best_stream(file, "audio")), [None]):
         if skip is None and frame is not None:
             skip = round((begin - (frame.time or 0.0)) * RATE)
         for piece in resampler.resample(frame):
@@ -182,12 +193,6 @@ def _read_sound(file, begin):
     if channels.shape[1] <= (T - 1) * RATE:
         raise AtlasError(f"too short: its sound ends at {channels.shape[1] / RATE:.2f} s of {T}")
     return mono(channels.T, "track")
-
-
-def _and_none(frames):
-    """Decoded frames, then None, which empties the resampler."""
-    yield from frames
-    yield None
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -224,16 +229,13 @@ def _mapped(function, tasks, jobs):
     if jobs <= 1 or len(tasks) < 2:
         yield from map(function, tasks)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(jobs, len(tasks)), initializer=_end_with_parent
-    )
+    jobs = min(jobs, len(tasks))
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, initializer=_end_with_parent)
     try:
         yield from pool.map(function, tasks)
     except concurrent.futures.process.BrokenProcessPool:
-        raise AtlasError(
-            "a worker process was killed (no memory?); run the same command again, with fewer "
-            "--jobs: what was finished is kept"
-        ) from None
+        what = "a worker process was killed (no memory?)"
+        raise AtlasError(f"{what}; run the same command again, with fewer --jobs") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -252,27 +254,17 @@ def _end_with_parent():
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def _names(dataset):
-    return [column for column in COLUMNS[dataset] if column != "start"]
-
-
 def _rows(table, dataset, whole):
     """The rows of the CSV; with `whole`, each has a number of seconds as its start."""
-    if whole and dataset == "ms3":
-        raise AtlasError(
-            "MS3's CSV has no column start, so its videos cannot be cut; trim them first"
-        )
-    rows = read_rows(table, COLUMNS[dataset] if whole else _names(dataset))
-    for row in rows if whole else ():
-        try:
-            wrong = not 0 <= float(row["start"]) < 1e6
-        except ValueError:
-            wrong = True
-        if wrong:
-            raise AtlasError(
-                f"{table}: the start of {row['name']} is {row['start']!r}, which is no number of "
-                "seconds"
-            )
+    if not whole:
+        return read_rows(table, COLUMNS[dataset])
+    if dataset == "ms3":
+        raise AtlasError("MS3's CSV has no column start; trim its videos first")
+    rows = read_rows(table, HEADERS[dataset])
+    for row in rows:
+        if not re.fullmatch(r"\d{1,6}(\.\d+)?", row["start"]):
+            what = f"{table}: the start of {row['name']} is {row['start']!r}"
+            raise AtlasError(f"{what}, which is no number of seconds")
     return rows
 
 
@@ -284,12 +276,12 @@ def _clip(root, row, dataset):
 
 def _extend_csv(path, dataset, rows):
     """Add to the tree's CSV the rows it does not hold."""
-    old = read_rows(path, _names(dataset)) if path.is_file() else []
-    known = [[row[name] for name in _names(dataset)] for row in old]
-    new = [row for row in rows if [row[name] for name in _names(dataset)] not in known]
+    old = read_rows(path, COLUMNS[dataset]) if path.is_file() else []
+    known = [[row[name] for name in COLUMNS[dataset]] for row in old]
+    new = [row for row in rows if [row[name] for name in COLUMNS[dataset]] not in known]
     if new:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS[dataset], restval=0, extrasaction="ignore")
+        writer = csv.DictWriter(text, HEADERS[dataset], restval=0, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(old + new)
         _write(path, text.getvalue().encode())

@@ -19,18 +19,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from atlas.clips import (
-    CSVS,
-    DOMAINS,
-    SPLITS,
-    T,
-    built_beside,
-    s4_clip,
-    write_clip,
-    write_csv,
-)
+from atlas.clips import CSVS, DOMAINS, SPLITS, T, built_beside, s4_clip
 from atlas.errors import AtlasError
 from atlas.prepare.timbres import sound
+from atlas.prepare.tree import write_clip, write_csv
 
 CLASSES = tuple(name for names in DOMAINS.values() for name in names)
 VISIBLE = 0.65  # of a thing is in sight in every frame

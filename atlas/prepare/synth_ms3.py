@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from atlas.audio import draw_schedule, gate
-from atlas.clips import CSVS, RATE, SPLITS, T, built_beside, ms3_clip, write_clip, write_csv
+from atlas.clips import CSVS, RATE, SPLITS, T, built_beside, ms3_clip
 from atlas.prepare.synth import chosen_classes, draw_background, draw_scene, paint
 from atlas.prepare.timbres import sound
+from atlas.prepare.tree import draw_schedule, gate, write_clip, write_csv
 
 SCENES = (  # classes of like log-mel spectra, so that a cluster of sounds is a cluster of classes
     ("lions_roaring", "race_car", "chainsawing_trees", "lawn_mowing"),

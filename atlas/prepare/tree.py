@@ -1,0 +1,67 @@
+"""Writing AVSBench's tree (clips.py), and the sounds of what is composed.
+
+Shapes: T seconds (= frames, 5), H W pixels. Masks are 1 on the sounding object.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+from atlas.clips import CSVS, RATE, T
+
+AUDIBLE = 0.1  # a second below this share of its recording's loudness (-20 dB) is silent
+FADE = 0.02  # seconds
+
+
+def write_clip(clip, frames, masks, wave, rate=RATE):
+    """Write a clip's files and return it.
+
+    frames [T, H, W, 3] uint8; masks [T, H, W] bool, those it has a path for; wave [samples] in ±1.
+    """
+    for path in (clip.frames[0], clip.masks[0], clip.audio):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for path, frame in zip(clip.frames, frames):
+        Image.fromarray(frame).save(path, compress_level=1)
+    for path, mask in zip(clip.masks, masks):
+        if path:
+            Image.fromarray(mask.astype(np.uint8) * 255, mode="L").save(path)
+    soundfile.write(clip.audio, np.clip(wave, -1, 1), rate, subtype="PCM_16")
+    return clip
+
+
+def write_csv(root, clips, dataset="s4"):
+    """Write AVSBench's table of `clips`. It comes last: a tree without it is not finished."""
+    rows = [["video_id", "split"], *([clip.id, clip.split] for clip in clips)]
+    if dataset == "s4":
+        rows = [["name", "start", "category", "split"]]
+        rows += [[clip.id, 0, clip.category, clip.split] for clip in clips]
+    with open(Path(root, CSVS[dataset]), "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def draw_schedule(wave, chance, rng):
+    """Where the recording `wave` [T * RATE] is let through: [T] bool.
+
+    Each second by `chance`, at least one, and none in which the recording itself is silent.
+    """
+    loudness = np.sqrt(np.mean(wave.reshape(T, RATE) ** 2, axis=1))
+    audible = loudness >= AUDIBLE * np.sqrt(np.mean(wave**2))
+    while not (schedule := audible & (rng.random(T) < chance)).any():
+        pass
+    return schedule
+
+
+def gate(schedule):
+    """The loudness [T * RATE] of a schedule [T] bool: 1 where it sounds, 0 elsewhere.
+
+    Straight fades of FADE seconds stand inside both ends of a stretch.
+    """
+    steps = np.diff(schedule.astype(int), prepend=0, append=0)
+    time = (np.arange(T * RATE) + 0.5) / RATE
+    loudness = np.zeros(T * RATE)
+    for start, stop in zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0)):
+        loudness += np.clip(np.minimum(time - start, stop - time) / FADE, 0, 1)
+    return loudness
