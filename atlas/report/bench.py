@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from atlas.errors import one_line_errors, prepare_process
+
 HERE = Path(__file__).parents[2]
 LINES = "loader metrics step penalty observe sensitivity evaluation startup gpu".split()
 SCALES = {
@@ -37,9 +39,7 @@ STEPS = 5  # of a measurement on a GPU
 
 def arguments(words=None):
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "atlas.report.bench", description=__doc__, formatter_class=form
-    )
+    parser = argparse.ArgumentParser("bench", description=__doc__, formatter_class=form)
     flag = parser.add_argument
     flag("--json", type=Path, metavar="FILE", help="write the figures here, {line: {...}}")
     flag("--quick", action="store_true", help="small sizes and two pairs")
@@ -50,6 +50,7 @@ def arguments(words=None):
 
 
 if __name__ == "__main__":
+    prepare_process()
     given = arguments()
 
 import numpy as np
@@ -64,7 +65,6 @@ from atlas.clips import READERS, T
 from atlas.config import load_config
 from atlas.data import ClipDataset, collate, loader, to_device
 from atlas.encoders import merged
-from atlas.errors import one_line_errors
 from atlas.learner import compiled
 from atlas.lra import Step
 from atlas.metrics import MaskMeter, score
