@@ -7,7 +7,6 @@ W x + (alpha / r) B A x. Only A and B learn. B is zero at the start, so nothing 
 import contextlib
 import re
 import sys
-import warnings
 
 import peft
 import timm
@@ -26,25 +25,22 @@ def build_visual_encoder(config):
     `visual_weights` is a file, a timm tag, true (timm's hub) or false (random). A model that is
     made for one image size is made for `image_size`.
     """
-    name = config.visual
-    path = config.visual_weights if isinstance(config.visual_weights, str) else None
-    if path and timm.is_model_pretrained(f"{name}.{path}"):
-        name = f"{name}.{path}"
-        path = None
+    name, weights = config.visual, config.visual_weights
+    if weights and timm.is_model_pretrained(f"{name}.{weights}"):
+        name, weights = f"{name}.{weights}", True
     options = {"pad_type": "same"} if config.visual_pad == "same" else {}
-    hub = {"pretrained": True} if config.visual_weights is not False and path is None else {}
     try:
         if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             options["img_size"] = config.image_size
-        encoder = timm.create_model(name, features_only=True, **options, **hub)
+        hub = weights is True
+        encoder = timm.create_model(name, pretrained=hub, features_only=True, **options)
     except Exception as error:  # each of timm's models refuses in its own way
-        hint = "; without timm's hub, set visual_weights to a file" if hub else ""
         raise AtlasError(
-            f"visual={name} does not build in timm as a feature pyramid for "
-            f"image_size={config.image_size}: {error}{hint}"
+            f"visual={name} does not build in timm as a feature pyramid for image_size="
+            f"{config.image_size}: {error}; without timm's hub, set visual_weights to a file"
         ) from None
-    if path is not None:
-        load_visual_weights(encoder, name, options, path)
+    if isinstance(weights, str):
+        load_visual_weights(encoder, name, options, weights)
     return encoder.eval().requires_grad_(False)
 
 
@@ -64,19 +60,15 @@ def load_visual_weights(encoder, name, options, path):
             state = source.checkpoint_filter_fn(state, whole)
     except Exception as error:  # the filter trusts that the file is its own model's
         raise AtlasError(f"{path} does not fit {name}: {error!r}") from None
-    state = flat(state)
-    want = flat(encoder.state_dict())
-    known = flat(whole.state_dict())
-    head = whole.pretrained_cfg.get("classifier") or ()
-    heads = tuple(flat(dict.fromkeys([head] if isinstance(head, str) else head)))
+    state, want, known = flat(state), flat(encoder.state_dict()), flat(whole.state_dict())
+    heads = whole.pretrained_cfg.get("classifier") or ()
+    heads = tuple(flat(dict.fromkeys([heads] if isinstance(heads, str) else heads)))
     missing = [key for key in want if key not in state or state[key].shape != want[key].shape]
     unknown = [key for key in state if key not in known and not key.startswith(heads)]
     if missing or unknown:
-        raise AtlasError(
-            f"{path} does not fit {name}: {len(missing)} keys missing or of another shape, "
-            f"{len(unknown)} unknown (`{(missing + unknown)[0]}`, for one); is it another "
-            "model's file, or one for another image_size?"
-        )
+        counts = f"{len(missing)} keys missing or of another shape, {len(unknown)} unknown"
+        hint = "is it another model's file, or one for another image_size?"
+        raise AtlasError(f"{path} does not fit {name}: {counts} ({(missing + unknown)[0]}); {hint}")
     for key, value in want.items():
         value.copy_(state[key])
 
@@ -105,7 +97,7 @@ def add_lora(encoder, config):
     try:
         for name, layer in encoder.named_modules():
             wanted = targets == "auto" or re.fullmatch(targets, name)
-            if isinstance(layer, nn.Conv2d) and targets == "auto":
+            if targets == "auto" and isinstance(layer, nn.Conv2d):
                 wanted = layer.kernel_size == (1, 1) and layer.groups == 1
             if wanted and isinstance(layer, (nn.Linear, nn.Conv2d)):
                 fits[name] = layer
@@ -114,18 +106,14 @@ def add_lora(encoder, config):
     if not fits:
         raise AtlasError(f"lora_targets={targets!r} matches no linear layer or convolution")
     grouped = [name for name, layer in fits.items() if getattr(layer, "groups", 1) > 1]
-    if grouped:
-        refuse(config, grouped, "they are grouped (depthwise) convolutions")
+    refuse(config, grouped, "they are grouped (depthwise) convolutions")
     settings = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules="|".join(map(re.escape, fits)),  # of a list, peft would match endings too
-        bias="none",
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(encoder, settings)
+    return peft.get_peft_model(encoder, settings)
 
 
 def base_encoder(encoder):
@@ -140,16 +128,13 @@ def lora_layers(encoder):
 
 
 def merged(model):
-    """`with merged(model):` LoRA is folded into the encoder's weights, a third faster to run.
-
-    Afterwards the weights are back, to the bit.
-    """
+    """`with merged(model):` LoRA is folded into the encoder's weights, a third faster to run."""
     return folded(lora_layers(model.encoder).values())
 
 
 @contextlib.contextmanager
 def folded(layers):
-    """Inside, each of peft's layers is one layer of weight W + (alpha / r) B A."""
+    """Inside, each of peft's layers is one of weight W + (alpha / r) B A. W is back, to the bit."""
     kept = [layer.get_base_layer().weight.data.clone() for layer in layers]
     try:
         for layer in layers:
@@ -164,65 +149,56 @@ def folded(layers):
 # ---- what a new model must show --------------------------------------------------------------
 
 
-@torch.enable_grad()
+@torch.no_grad()
 def prove(model, config):
     """Send one random image through a new model's encoder; an AtlasError says what is wrong.
 
-    The encoder takes `image_size`. Every B reaches a feature map: some parents read a layer's
-    weight and never call the layer. Folding B A into the weight equals adding B A x: not so where
-    the weight is standardised first. B is random meanwhile, then zero; nothing else changes.
+    The encoder takes `image_size`. Every layer with LoRA is called: some parents read a layer's
+    weight instead. Folding B A into the weight equals adding B A x: not so where the weight is
+    standardised first. B is random meanwhile, then zero; nothing else changes.
     """
-    visual = f"visual={config.visual}"
-    size = config.image_size
+    visual, size = f"visual={config.visual}", config.image_size
+    layers = lora_layers(model.encoder)
+    names = {layer: name for name, layer in layers.items()}
+    called, bent = set(), []
+
+    def check(layer, inputs, output):
+        called.add(names[layer])
+        with folded([layer]):
+            difference = (layer.get_base_layer()(*inputs) - output).norm()
+        if not difference <= 1e-4 * output.norm():  # float32 gives some 1e-6
+            bent.append(names[layer])
+
     draw = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (1, 3, size, size), generator=draw, dtype=torch.uint8)
-    layers = lora_layers(model.encoder)
     factors = [layer.lora_B["default"].weight for layer in layers.values()]
     for B in factors:
-        std = 0.1 * config.lora_rank / max(config.lora_alpha, config.lora_rank)
-        B.data.normal_(std=std, generator=draw)
-    bent = []
-    hooks = [layer.register_forward_hook(compare(name, bent)) for name, layer in layers.items()]
+        B.normal_(
+            std=0.1 * config.lora_rank / max(config.lora_alpha, config.lora_rank), generator=draw
+        )
+    hooks = [layer.register_forward_hook(check) for layer in layers.values()]
     try:
         features = model.encode(frames)
-        total = sum(x.sum() for x in features)
     except Exception as error:  # each of timm's models refuses in its own way
         raise AtlasError(f"{visual} cannot take image_size={size}: {error}") from None
+    for B, hook in zip(factors, hooks):
+        B.zero_()
+        hook.remove()
     if [x.shape[1] for x in features] != model.channels or features[0].ndim != 4:
         shapes = [list(x.shape) for x in features]
         raise AtlasError(f"{visual} gives {shapes}, not maps of timm's {model.channels} channels")
-    if not total.isfinite():
+    if not all(x.isfinite().all() for x in features):
         raise AtlasError(f"{visual} gives features that are not finite; see visual_weights")
-    gradients = [None] * len(layers)
-    if total.requires_grad:
-        gradients = torch.autograd.grad(total, factors, allow_unused=True)
-    for B, hook in zip(factors, hooks):
-        B.data.zero_()
-        hook.remove()
-    unused = [name for name, gradient in zip(layers, gradients) if gradient is None]
-    if unused:
-        refuse(config, unused, "no forward pass calls them, or what they give is not used")
-    if bent:
-        refuse(config, bent, "their update cannot be folded into their weight")
-
-
-def compare(name, bent):
-    """A forward hook for a layer of peft: adds `name` to `bent` if folding changes the output."""
-
-    def hook(layer, inputs, output):
-        with torch.no_grad(), folded([layer]):
-            difference = (layer.get_base_layer()(*inputs) - output).norm()
-            if not difference <= 1e-4 * output.norm():  # float32 gives some 1e-6
-                bent.append(name)
-
-    return hook
+    unused = [name for name in layers if name not in called]
+    refuse(config, unused, "no forward pass calls them")
+    refuse(config, bent, "their update cannot be folded into their weight")
 
 
 def refuse(config, names, why):
-    """Raise an AtlasError: LoRA does not work on the layers `names`."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    raise AtlasError(
-        f"lora_targets={config.lora_targets}: LoRA does not work on {', '.join(names[:4])}{more} "
-        f"of visual={config.visual}: {why}; leave them out with another lora_targets (a regular "
-        "expression over whole names), or set lora_rank=0"
-    )
+    """Raise an AtlasError if there are any: LoRA does not work on the layers `names`."""
+    if names:
+        layers = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+        raise AtlasError(
+            f"LoRA does not work on {layers} of visual={config.visual}: {why}; leave them out with "
+            "lora_targets (a regular expression over whole names), or set lora_rank=0"
+        )

@@ -4,8 +4,6 @@ Shapes: B clips, T seconds (= frames), M annotated frames, H W pixels. A logit i
 sounding object; `annotated[b, t]` is True where a mask exists.
 """
 
-import math
-
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -17,7 +15,6 @@ from atlas.encoders import merged
 
 THRESHOLDS = 255
 BETA2 = 0.3
-SUMS = ("J", "J_strict", "F", "frames", "sounding_clips", "sounding_frames", "curve")
 
 
 class MaskMeter:
@@ -35,17 +32,16 @@ class MaskMeter:
     def __init__(self, with_F=True):
         """with_F=False leaves F and F_dataset out (None), which is faster."""
         self.with_F = with_F
-        self.J = self.J_strict = self.F = 0.0
-        self.frames = self.sounding_clips = self.sounding_frames = 0
-        self.curve = torch.zeros(THRESHOLDS, dtype=torch.float64)
+        names = ("J", "J_strict", "frames", "F", "sounding_clips", "sounding_frames")
+        self.sums = dict.fromkeys(names, 0.0)
+        self.sums["curve"] = torch.zeros(THRESHOLDS, dtype=torch.float64)
 
     def update(self, logits, masks, annotated):
         """logits and masks [B, T, H, W] (masks bool, or 1 and 0), annotated [B, T] bool.
 
         Returns J of each annotated frame, and the number of the clip that it is of, both [M].
         """
-        B, T = annotated.shape
-        clip = torch.arange(B, device=logits.device)[:, None].expand(B, T)[annotated]  # [M]
+        clip = annotated.nonzero()[:, 0]  # [M]
         x = logits[annotated].flatten(1).float()  # [M, HW]
         g = masks[annotated].flatten(1).bool()
         p = x > 0
@@ -57,38 +53,35 @@ class MaskMeter:
         overlap = both / (size + area - both + 1e-7)
         J = torch.where(empty, (pixels - area) / (pixels + 1e-7), overlap)
         strict = torch.where(empty, (area == 0).to(overlap.dtype), overlap)
-        self.J += J.sum(dtype=torch.float64).item()
-        self.J_strict += strict.sum(dtype=torch.float64).item()
-        self.frames += len(x)
+        self.sums["J"] += J.sum(dtype=torch.float64).item()
+        self.sums["J_strict"] += strict.sum(dtype=torch.float64).item()
+        self.sums["frames"] += len(x)
         if self.with_F:
-            self.update_F(f_curves(x.sigmoid(), g)[~empty], clip[~empty], B)
+            curves = f_curves(x.sigmoid(), g)[~empty]
+            counts = torch.bincount(clip[~empty], minlength=len(annotated))
+            sums = curves.new_zeros(len(annotated), THRESHOLDS).index_add_(0, clip[~empty], curves)
+            best = (sums[counts > 0] / counts[counts > 0, None]).amax(1)  # of each sounding clip
+            self.sums["F"] += best.sum().item()
+            self.sums["sounding_clips"] += len(best)
+            self.sums["sounding_frames"] += len(curves)
+            self.sums["curve"] += curves.sum(0).cpu()
         return J, clip
-
-    def update_F(self, curves, clip, B):
-        """curves [M, 255] of frames in which something sounds; clip [M]: whose each is."""
-        count = torch.bincount(clip, minlength=B)
-        total = curves.new_zeros(B, THRESHOLDS).index_add_(0, clip, curves)
-        best = (total[count > 0] / count[count > 0, None]).amax(1)
-        self.F += best.sum().item()
-        self.sounding_clips += len(best)
-        self.sounding_frames += len(curves)
-        self.curve += curves.sum(0).cpu()
 
     def reduce(self):
         """Sum over the processes that each met a share of the clips."""
-        for name in SUMS:
-            setattr(self, name, parallel.summed(getattr(self, name)))
+        self.sums = {name: parallel.summed(value) for name, value in self.sums.items()}
         return self
 
     def compute(self):
         """{"J", "J_strict", "F", "F_dataset"}; a score with nothing to average is None."""
+        sums = self.sums
         scores = dict.fromkeys(("J", "J_strict", "F", "F_dataset"))
-        if self.frames:
-            scores["J"] = self.J / self.frames
-            scores["J_strict"] = self.J_strict / self.frames
-        if self.sounding_clips:
-            scores["F"] = self.F / self.sounding_clips
-            scores["F_dataset"] = (self.curve / self.sounding_frames).max().item()
+        if sums["frames"]:
+            scores["J"] = sums["J"] / sums["frames"]
+            scores["J_strict"] = sums["J_strict"] / sums["frames"]
+        if sums["sounding_clips"]:
+            scores["F"] = sums["F"] / sums["sounding_clips"]
+            scores["F_dataset"] = (sums["curve"] / sums["sounding_frames"]).max().item()
         return scores
 
 
@@ -96,9 +89,8 @@ def f_curves(scores, masks):
     """F at the thresholds k / 254, k = 0 .. 254, of each frame.
 
     scores [M, HW] fp32 in [0, 1], masks [M, HW] bool -> [M, 255] float64. A score counts at a
-    threshold when it is >= it: F = 1.3 p r / (0.3 p + r), and 0 where that is 0 / 0. It is made
-    from a histogram of scores, object and background apart, summed from the top: one pass instead
-    of 255.
+    threshold when it is >= it: F = 1.3 p r / (0.3 p + r), and 0 where that is 0 / 0. A histogram of
+    scores, object and background apart, is summed from the top: one pass instead of 255.
     """
     if not len(scores):
         return torch.zeros(0, THRESHOLDS, dtype=torch.float64, device=scores.device)
@@ -146,8 +138,7 @@ def score(run, indices, listening=False):
     run.model.eval()
     own = MaskMeter()
     swapped = MaskMeter(with_F=False)
-    area = 0.0  # summed over frames
-    hits = []
+    area = right = classified = 0.0  # summed over frames; over clips
     of_clips = torch.zeros(2, len(run.cache.clips), dtype=torch.float64)
     dataset = ClipDataset(run.cache, parallel.mine(indices))
     for batch in loader(dataset, run.config.batch_size, run.config.workers, run.device):
@@ -161,19 +152,22 @@ def score(run, indices, listening=False):
         numbers = torch.tensor(batch["index"])[clip.cpu()]
         of_clips.index_add_(1, numbers, torch.stack([J, torch.ones_like(J)]).double().cpu())
         if "classes" in outputs:
-            hits += right_classes(run, outputs["classes"], batch)
+            labels = run.model.classifier.labels(batch["category"])
+            hits = (outputs["classes"].argmax(1).cpu() == labels).float()
+            right += torch.where(labels < 0, torch.nan, hits).sum().item()
+            classified += len(labels)
         if listening:
-            exchanged = segmented(run, features, batch | partner_sounds(run, batch))
-            swapped.update(exchanged["masks"], truth, annotated)
-            silent = segmented(run, features, batch | silence(run, batch))["masks"]
-            area += (silent > 0)[annotated].flatten(1).float().mean(1).sum().item()
-    told = parallel.summed(float(len(hits)))
-    right = parallel.summed(float(sum(hits)))
+            partners = sounds(run, [run.partners[i] for i in batch["index"]])
+            swapped.update(segmented(run, features, batch | partners)["masks"], truth, annotated)
+            mute = segmented(run, features, batch | sounds(run, [None] * len(batch["index"])))
+            area += (mute["masks"] > 0)[annotated].flatten(1).float().mean(1).sum().item()
     found = own.reduce().compute() | {"of_clips": parallel.summed(of_clips)}
-    found["class_accuracy"] = None if not told or math.isnan(right) else right / told
+    right, classified = parallel.summed(right), parallel.summed(classified)
+    found["class_accuracy"] = right / classified if classified and not np.isnan(right) else None
     if listening:
         found["J_swap"] = swapped.reduce().compute()["J"]
-        found["mute_area"] = parallel.summed(area) / own.frames if own.frames else None
+        area, frames = parallel.summed(area), own.sums["frames"]
+        found["mute_area"] = area / frames if frames else None
     return found
 
 
@@ -191,36 +185,20 @@ def padded(values, batch):
     return out
 
 
-def partner_sounds(run, batch):
-    """The sounds of the clips' partners: {"context", "tokens"}."""
-    sounds = [run.cache.sound(run.partners[i]) for i in batch["index"]]
-    found = {}
-    for name in ("context", "tokens"):
-        found[name] = torch.stack([sound[name] for sound in sounds]).to(run.device).float()
-    return found
-
-
-def silence(run, batch):
-    """A zero waveform for each clip: {"context", "tokens"}."""
-    sound = run.cache.sound(None)
-    return {name: x.to(run.device).float().expand_as(batch[name]) for name, x in sound.items()}
-
-
-def right_classes(run, logits, batch):
-    """For each clip 1.0 where its class has the largest logit, nan where it does not compete."""
-    labels = run.model.classifier.labels(batch["category"]).to(logits.device)
-    right = (logits.argmax(1) == labels).float()
-    return torch.where(labels < 0, torch.nan, right).tolist()
+def sounds(run, clips):
+    """{"context", "tokens"} of a batch, from clips of the cache; of None, a zero waveform's."""
+    heard = torch.utils.data.default_collate([run.cache.sound(i) for i in clips])
+    return {name: x.to(run.device).float() for name, x in heard.items()}
 
 
 def score_tasks(run, learned):
     """One row of every matrix, over all tasks, past, present and future.
 
     {"test": {score: [one a task]}, "val": [J of each task on validation clips], "classes": [J of
-    each of `class_names` on test clips]}. learned: tasks so far; the classes of a task
-    beyond them do not compete. In TIL each task has its head; one not learned yet, the latest.
+    each of `class_names` on test clips]}. learned: tasks so far; the classes of later ones do not
+    compete. In TIL each task has its head; one not learned yet has the latest.
     """
-    rows, val = [], []
+    rows, val, classes = [], [], []
     with merged(run.model):
         for j, task in enumerate(tqdm(run.tasks, "scoring", leave=False, disable=parallel.quiet())):
             run.model.decoder.use_head(j)
@@ -228,7 +206,6 @@ def score_tasks(run, learned):
             rows.append(score(run, task.test, listening=True))
             val.append(score(run, task.val)["J"])
     J, frames = sum(row.pop("of_clips") for row in rows)
-    classes = []
     for name in class_names(run.cache, run.tasks) or ():
         clips = [i for i, clip in enumerate(run.cache.clips) if clip["category"] == name]
         total = frames[clips].sum()
@@ -260,11 +237,10 @@ def score_disjoint(run):
 
     MS3's official test split shares source videos with its train split.
     """
-    trained = {clip["source"] for clip in run.cache.clips if clip["split"] == "train"}
-    chosen = []
-    for i, clip in enumerate(run.cache.clips):
-        if clip["split"] == "test" and clip["source"] not in trained:
-            chosen.append(i)
+    clips = run.cache.clips
+    trained = {clip["source"] for clip in clips if clip["split"] == "train"}
+    test = [i for i, clip in enumerate(clips) if clip["split"] == "test"]
+    chosen = [i for i in test if clips[i]["source"] not in trained]
     with merged(run.model):
         found = score(run, chosen)
     return {"J": found["J"], "F": found["F"], "clips": len(chosen)}
@@ -300,22 +276,18 @@ def continual_metrics(R, joint=None):
         return dict.fromkeys(names) | {"final": mean_of(R[-1])}
     if len(R) != last + 1:
         raise ValueError(f"R is {R.shape[0]} x {last}; it must be (tasks + 1) x tasks")
-    own = np.array([R[j + 1, j] for j in range(last)])
-    best = []
-    for j in range(last - 1):
-        past = R[j + 1 : last, j]
-        past = past[~np.isnan(past)]
-        best.append(past.max() if len(past) else np.nan)
+    own = R.diagonal(-1)  # of each task, when it was just learned
+    best = [np.fmax.reduce(R[j + 1 : last, j]) for j in range(last - 1)]  # fmax passes over nan
     values = {
         "final": R[last],
         "incremental": [mean_of(R[k, :k]) for k in range(1, last + 1)],
         "learning": own,
-        "forgetting": np.array(best) - R[last, :-1],
+        "forgetting": best - R[last, :-1],
         "bwt": R[last, :-1] - own[:-1],
-        "fwt": [R[j, j] - R[0, j] for j in range(1, last)],
+        "fwt": R.diagonal()[1:] - R[0, 1:],
         "intransigence": [] if joint is None else np.array(joint, dtype=float) - own,
     }
-    return {name: mean_of(values[name]) for name in names}
+    return {name: mean_of(value) for name, value in values.items()}
 
 
 def mean_of(values):

@@ -20,14 +20,12 @@ from atlas.encoders import add_lora, base_encoder, build_visual_encoder, prove
 
 
 class Atlas(nn.Module):
-    """The whole network."""
-
     def __init__(self, encoder, config, context_dim, token_dim, classes=None):
         """encoder: of encoders.py. classes: each task's category names, for the classifier."""
         super().__init__()
+        self.encoder = encoder
         base = base_encoder(encoder)
         strides, channels = base.feature_info.reduction(), base.feature_info.channels()
-        self.encoder = encoder
         self.scales = [i for i, stride in enumerate(strides) if stride >= 4]
         self.channels = [channels[i] for i in self.scales]
         self.channels_last = getattr(base, "output_fmt", "NCHW") == "NHWC"  # as timm states it
@@ -36,25 +34,20 @@ class Atlas(nn.Module):
         self.classifier = Classifier(config.width + context_dim, classes) if classes else None
         for name in ("mean", "std"):
             value = base.pretrained_cfg[name] if config.visual_norm == "timm" else (0.5,) * 3
-            value = 255 * torch.tensor(value).view(1, 3, 1, 1)
-            self.register_buffer(name, value, persistent=False)
+            self.register_buffer(name, 255 * torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def train(self, mode=True):
-        """Frozen means frozen: the encoder stays in eval. Only LoRA's dropout follows `mode`."""
+        """Frozen means frozen: of the encoder, only LoRA's dropout follows `mode`."""
         super().train(mode)
-        self.encoder.eval()
         for name, module in self.encoder.named_modules():
-            if name.endswith("lora_dropout"):
-                module.train(mode)
+            module.training = mode and "lora_dropout" in name
         return self
 
     def encode(self, frames):
         """frames [M, 3, S, S] uint8 -> L feature maps [M, C_l, h_l, w_l]; no sound is in them."""
         features = self.encoder((frames - self.mean) / self.std)
         features = [features[i] for i in self.scales]
-        if self.channels_last:
-            features = [x.permute(0, 3, 1, 2) for x in features]
-        return features
+        return [x.permute(0, 3, 1, 2) for x in features] if self.channels_last else features
 
     def segment(self, features, batch):
         """features of encode -> {"masks": logits [M, S, S]}, and "classes" [B, K] if it classifies.
@@ -64,8 +57,7 @@ class Atlas(nn.Module):
         size = batch["size"] if "size" in batch else batch["frames"].shape[-1]
         fused, a = self.fusion(features, batch)
         logits = self.decoder(fused)
-        masks = F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
-        outputs = {"masks": masks[:, 0]}
+        outputs = {"masks": F.interpolate(logits, (size, size), mode="bilinear")[:, 0]}
         if self.classifier and self.classifier.last > self.classifier.first:
             votes = self.classifier(torch.cat([fused[-1].mean((2, 3)), a], 1))  # [M, K]
             outputs["classes"] = clip_means(votes, batch["clip"], len(batch["context"]))
@@ -88,23 +80,23 @@ class Atlas(nn.Module):
 class Fusion(nn.Module):
     """Lets the sound into the features, at every scale: first a gate, then cross-attention.
 
-    The gate is F_l * (1 + tanh(W_l a + b_l)), one number a channel. W_l and b_l are zero at the
-    start, so that the first step sees the plain encoder. `conditioning: none` has no gate.
+    The gate is F_l * (1 + tanh(W_l a + b_l)), one number a channel, zero at the start: the first
+    step sees the plain encoder. `conditioning: none` has no gate.
     """
 
     def __init__(self, channels, context_dim, token_dim, config):
         super().__init__()
-        width, heads = config.width, config.heads
+        width = config.width
         self.context_norm = nn.LayerNorm(context_dim)
         self.token_norm = nn.LayerNorm(token_dim)
         self.project = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
-        self.attend = nn.ModuleList([CrossAttention(token_dim, width, heads) for _ in channels])
+        attend = [CrossAttention(token_dim, width, config.heads) for _ in channels]
+        self.attend = nn.ModuleList(attend)
         self.gates = None
         if config.conditioning == "gate":
             self.gates = nn.ModuleList([nn.Linear(context_dim, c) for c in channels])
-            for gate in self.gates:
-                nn.init.zeros_(gate.weight)
-                nn.init.zeros_(gate.bias)
+            for parameter in self.gates.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, features, batch):
         """-> (L fused maps [M, D, h_l, w_l], the normalised context of each frame [M, D_a])."""
@@ -143,20 +135,16 @@ class CrossAttention(nn.Module):
     def forward(self, x, u, second):
         """x [M, D, h, w], u [M, T, N, D_u], second [M] -> [M, D, h, w]."""
         h, w = x.shape[2:]
-        seconds = torch.arange(u.shape[1], device=u.device)
-        distance = seconds[None] - second[:, None] + T - 1  # [M, T]
+        distance = torch.arange(T, device=u.device) - second[:, None] + T - 1  # [M, T]
         u = (self.token(u) + self.distance(distance)[:, :, None]).flatten(1, 2)  # [M, T N, D]
         x = x.flatten(2).transpose(1, 2)  # [M, h w, D]
-        k, v = self.key_value(u).chunk(2, -1)
-        q = self.split(self.query(self.norm(x)))
-        y = F.scaled_dot_product_attention(q, self.split(k), self.split(v))
+        q, (k, v) = self.query(self.norm(x)), self.key_value(u).chunk(2, -1)
+        # of each head: [M, heads, pixels or tokens, D / heads]
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         x = x + self.mlp(x)
         return x.transpose(1, 2).unflatten(2, (h, w))
-
-    def split(self, x):
-        """[M, tokens, D] -> [M, heads, tokens, D / heads]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Decoder(nn.Module):
@@ -176,20 +164,17 @@ class Decoder(nn.Module):
 
     def add_head(self):
         """A copy of the latest head, for a new task. The past ones no longer learn."""
-        new = copy.deepcopy(self.heads[-1])
-        self.heads.requires_grad_(False)
-        self.heads.append(new)
+        self.heads.append(copy.deepcopy(self.heads[-1]))
+        self.heads[:-1].requires_grad_(False)
 
     def use_head(self, task):
         """Switch to the head of `task` (from 0). A task not learned yet gets the latest head."""
         self.active = min(task, len(self.heads) - 1)
 
     def forward(self, fused):
-        x = None
-        for y, smooth in zip(reversed(fused), reversed(self.smooth)):
-            if x is not None:
-                y = y + F.interpolate(x, size=y.shape[-2:], mode="bilinear", align_corners=False)
-            x = smooth(y)
+        x = self.smooth[-1](fused[-1])
+        for y, smooth in zip(fused[-2::-1], self.smooth[-2::-1]):
+            x = smooth(y + F.interpolate(x, y.shape[-2:], mode="bilinear"))
         return self.heads[self.active](x)
 
 
@@ -201,13 +186,12 @@ class Classifier(nn.Module):
 
     def __init__(self, dim, classes):
         super().__init__()
-        self.classes = [tuple(names) for names in classes]
+        self.classes = classes
         self.heads = nn.ModuleList([nn.Linear(dim, len(names)) for names in classes])
         self.compete(0, len(classes))
 
     def compete(self, first, last):
-        self.first = first
-        self.last = last
+        self.first, self.last = first, last
 
     def labels(self, categories):
         """Each category's number among the competing classes [B]; -1: it does not compete."""
@@ -221,12 +205,8 @@ class Classifier(nn.Module):
 
 def clip_means(values, clip, B):
     """Values of frames [M, ...] -> their mean over each clip's frames [B, ...]."""
-
-    def sums(x):
-        zeros = torch.zeros(B, *x.shape[1:], device=x.device, dtype=x.dtype)
-        return zeros.index_add(0, clip, x)
-
-    return sums(values) / sums(torch.ones_like(values))
+    zeros = values.new_zeros(B, *values.shape[1:])
+    return zeros.index_add(0, clip, values) / zeros.index_add(0, clip, torch.ones_like(values))
 
 
 def build_model(config, context_dim, token_dim, classes=None):
@@ -280,5 +260,4 @@ def clip_losses(outputs, batch):
 
 def weighted(terms, config):
     """The terms of clip_losses, each times its weight in the config."""
-    weights = {"bce": config.w_bce, "dice": config.w_dice, "class": config.w_class}
-    return {name: weights[name] * value for name, value in terms.items()}
+    return {name: getattr(config, f"w_{name}") * value for name, value in terms.items()}

@@ -2,12 +2,10 @@
 
     torchrun --nproc_per_node=2 train.py --cfg configs/ss_cil.yaml
 
-What is averaged over clips is summed over processes. `batch_size` is that of the whole batch, so
-the number of processes changes a run by rounding only. The trainables are few (LoRA, fusion,
-decoder). So their gradients are summed at once after the backward pass, in one flat all-reduce,
-instead of by DistributedDataParallel's hooks. Heads that a task does not use and a last batch that
-is smaller than the number of processes then need no special care. Process 0 alone writes. Without
-torchrun there is one process, and every function here does nothing.
+`batch_size` is that of the whole batch, so the number of processes changes a run by rounding only.
+The trainables are few: one flat all-reduce sums their gradients after the backward pass. Unlike
+DistributedDataParallel, it bears heads that a task does not use, and a last batch smaller than the
+number of processes. Without torchrun there is one process, and every function here does nothing.
 """
 
 import functools
@@ -21,20 +19,13 @@ from atlas.errors import AtlasError
 
 
 def start(device):
-    """Join the processes that torchrun started, and silence all but the first.
-
-    Each has a GPU of its own where device is "cuda".
-    """
+    """Join the processes that torchrun started, a GPU each on "cuda"; silence all but the first."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    local = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
-        seen = torch.cuda.device_count()
+        local, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= seen:
-            raise AtlasError(
-                f"process {local} of this machine has no GPU of its own: torch sees {seen}; lower "
-                "--nproc_per_node, or set device=cpu"
-            )
+            raise AtlasError(f"torch sees {seen} GPUs; lower --nproc_per_node, or set device=cpu")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if rank():
@@ -64,9 +55,9 @@ def in_turn(work):
     """work(), by process 0 first and then by the others."""
     if rank():
         wait()
-        return work()
     done = work()
-    wait()
+    if not rank():
+        wait()
     return done
 
 
@@ -93,14 +84,10 @@ def share(clips):
 def batches(n, size):
     """Positions 0 .. n - 1 in batches of `size`, of each this process's part.
 
-    A process that has no clip of a batch gets its first, at share 0: every process takes every
-    step.
+    Every process takes every step: one that has no clip of a batch gets its first, at share 0.
     """
-    parts = []
-    for first in range(0, n, size):
-        whole = list(range(first, min(first + size, n)))
-        parts.append(mine(whole) or whole[:1])
-    return parts
+    wholes = [range(first, min(first + size, n)) for first in range(0, n, size)]
+    return [list(mine(whole) or whole[:1]) for whole in wholes]
 
 
 def summed(x):
@@ -116,10 +103,9 @@ def summed(x):
 
 def gathered(x):
     """[x] of every process, the first's first."""
-    if processes() == 1:
-        return [x]
-    found = [None] * processes()
-    dist.all_gather_object(found, x)
+    found = [x] * processes()
+    if len(found) > 1:
+        dist.all_gather_object(found, x)
     return found
 
 

@@ -12,23 +12,19 @@ from atlas.config import rate_of
 
 
 class Updates:
-    """The optimiser of one task, or of a whole stream.
-
-    A task gets a fresh optimiser and schedule. On a stream there is one for all of it.
-    """
+    """The optimiser and schedule of one task (fresh each time), or of a whole stream."""
 
     def __init__(self, run, t, steps, done=0):
         """steps: optimiser steps of the whole schedule; done: those already taken."""
-        config = run.config
+        self.config = run.config
         self.constant = run.is_stream
-        self.peak = config.lr_first if t == 1 or self.constant else rate_of(config)
-        self.warmup = config.warmup
-        self.grad_clip = config.grad_clip
+        first = t == 1 or run.is_stream
+        self.peak = run.config.lr_first if first else rate_of(run.config)
         self.steps = steps
         self.done = done
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.peak, weight_decay=config.weight_decay, fused=True
+            self.parameters, lr=self.peak, weight_decay=run.config.weight_decay, fused=True
         )
         scaled = run.amp == "fp16" and run.device == "cuda"
         self.scaler = torch.amp.GradScaler(run.device, enabled=scaled)
@@ -47,8 +43,8 @@ class Updates:
         """Clip the gradients and update the parameters at the rate of this step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
-        if self.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.done += 1
@@ -56,7 +52,7 @@ class Updates:
     @property
     def rate(self):
         """The learning rate of the next step."""
-        return self.peak * schedule(self.done, self.steps, self.warmup, self.constant)
+        return self.peak * schedule(self.done, self.steps, self.config.warmup, self.constant)
 
     def state_dict(self):
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -67,11 +63,8 @@ class Updates:
 
 
 def schedule(step, steps, warmup, constant=False):
-    """The learning rate as a factor of its peak.
-
-    It rises linearly over the first `warmup` share of the steps. Then it falls to zero along half
-    a cosine, or stays at its peak (`constant`).
-    """
+    """The learning rate, as a factor of its peak: linear over the first `warmup` share of the
+    steps, then half a cosine down to zero, or `constant`."""
     warm = warmup * steps
     if step < warm:
         return (step + 1) / (warm + 1)
