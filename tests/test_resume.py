@@ -157,12 +157,12 @@ def stop(config, number, *names):
         ("cil", 3, "log"),  # what was measured is lost
         ("cil", 2, "tensors"),  # in a checkpoint
         ("cil", 1, "checkpoint"),  # which is not yet in its place
-        ("cil", 9, "score"),  # after a checkpoint, in its evaluation
+        ("cil", 6, "score"),  # after a checkpoint, in its evaluation
         ("cil", 1, "finish"),
         ("til", 6, "step"),
         ("dil", 5, "step"),
         ("tfcl", 11, "step"),
-        ("tfcl", 9, "score"),
+        ("tfcl", 6, "score"),
     ],
 )
 def test_a_stopped_run_resumes_to_the_same_bits(whole, kind, number, event):
