@@ -32,6 +32,7 @@ from atlas.data import to_device
 from atlas.encoders import merged
 from atlas.errors import AtlasError
 from atlas.learner import Learner
+from atlas.prepare.extract import best_stream
 from atlas.results import read_results
 from atlas.runs import refuse_other_encoders
 
@@ -210,7 +211,7 @@ def opened(path, kind, files):
     """The stream of a kind, "video" or "audio", that a player takes."""
     with reading(path):
         container = files.enter_context(av.open(str(path), metadata_errors="ignore"))
-    stream = audio.best_stream(container, kind)
+    stream = best_stream(container, kind)
     if stream is None:
         what = "video" if kind == "video" else "sound; give one to hear with --audio FILE"
         raise AtlasError(f"{path} holds no {what}")
