@@ -1,8 +1,7 @@
 """Sound: reading a file, the front ends, and the frozen audio encoders.
 
-All of it runs once a clip, when the cache is packed. An encoder maps what its `front_end` makes of
-a clip's wave to a context a [T, D_a] and tokens U [T, N, D_u], both per second. Log-mel patches are
-[T, 1, 96, 64]; AudioMAE takes filter banks [frames, 128].
+It runs once a clip, when the cache is packed. An encoder maps what its `front_end` makes of a
+clip's wave to a context a [T, D_a] and tokens U [T, N, D_u], both per second.
 """
 
 import functools
@@ -88,9 +87,6 @@ def resampled(wave, rate):
     return torch.from_numpy(np.pad(heard[:count], (0, max(0, count - len(heard)))))
 
 
-# ---- front ends ----------------------------------------------------------------------------------
-
-
 def mel_filters():
     """VGGish's filter bank [257, 64], 125 to 7500 Hz, the DC bin zero (mel_features.py): triangles
     that are linear in mel = 1127 ln(1 + f / 700)."""
@@ -110,8 +106,8 @@ def mel_filters():
 def log_mel(wave, seconds, offset=0.01):
     """VGGish's log-mel patches [seconds, 1, 96, 64] of wave [samples] (vggish_input.py).
 
-    Magnitude of a 512-point FFT of periodic-Hann frames of 400 samples every 160, times the mel
-    filters, log(mel + offset). Patch k starts at 0.96 k s. A sound shorter than one patch is padded
+    Frames of 400 samples every 160, periodic Hann window, magnitude of a 512-point FFT, mel
+    filters, log(mel + offset). Patch k starts at 0.96 k s. A sound shorter than a patch is padded
     with silence; then the last patch is repeated.
     """
     shortest = WINDOW + HOP * (PATCH - 1)
@@ -136,9 +132,6 @@ def fbank(wave, seconds):
         wave[None], htk_compat=True, sample_frequency=RATE, window_type="hanning", num_mel_bins=128,
         use_energy=False, dither=0.0,
     ).float()  # fmt: skip
-
-
-# ---- encoders ------------------------------------------------------------------------------------
 
 
 class LogMel(nn.Module):
@@ -206,9 +199,9 @@ class AudioMAE(nn.Module):
     """AudioMAE fine-tuned on AudioSet-20K, timm's ViT-B on 16 x 16 patches of 1024 x 128.
 
     U = the 48 patch tokens of the second (6 in time x 8 in pitch), a = their mean. The network sees
-    the clip once, padded with zeros to 1024 frames, as it was trained; (x - mean) / (2 std) comes
-    after the padding. A second is 6.25 patches wide: second t has the patch columns floor(6.25 t)
-    to + 5. A second whose last column the sound does not reach repeats the one before it (ours).
+    the clip once, padded to 1024 frames, as it was trained. A second is 6.25 patches wide: second
+    t has the patch columns floor(6.25 t) to + 5. One whose last column the sound does not reach
+    repeats the second before it (ours).
     """
 
     context_dim, token_dim, tokens = 768, 768, 48
@@ -239,8 +232,7 @@ ENCODERS = {"logmel": LogMel, "vggish": VGGish, "yamnet": YAMNet, "audiomae": Au
 def build_audio_encoder(name, weights):
     """The frozen encoder in eval mode.
 
-    `weights`: a file; true (vggish: its published address, audiomae: timm's hub); false (random,
-    from a fixed seed).
+    `weights`: a file; true (from the web; not yamnet); false (random, from a fixed seed).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -267,9 +259,9 @@ def build_audio_encoder(name, weights):
 
 
 def read_weights(path, key):
-    """The state dict in a safetensors or torch file, fp32 where it was half.
+    """The state dict in a safetensors or torch file, also under `state_dict` or `model`, in fp32.
 
-    A nested one (`state_dict`, `model`) is unwrapped. `key` is the config key, for errors.
+    `key` is the config key, for errors.
     """
     if not Path(path).is_file():
         raise AtlasError(f"{key}: no file {path}")

@@ -41,8 +41,7 @@ DOMAINS = {  # the line breaks of AVSBench's own class list; the names of the gr
     "instrument": ("playing_acoustic_guitar", "playing_tabla", "playing_violin", "playing_piano",
         "playing_ukulele", "playing_glockenspiel"),
     "vehicle": ("helicopter", "race_car", "driving_buses", "ambulance_siren"),
-    "tool": ("typing_on_computer_keyboard", "chainsawing_trees", "cap_gun_shooting",
-        "lawn_mowing"),
+    "tool": ("typing_on_computer_keyboard", "chainsawing_trees", "cap_gun_shooting", "lawn_mowing"),
 }  # fmt: skip
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 PIXELS = 10**8  # of a picture, at most; Pillow's own bound only warns
@@ -94,9 +93,6 @@ def ms3_clip(root, name, split):
     return Clip(name, split, None, tuple(frames), tuple(masks), audio)
 
 
-# ---- folders and locks ---------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def built_beside(final, inside="."):
     """Yield an empty folder, and rename it (what lies `inside` it) to `final` at the end.
@@ -137,9 +133,6 @@ def locked(path, in_use=None):
         why = f"cannot lock {path}: {error.strerror}"
         raise AtlasError(f"{why}; choose a disk with locks (out_dir, cache_dir)") from None
     return file
-
-
-# ---- tables --------------------------------------------------------------------------------------
 
 
 def read_s4(root):
@@ -221,9 +214,6 @@ def read_table(path, columns):
     return [dict(zip(header, row)) for row in rows[1:]]
 
 
-# ---- pictures ------------------------------------------------------------------------------------
-
-
 def why_unreadable(path, error):
     """Why a file could not be read: what it is instead of what it should be, or else `error`."""
     try:
@@ -288,8 +278,7 @@ def read_frame(path):
 def read_mask(path):
     """The mask in `path` as bool [H, W], True on the sounding object.
 
-    Black is 0; white is 255, or 1, or 65535. Any other grey and any colour is refused. Of a
-    palette, the colours count and not their numbers.
+    Black is 0; white is 255, 1 or 65535. Any other grey and any colour is refused.
     """
     image = open_picture(path)
     if image.mode == "L" or image.mode.startswith("I;16"):
@@ -314,8 +303,8 @@ def refuse_other_size(path, mask, frame):
 
 
 def load_clip(clip, size):
-    """Decode one clip: frames [T, size, size, 3] uint8 (bilinear) and masks [T, size, size] bool
-    (nearest; zero where a frame has none)."""
+    """A clip's frames [T, size, size, 3] uint8 (bilinear) and masks [T, size, size] bool (nearest;
+    zero where a frame has none)."""
     frames = np.zeros((T, size, size, 3), np.uint8)
     masks = np.zeros((T, size, size), bool)
     for t, (frame_path, mask_path) in enumerate(zip(clip.frames, clip.masks)):

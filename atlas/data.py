@@ -22,18 +22,17 @@ from atlas.clips import T, load_clip, locked, why_unreadable
 from atlas.errors import AtlasError
 
 VERSION = 2  # of the cache's layout and of what the readers make of a file
+ROWS = ("frames", "masks", "context", "tokens")  # the files that hold a row for each clip
+HEADER = 128  # bytes before the rows
 LISTED = "`python prepare_data.py check --root {root}` lists every such file"
-
-# ---- packing -------------------------------------------------------------------------------------
 
 
 def pack(clips, root, cache_dir, size, encoder):
     """Decode `clips` and run the frozen audio encoder over them, once; return the cache's folder.
 
     Its name is a hash of every file's path, size and time, the settings and the encoder's weights,
-    so a stale cache is never used. `layout` says what it holds. It is filled in a hidden folder
-    beside it, which is renamed at the end: what was packed before a kill is kept, and memory does
-    not grow with the number of clips. Another process at work on the same cache is waited for.
+    so a stale cache is never used. It is built in a hidden folder beside it: what was packed before
+    a kill is kept. Another process at work on the same cache is waited for.
     """
     kind = "s4" if clips[0].category else "ms3"
     folder = Path(cache_dir, f"{kind}-{_cache_key(clips, root, size, encoder)}")
@@ -47,7 +46,6 @@ def pack(clips, root, cache_dir, size, encoder):
             _fill(build, clips, size, encoder, root)
             PackedClips(build)  # every file must be whole
             os.rename(build, folder)
-            (folder / "progress").unlink()
     return folder
 
 
@@ -65,26 +63,15 @@ def layout(n, size, context, tokens):
 
 
 def _fill(build, clips, size, encoder, root):
-    """Write a cache into the folder `build`.
-
-    Its file `progress` holds how many clips are whole in it, and packing goes on after these.
-    """
+    """Write a cache into the folder `build`, going on after the clips that are in it."""
     mute = encode_clip(encoder, None, T)
-    annotated = np.array([[mask is not None for mask in clip.masks] for clip in clips])
-    whole = {"annotated": annotated, "mute_context": mute[0], "mute_tokens": mute[1]}
-    progress = build / "progress"
-    done = int(progress.read_text() or 0) if progress.exists() else 0
-    files = {}
-    for name, (dtype, shape) in layout(len(clips), size, mute[0].shape, mute[1].shape).items():
-        path = build / f"{name}.npy"
-        if name in whole:
-            np.save(path, whole[name])
-            continue
-        if not done:  # makes the file in its full length, without content
-            np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
-        files[name] = open(path, "r+b")
+    shapes = layout(len(clips), size, mute[0].shape, mute[1].shape)
+    files = [_appended(build, name, *shapes[name]) for name in ROWS]
+    done = min(rows for _, rows, _ in files)
+    for file, _, row in files:
+        file.truncate(HEADER + done * row)
     bar = {"unit": "clip", "initial": done, "total": len(clips), "disable": None}
-    for k, clip in enumerate(tqdm(clips[done:], "packing clips", **bar), done):
+    for clip in tqdm(clips[done:], "packing clips", **bar):
         try:
             frames, masks = load_clip(clip, size)
             context, tokens = encode_clip(encoder, clip.audio, T)
@@ -92,17 +79,29 @@ def _fill(build, clips, size, encoder, root):
             shutil.rmtree(build, ignore_errors=True)  # a mended file makes a cache of another name
             raise AtlasError(f"clip {clip.id}: {error}; {LISTED.format(root=root)}") from None
         masks = np.packbits(masks.reshape(T, -1), axis=-1)
-        for file, row in zip(files.values(), (frames, masks, context, tokens)):
-            file.seek((k - len(clips)) * row.nbytes, os.SEEK_END)
+        for (file, _, _), row in zip(files, (frames, masks, context, tokens)):
             file.write(row.tobytes())
-            file.flush()
-        progress.write_text(str(k + 1))
-    for file in files.values():
+    for file, _, _ in files:
         file.close()
+    annotated = [[mask is not None for mask in clip.masks] for clip in clips]
+    others = {"annotated": annotated, "mute_context": mute[0], "mute_tokens": mute[1]}
+    for name, array in others.items():
+        np.save(build / f"{name}.npy", np.asarray(array))
     names = ("id", "source", "split", "category")
     index = {"size": size, "clips": [{n: getattr(c, n) for n in names} for c in clips]}
     index["sha256"] = _sha256(index)
     (build / "index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _appended(build, name, dtype, shape):
+    """An .npy file of this shape to append rows to; how many are whole in it; the bytes of one."""
+    file = open(build / f"{name}.npy", "ab")
+    row = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+    if file.tell() < HEADER:
+        file.truncate(0)
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+    return file, (file.tell() - HEADER) // row, row
 
 
 def _sha256(content):
@@ -123,9 +122,6 @@ def _cache_key(clips, root, size, encoder):
             below = os.path.relpath(path, root)
             digest.update(f" {below} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
-
-
-# ---- reading -------------------------------------------------------------------------------------
 
 
 class PackedClips:
@@ -179,8 +175,8 @@ class PackedClips:
         return chosen
 
     def __getitem__(self, i):
-        """Clip i: frames [m, 3, H, W] uint8, masks [m, H, W] bool, second [m] of its m annotated
-        frames, its sound and its category (MS3: None)."""
+        """Clip i as a dict: frames [m, 3, H, W] uint8 and masks [m, H, W] bool of its m annotated
+        frames, their second [m], its sound, index and category (MS3: None)."""
         if i in self.closed:
             name = self.clips[i]["id"]
             raise AtlasError(f"train clip {name} was asked for after its task; please report this")
@@ -197,8 +193,8 @@ class PackedClips:
         }
 
     def sound(self, i):
-        """The frozen encoder's view of clip i's sound, or of a zero waveform (i = None), as stored:
-        context [T, D_a], tokens [T, N, D_u], float16."""
+        """The encoder's view of clip i's sound, or of silence (i = None): context [T, D_a], tokens
+        [T, N, D_u], float16."""
         if i is None:
             context, tokens = self.arrays["mute_context"], self.arrays["mute_tokens"]
         else:
@@ -207,11 +203,8 @@ class PackedClips:
 
 
 class ClipDataset(torch.utils.data.Dataset):
-    """The clips `indices` of a cache.
-
-    With `draw` (a tuple of integers: seed, task, epoch) each clip is augmented, by a draw that
-    depends on it and the clip alone.
-    """
+    """The clips `indices` of a cache. With `draw` (integers: seed, task, epoch) each is augmented,
+    as `draw` and the clip alone say."""
 
     def __init__(self, cache, indices, draw=None):
         self.cache, self.indices, self.draw = cache, indices, draw
@@ -245,8 +238,7 @@ def augmented(item, rng):
 def collate(items):
     """Clips side by side, sounds in float32.
 
-    Frames are concatenated: `clip` [M] and `second` [M] say whose each of the M annotated frames
-    is. `index` and `category` are lists.
+    The M annotated frames of all are concatenated: `clip` [M] and `second` [M] say whose each is.
     """
     batch = {name: [item[name] for item in items] for name in ("index", "category")}
     for name in ("frames", "masks", "second"):
@@ -263,16 +255,17 @@ def loader(dataset, batch_size, workers=0, device="cpu", shared=False):
 
     `shared`: of each batch, this process's part (parallel.py).
     """
-    batches = parallel.batches(len(dataset), batch_size) if shared else None
-    options = {"batch_sampler": batches} if shared else {"batch_size": batch_size}
+    options = {"batch_size": batch_size}
+    if shared:
+        options = {"batch_sampler": parallel.batches(len(dataset), batch_size)}
     options |= {"collate_fn": collate, "num_workers": workers, "worker_init_fn": _send_by_value}
     pinned = torch.device(device).type == "cuda"
     return torch.utils.data.DataLoader(dataset, **options, pin_memory=pinned)
 
 
 def _send_by_value(worker):
-    """In a worker: batches go to the run through a pipe. torch's own way is /dev/shm, which
-    containers keep small, and where it is full the run waits for ever."""
+    """In a worker: send batches through a pipe. torch's own way, /dev/shm, is small in containers,
+    and where it is full the run waits for ever."""
     ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
 
 
@@ -283,17 +276,12 @@ def to_device(batch, device):
 
 
 def swap_partners(cache, tasks, seed=0):
-    """{test clip: a test clip of another category}, drawn once from the whole split.
-
-    In MS3, which has no categories, the other one is of another segment.
-    """
+    """{test clip: a test clip of another category (MS3: segment)}, drawn once from the split."""
     rng = np.random.default_rng(seed)
     group = {i: cache.clips[i]["category"] or task.name for task in tasks for i in task.test}
     if len(set(group.values())) < 2:
-        what = "the test split holds clips of one category only, so no sounds can be exchanged"
-        raise AtlasError(f"{what}; add clips of another")
+        raise AtlasError("no sounds can be exchanged: add test clips of a second category")
     partners = {}
     for i in sorted(group):
-        others = [j for j in sorted(group) if group[j] != group[i]]
-        partners[i] = int(rng.choice(others))
+        partners[i] = int(rng.choice([j for j in sorted(group) if group[j] != group[i]]))
     return partners

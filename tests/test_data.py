@@ -12,15 +12,18 @@ from PIL import Image
 
 from atlas import data
 from atlas.audio import build_audio_encoder
-from atlas.clips import load_clip, locked, read_s4
+from atlas.clips import CSVS, load_clip, locked, read_s4
 from atlas.data import ClipDataset, PackedClips, augmented, collate, loader, pack, swap_partners
 from atlas.errors import AtlasError
 
 
 @pytest.fixture
 def own(tree, tmp_path):
-    """A copy of the tree that a test may damage."""
-    return Path(shutil.copytree(tree, tmp_path / "own"))
+    """Eight clips of the tree, which a test may damage."""
+    root = Path(shutil.copytree(tree, tmp_path / "own"))
+    table = root / CSVS["s4"]
+    table.write_text("\n".join(table.read_text().splitlines()[:9]) + "\n")
+    return root
 
 
 def packed(root, where, size=32):
@@ -141,7 +144,7 @@ def test_rows_that_another_process_added_are_noticed_before_the_cache_is_used(
         return load_clip(clip, size)
 
     monkeypatch.setattr(data, "load_clip", disturbed)
-    with pytest.raises(AtlasError, match="frames.npy has a wrong length; delete its folder"):
+    with pytest.raises(AtlasError, match="frames.npy .*damaged.*another size.*; delete"):
         packed(own, tmp_path / "c")
 
 
@@ -159,7 +162,7 @@ def test_a_torn_cache_is_named_and_packed_anew(own, tmp_path, name):
         (b"", "the file is empty"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         (whole.replace(b'"test"', b'"val"'), "damaged"),
-        (whole[:128].replace(b"(32, ", b"(31, ") + whole[128:], "damaged"),
+        (whole[:128].replace(b"(8, ", b"(7, ") + whole[128:], "damaged"),
         (None, "the file is missing"),
     ):
         if content == whole:

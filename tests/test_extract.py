@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+import types
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from conftest import one_line, run
 from atlas.clips import ms3_clip, read_frame, read_ms3, read_s4, s4_clip
 from atlas.errors import AtlasError
 from atlas.prepare.check import check
-from atlas.prepare.extract import extract, frame_numbers, read_video
+from atlas.prepare.extract import best_stream, extract, frame_numbers, read_video
 
 KEPT = {
     25: [23, 48, 73, 98, 123],
@@ -171,6 +172,19 @@ def test_the_default_track_is_heard_and_antiphase_is_bad(tmp_path):
         read_video(make(tmp_path / "b.mp4", right=-1.0))
 
 
+def test_the_stream_of_a_video_is_the_default_one():
+    def stream(kind, disposition):
+        return types.SimpleNamespace(type=kind, disposition=disposition)
+
+    first, chosen = stream("audio", Disposition(0)), stream("audio", Disposition.default)
+    cover = stream("video", Disposition.attached_pic | Disposition.default)
+    film = stream("video", Disposition(0))
+    file = types.SimpleNamespace(streams=[cover, first, chosen, film])
+    assert best_stream(file, "audio") is chosen and best_stream(file, "video") is film
+    assert best_stream(types.SimpleNamespace(streams=[first, cover]), "audio") is first
+    assert best_stream(types.SimpleNamespace(streams=[first, cover]), "video") is None
+
+
 @pytest.mark.parametrize(
     "rate, kept",
     [
@@ -232,7 +246,7 @@ def test_the_tree_is_the_one_clips_reads(tmp_path, video):
         2,
     )
     assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith(
-        "2 clips extracted, 0 were there already, 0 bad videos"
+        "2 clips extracted, 0 were there already"
     ), done.stderr
     clips = read_s4(tmp_path / "out")
     assert clips == [
@@ -318,7 +332,8 @@ def test_bad_videos_are_listed_and_skipped_and_parallel_is_serial(tmp_path, vide
     ]
     done = run(*words, "--out", tmp_path / "one", "--jobs", 1)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "2 clips extracted, 0 were there already, 8 bad videos; " in done.stdout.splitlines()[-1]
+    assert "2 clips extracted, 0 were there already" in done.stdout.splitlines()[-1]
+    assert "8 videos are bad; " in done.stdout
     lines = (tmp_path / "one" / "Single-source" / "bad_videos.txt").read_text().splitlines()
     reasons = {Path(line.split(": ")[0]).stem: line.split(": ", 1)[1] for line in lines}
     assert list(reasons) == [
@@ -347,7 +362,7 @@ def test_bad_videos_are_listed_and_skipped_and_parallel_is_serial(tmp_path, vide
 
     make(folder / "short.mp4")  # repaired: the clip and its row come, the rest stays
     done = run(*words, "--out", tmp_path / "one", "--jobs", 1)
-    assert "1 clips extracted, 2 were there already, 7 bad videos" in done.stdout and {
+    assert "1 clips extracted, 2 were there already" in done.stdout and {
         c.id for c in read_s4(tmp_path / "one")
     } == {"good", "last", "short"}
     try:  # a hole in the middle: a listed reason or five frames, never a traceback
@@ -359,10 +374,10 @@ def test_bad_videos_are_listed_and_skipped_and_parallel_is_serial(tmp_path, vide
 def test_a_kill_leaves_nothing_half_and_the_next_run_finishes(tmp_path, video):
     folder = tmp_path / "v"
     folder.mkdir()
-    names = [f"v{k:02d}" for k in range(40)]
+    names = [f"v{k:02d}" for k in range(24)]
     for name in names:
         (folder / f"{name}.mp4").write_bytes(video.read_bytes())
-    words = folder, tmp_path / "a", table(tmp_path, names), "s4", 224, 2
+    words = folder, tmp_path / "a", table(tmp_path, names), "s4", 64, 2
     killed = multiprocessing.get_context("fork").Process(target=extract, args=words)
     killed.start()
     clips = [s4_clip(tmp_path / "a", name, "dog_barking", "train") for name in names]
@@ -376,14 +391,14 @@ def test_a_kill_leaves_nothing_half_and_the_next_run_finishes(tmp_path, video):
         found = [p for p in (tmp_path / "a").rglob("*.*") if p.is_file() and p.name[0] != "."]
         return {p: p.read_bytes() for p in found}
 
-    time.sleep(0.5)  # its workers end by themselves
+    time.sleep(0.3)  # its workers end by themselves
     left = there()
     assert 0 < len(left) < 6 * len(names)
-    time.sleep(0.3)
+    time.sleep(0.2)
     assert there() == left  # and go on no more
     done = extract(*words)
     assert done["kept"] > 0 and done["extracted"] + done["kept"] == len(names)
-    extract(folder, tmp_path / "b", table(tmp_path, names))
+    extract(folder, tmp_path / "b", table(tmp_path, names), size=64)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert all(there()[path] == content for path, content in left.items())
 

@@ -38,20 +38,16 @@ def check(root):
     if not present:
         what = f"neither {' nor '.join(CSVS.values())} in {root}"
         raise AtlasError(f"{what}; give the folder of Single-source/ or Multi-sources/")
-    counts, errors, warnings = [], [], []
-    for dataset in present:
-        for lines, more in zip((counts, errors, warnings), check_tree(root, dataset)):
-            lines += more
-    return counts, errors, warnings
+    found = [check_tree(root, dataset) for dataset in present]
+    return tuple(sum(lines, []) for lines in zip(*found))
 
 
 def check_tree(root, dataset):
     """(counts, errors, warnings) of one tree.
 
-    An error stops or falsifies a run: what the readers of the table, the pictures and the sounds
-    refuse, a mask of another size than its frame, and in S4 a source video in two splits. MS3 was
-    released with such videos, and runs report the other clips apart. A warning is handled, but
-    worth knowing: an empty mask (MS3: all five), a sound that is converted, padded, cut or silent.
+    An error stops or falsifies a run: what a reader refuses, or in S4 a source video in two splits.
+    (MS3 was released with such videos, and runs report the other clips apart.) A warning is worth
+    knowing: an empty mask (MS3: all five), a sound that is converted, padded, cut or silent.
     """
     errors, warnings = [], []
     clips = _tried(errors, READERS[dataset], root)
@@ -70,10 +66,8 @@ def check_tree(root, dataset):
         mine = [clip for clip in clips if clip.split == split]
         shared = sum("train" in crossing.get(clip.source, ()) for clip in mine)
         if shared:
-            what = (
-                f"{shared} of {len(mine)} {split} clips share their source video with a train clip"
-            )
-            warnings.append(f"{what}; runs report the others apart (source_disjoint)")
+            what = f"{shared} of {len(mine)} {split} clips share their source video with a train"
+            warnings.append(f"{what} clip; runs report the others apart (source_disjoint)")
     return counted(clips, dataset), errors, warnings
 
 
@@ -112,7 +106,6 @@ def _tried(errors, work, *words):
         return work(*words)
     except AtlasError as error:
         errors.append(str(error))
-        return None
 
 
 def _check_pictures(clip, errors, warnings):
@@ -123,8 +116,8 @@ def _check_pictures(clip, errors, warnings):
         mask = _tried(errors, read_mask, mask_path) if mask_path else None
         if frame is not None:
             sizes.add(frame.shape)
-        if frame is not None and mask is not None:
-            _tried(errors, refuse_other_size, mask_path, mask, frame)
+            if mask is not None:
+                _tried(errors, refuse_other_size, mask_path, mask, frame)
         if mask is not None and not mask.any():
             empty.append(mask_path)
     if clip.category is None:  # MS3, where a silent second has an empty mask
@@ -139,15 +132,12 @@ def _check_sound(path, errors, warnings):
     wave = _tried(errors, read_wave, path)
     if wave is None:
         return
-    file, found = soundfile.info(path), []
-    if file.samplerate != RATE:
-        found.append(f"{file.samplerate} Hz, is resampled to {RATE}")
-    if file.channels > 1:
-        found.append(f"{file.channels} channels, are averaged")
-    if file.duration < T - 0.2:
-        found.append(f"{file.duration:.2f} s, is padded to {T} s")
-    if file.duration > T + 0.2:
-        found.append(f"{file.duration:.2f} s, of which the first {T} are heard")
-    if not wave.any():
-        found.append("silent throughout")
-    warnings += [f"{path}: {what}" for what in found]
+    file = soundfile.info(path)
+    notes = {
+        f"{file.samplerate} Hz, is resampled to {RATE}": file.samplerate != RATE,
+        f"{file.channels} channels, are averaged": file.channels > 1,
+        f"{file.duration:.2f} s, is padded to {T} s": file.duration < T - 0.2,
+        f"{file.duration:.2f} s, of which the first {T} are heard": file.duration > T + 0.2,
+        "silent throughout": not wave.any(),
+    }
+    warnings += [f"{path}: {what}" for what, holds in notes.items() if holds]

@@ -1,10 +1,10 @@
 """Videos as clips: mp4 files and AVSBench's CSV -> frames and sounds in AVSBench's tree (clips.py).
 
 Frames. AVSBench samples each second 16 times and keeps the 16th: with f = the frame rate rounded to
-a whole number (ours: below 10 it is not rounded, which would bend the time), second l = 0..4 is
-frame n = floor(l f + 15/16 f), counted from 0, or else the last one: 23, 48, 73, 98, 123 at 25 a
-second. Frame n is the one on display n / rate seconds after the first one, which is what ffmpeg's
-conversion to a constant rate makes it. 224 x 224 pixels, squeezed, not cropped.
+a whole number (ours: below 10 it is not rounded), second l = 0..4 is frame n = floor(l f + 15/16 f)
+or else the last one, counted from 0: 23, 48, 73, 98, 123 at 25 a second. Frame n is on display
+n / rate seconds after the first one, as in ffmpeg's conversion to a constant rate. 224 x 224
+pixels, squeezed, not cropped.
 
 Sound. 16 kHz and 16 bit. Ours: the mean of all channels of the default track, T seconds from the
 first frame's time on, silence where the sound begins after it. What ends early stays short.
@@ -103,9 +103,6 @@ def find_video(videos, clip):
     return Path(videos, clip.split, clip.category, flat.name)
 
 
-# ---- a video -------------------------------------------------------------------------------------
-
-
 def frame_numbers(rate):
     """The T frames AVSBench keeps of a video with `rate` frames a second."""
     f = rate if rate < SLOW else round(rate)
@@ -130,10 +127,7 @@ def read_video(path, start=0.0):
 
 
 def best_stream(container, kind):
-    """The stream of `kind` ("video" or "audio") that a player takes: the default one, or the first.
-
-    `container` is PyAV's. A cover picture is no video. None where there is no such stream.
-    """
+    """The default stream of a kind, or else the first; None: there is none. A cover is no video."""
     found = [s for s in container.streams if s.type == kind]
     found = [s for s in found if not s.disposition & Disposition.attached_pic]
     default = [s for s in found if s.disposition & Disposition.default]
@@ -195,9 +189,6 @@ def _read_sound(file, begin):
     return mono(channels.T, "track")
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-
 def _extract_clip(task, size):
     """Write one clip's frames and sound; None, or why it cannot be."""
     clip, video, start = task
@@ -249,9 +240,6 @@ def _end_with_parent():
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
-
-
-# ---- tables --------------------------------------------------------------------------------------
 
 
 def _rows(table, dataset, whole):
