@@ -88,14 +88,12 @@ def test_the_difference_of_two_rows():
 
 def test_the_figures_of_one_run(til_run, tmp_path, capsys):
     assert evaluate(til_run, "--figures", "--out", tmp_path / "figures") == 0
-    expected = {f"{n}.{e}" for n in ("heatmap_J", "classes_J", "masks") for e in ("png", "pdf")}
+    expected = {f"{n}.{e}" for n in ("heatmap", "classes", "masks") for e in ("png", "pdf")}
     assert names(tmp_path / "figures") == expected
     copy = written(tmp_path / "copy", read_results(til_run))  # no checkpoints, no config
-    assert evaluate(copy, "--figures", "--score", "F") == 0
+    assert evaluate(copy, "--figures") == 0
     assert "no masks drawn" in capsys.readouterr().out
-    assert names(copy / "figures") == {
-        f"{n}_F.{e}" for n in ("heatmap", "tasks") for e in ("png", "pdf")
-    }
+    assert names(copy / "figures") == {name for name in expected if "masks" not in name}
     with pytest.raises(AtlasError, match="config.yaml"):
         evaluate(copy, "--figures", "--clips", "x")
 

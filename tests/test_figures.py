@@ -35,12 +35,11 @@ def grey_cells(ax):
     return cells
 
 
-@pytest.mark.parametrize("score", ("J", "F"))
-def test_the_heatmap_has_the_matrix_in_its_cells_and_the_future_in_grey(score):
+def test_the_heatmap_has_the_matrix_in_its_cells_and_the_future_in_grey():
     results = made(shift=0.013)
-    figure = figures.heatmap(results, score)
+    figure = figures.heatmap(results)
     ax = figure.axes[0]
-    R = np.array(results["matrix"][score])
+    R = np.array(results["matrix"]["J"])
     written = {text.get_position(): text.get_text() for text in ax.texts}
     future = {(j, i) for i in range(4) for j in range(3) if j >= i}
     assert written == {(j, i): f"{R[i, j]:.2f}" for i in range(4) for j in range(3)}
@@ -48,7 +47,7 @@ def test_the_heatmap_has_the_matrix_in_its_cells_and_the_future_in_grey(score):
     shown = ax.images[0].get_array()
     assert {(j, i) for i, j in zip(*np.nonzero(shown.mask))} == future
     assert np.allclose(shown.compressed(), R[~shown.mask])
-    assert all(word in figure.get_suptitle() for word in ("CIL", "lra", "seed 0", score))
+    assert all(word in figure.get_suptitle() for word in ("CIL", "lra", "seed 0", "J on test"))
     assert ax.get_xlabel() == "task" and inside(figure)
 
 
@@ -59,11 +58,11 @@ def test_the_heatmap_of_a_joint_run_has_two_rows():
 
 def test_what_was_not_scored_is_a_dash():
     results = made()
-    results["matrix"]["F"][3][0] = None
-    results["matrix"]["F"][2] = None
-    texts = [text.get_text() for text in figures.heatmap(results, "F").axes[0].texts]
+    results["matrix"]["J"][3][0] = None
+    results["matrix"]["J"][2] = None
+    texts = [text.get_text() for text in figures.heatmap(results).axes[0].texts]
     assert texts.count("–") == 4
-    assert inside(figures.bars(results, "F"))
+    assert inside(figures.bars(results))
 
 
 def test_a_stream_has_segments_and_checkpoints():
@@ -84,8 +83,7 @@ def test_every_class_has_a_pair_of_bars_from_its_own_task_and_the_last(tmp_path)
     J = np.random.default_rng(0).random((4, 5)).tolist()
     J[3][1] = None  # a class without a test clip
     results = made(tasks=tasks) | {"class_matrix": {"classes": list("abcde"), "J": J}}
-    assert list(figures.run_figures(results, tmp_path)) == ["heatmap_J", "classes_J"]
-    assert list(figures.run_figures(results, tmp_path, "F")) == ["heatmap_F", "tasks_F"]
+    assert list(figures.run_figures(results, tmp_path)) == ["heatmap", "classes"]
     ax = figures.bars(results).axes[0]
     first, last = ([bar.get_width() for bar in bars] for bars in ax.containers)
     assert first == pytest.approx([J[1][0], J[1][1], J[2][2], J[3][3], J[3][4]])
@@ -98,16 +96,16 @@ def test_every_class_has_a_pair_of_bars_from_its_own_task_and_the_last(tmp_path)
     stream = made(tasks=[task | {"classes": []} for task in TASKS])
     stream["class_matrix"] = results["class_matrix"]
     for other in (stream, results | {"class_matrix": None}):
-        assert list(figures.run_figures(other, tmp_path)) == ["heatmap_J", "tasks_J"]
+        assert list(figures.run_figures(other, tmp_path)) == ["heatmap", "tasks"]
 
 
 def test_the_figures_of_a_joint_an_unfinished_and_a_long_run(tmp_path):
-    assert list(figures.run_figures(made("joint"), tmp_path)) == ["heatmap_J"]
+    assert list(figures.run_figures(made("joint"), tmp_path)) == ["heatmap"]
     begun = made(complete=False)
     begun["matrix"]["J"] = begun["matrix"]["J"][:2]
     drawn = figures.run_figures(begun, tmp_path)
-    assert len(drawn["tasks_J"].axes[0].containers[0]) == 1
-    assert "unfinished" in drawn["tasks_J"].get_suptitle()
+    assert len(drawn["tasks"].axes[0].containers[0]) == 1
+    assert "unfinished" in drawn["tasks"].get_suptitle()
     long = made(tasks=[TASKS[0] | {"name": f"a_rather_long_class_name_{j}+1"} for j in range(20)])
     long["matrix"]["J"] = np.random.default_rng(0).random((21, 20)).tolist()
     assert all(inside(figure) for figure in figures.run_figures(long, tmp_path).values())
@@ -117,7 +115,7 @@ def test_a_run_that_has_learned_nothing_yet_is_drawn_whole(tmp_path):
     begun = made(complete=False)
     begun["matrix"]["J"] = begun["matrix"]["J"][:1]
     drawn = figures.run_figures(begun, tmp_path)
-    assert list(drawn) == ["heatmap_J"] and inside(drawn["heatmap_J"])
+    assert list(drawn) == ["heatmap"] and inside(drawn["heatmap"])
     begun["matrix"]["J"] = []
     with pytest.raises(AtlasError, match="no scores yet"):
         figures.run_figures(begun, tmp_path)
