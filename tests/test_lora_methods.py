@@ -5,7 +5,6 @@ import torch
 from conftest import LIGHT, pair_of
 from support import Clips, class_of, learner_of, method_of
 
-from atlas.data import ClipDataset, loader
 from atlas.errors import AtlasError
 from atlas.lra import Step
 

@@ -1,4 +1,4 @@
-"""LRA that keeps listening: what it remembers, what it asks, and where its distillation is least."""
+"""LRA that keeps listening: what it remembers, what it asks, where its distillation is least."""
 
 import copy
 
