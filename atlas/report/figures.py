@@ -76,13 +76,6 @@ def shortened(name, length):
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def numbered(tasks, length):
-    """["1 NAME", ...], shortened; the segments of a stream are numbered already."""
-    names = [task["name"] for task in tasks]
-    stream = names and names[0].startswith("segment")
-    return names if stream else [f"{j} {shortened(n, length)}" for j, n in enumerate(names, 1)]
-
-
 def column_word(results):
     """What a column of R is called."""
     return "segment" if results["protocol"] == "tfcl" else "task"
@@ -103,14 +96,15 @@ def matrix_of(results):
 
 
 def run_figures(results, folder):
-    """{name: Figure} of one run, from its files alone: the heat-map of R, the bars of its classes
-    or tasks, and the trace of a stream that watched its loss."""
+    """{name: Figure} of one run, from its files alone: the heat-map of R, the bars of its classes,
+    and the trace of a stream that watched its loss."""
     rows = len(results["matrix"]["J"])
     if not rows:
         raise AtlasError(f"{folder} has no scores yet, so there is nothing to draw")
     figures = {"heatmap": heatmap(results)}
-    if results["method"] != "joint" and rows > 1:
-        figures["classes" if has_classes(results) else "tasks"] = bars(results)
+    learned = any(task["classes"] for task in results["tasks"][: rows - 1])
+    if results["method"] != "joint" and learned and results.get("class_matrix"):
+        figures["classes"] = bars(results)
     if found := windows(folder):
         figures["trace"] = trace(results, found)
     return figures
@@ -123,7 +117,9 @@ def heatmap(results):
     figure, axes = panels(1, 1, width, max(2.0, 1.35 + 0.24 * len(R)))
     ax = axes[0, 0]
     image = draw_heatmap(ax, R, results, (width - 1.1) / R.shape[1])
-    names = numbered(results["tasks"], 17)
+    names = [task["name"] for task in results["tasks"]]
+    if column_word(results) == "task":  # segments are numbered already
+        names = [f"{j} {shortened(name, 17)}" for j, name in enumerate(names, start=1)]
     ax.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     figure.colorbar(image, ax=ax, pad=0.02, aspect=30).outline.set_linewidth(0.4)
     figure.suptitle(f"{title_of(results)}\nJ on test clips; grey: not learned yet")
@@ -160,27 +156,14 @@ def draw_heatmap(ax, R, results, cell, untold=True):
     return image
 
 
-def has_classes(results):
-    """Whether the results hold the score of each class, and classes belong to tasks."""
-    classes = any(task["classes"] for task in results["tasks"])
-    return classes and bool(results.get("class_matrix"))
-
-
 def bars(results):
-    """J right after learning beside J after the last task: of each class, where `has_classes`, else
-    of each task."""
-    R = matrix_of(results)
-    learned = results["tasks"][: len(R) - 1]
-    if by_class := has_classes(results):
-        C, pairs = results["class_matrix"]["J"], []
-        place = {name: c for c, name in enumerate(results["class_matrix"]["classes"])}
-        for k, task in enumerate(learned, start=1):
-            for name in task["classes"]:
-                own, last = (row and row[place[name]] for row in (C[k], C[-1]))
-                pairs.append((f"{k} {shortened(name, 22)}", own, last))
-    else:
-        names = numbered(learned, 22)
-        pairs = [(name, R[j + 1, j], R[-1, j]) for j, name in enumerate(names)]
+    """J of each learned class right after its task, beside J at the end."""
+    C, pairs = results["class_matrix"]["J"], []
+    place = {name: c for c, name in enumerate(results["class_matrix"]["classes"])}
+    for k, task in enumerate(results["tasks"][: len(C) - 1], start=1):
+        for name in task["classes"]:
+            own, last = (row and row[place[name]] for row in (C[k], C[-1]))
+            pairs.append((f"{k} {shortened(name, 22)}", own, last))
     names, *values = zip(*pairs)
     own, last = np.nan_to_num(np.array(values, float))
     y = np.arange(len(pairs))
@@ -190,7 +173,7 @@ def bars(results):
     ax.barh(y + 0.2, last, 0.38, color=BLUE, label="at the end")
     ax.set_yticks(y, names)
     ax.set(xlim=(0, 1), ylim=(len(pairs) - 0.4, -0.6))
-    ax.set_xlabel("J on test clips" + (", by task and class" if by_class else ""))
+    ax.set_xlabel("J on test clips, by task and class")
     ax.grid(axis="x")
     figure.legend(loc="outside lower center", ncols=2)
     figure.suptitle(title_of(results))

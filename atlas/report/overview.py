@@ -3,10 +3,12 @@
 A few methods are in colour and the others grey. All are named at their rows and points.
 """
 
+import itertools
 from statistics import mean, stdev
 
 import numpy as np
 from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 
 from atlas.errors import AtlasError
 from atlas.report import figures as F
@@ -68,15 +70,13 @@ def looks(rows, asked=()):
     """{label: (colour, marker)}. Rows that are not asked for are grey, where there are many."""
     if not asked:
         asked = rows if len(rows) <= FEW else [row for row in rows if row["label"] in LOOKS]
-    found, others = {}, 0
-    for k, row in enumerate(rows):
-        if row not in asked:
-            found[row["label"]] = (GREY, MARKERS[k % len(MARKERS)])
-        elif row["label"] in LOOKS:
-            found[row["label"]] = LOOKS[row["label"]]
+    colours, markers, found = itertools.cycle(OTHERS), itertools.cycle(MARKERS), {}
+    for row in rows:
+        label = row["label"]
+        if row in asked and label in LOOKS:
+            found[label] = LOOKS[label]
         else:
-            found[row["label"]] = (OTHERS[others % len(OTHERS)], MARKERS[others % len(MARKERS)])
-            others += 1
+            found[label] = (next(colours) if row in asked else GREY, next(markers))
     return found
 
 
@@ -91,16 +91,15 @@ def overview(title, rows, asked=()):
     the tasks learned so far, and forward transfer against forgetting."""
     look = looks(rows, asked)
     figure = F.new_figure(F.PAGE, max(3.6, 1.0 + 0.23 * len(rows)))
-    layout = [["final", "curves"], ["final", "transfer"]]
-    axes = figure.subplot_mosaic(layout, width_ratios=[1, 1.75])
-    draw_final(axes["final"], rows, look)
-    ends = draw_curves(axes["curves"], rows, look)
-    points = draw_transfer(axes["transfer"], rows, look)
+    axes = figure.subplot_mosaic("FC;FT", width_ratios=[1, 1.75])
+    draw_final(axes["F"], rows, look)
+    ends = draw_curves(axes["C"], rows, look)
+    points = draw_transfer(axes["T"], rows, look)
     figure.suptitle(f"{title} · {seeds_text(rows)}, mean ± standard deviation")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the names below must not move the panels
-    name_ends(axes["curves"], ends, look)
-    name_points(axes["transfer"], points, look)
+    name_ends(axes["C"], ends, look)
+    name_points(axes["T"], points, look)
     return figure
 
 
@@ -183,22 +182,18 @@ def name_ends(ax, ends, look):
 def name_points(ax, points, look):
     """Write the names beside their points, each at the nearest place that is free."""
     pixels = {label: ax.transData.transform(point) for label, point in points.items()}
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in pixels.values()]
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels.values()]
     page = ax.get_window_extent()
     for label in sorted(points, key=lambda label: look[label][0] == GREY):  # the chosen first
         width = 0.55 * NAME * len(label)
         for across, up in PLACES:
             x, y = pixels[label] + (across - width * (across < 0), up)
-            box = (x, y - NAME / 2, x + width, y + NAME / 2)
-            inside = page.x0 < x and box[2] < page.x1 and page.y0 < box[1] and box[3] < page.y1
-            if inside and not any(overlap(box, other) for other in taken):
+            box = Bbox.from_bounds(x, y - NAME / 2, width, NAME)
+            inside = page.contains(*box.min) and page.contains(*box.max)
+            if inside and not box.count_overlaps(taken):
                 break
         taken.append(box)
         write_name(ax, label, points[label], (x, y), look[label][0])
-
-
-def overlap(a, b):
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def write_name(ax, label, point, pixels, colour):

@@ -5,6 +5,7 @@ A *row* is a method, or one setting of it. The runs of a row differ in seed and 
 (seed, data_root) names a run there, and pairs it with a run of another row.
 """
 
+import json
 from collections import Counter
 from statistics import mean, stdev
 
@@ -38,8 +39,7 @@ MARK, NONE, UNDEFINED = "†", "not run", "–"
 def problems(runs):
     """[{"title", "rows": [{"label", "method", "runs": [finished results], "unfinished": int}]}].
 
-    Each method among the runs has a row in every problem, if only an empty one. A run that is given
-    twice counts once; two different finished runs of one config are an error.
+    Each method among the runs has a row in every problem, if only an empty one.
     """
     groups = {}
     for results in runs:
@@ -51,7 +51,7 @@ def problems(runs):
     methods.sort(key=lambda method: method == "joint")  # as given, but the upper bound last
     found = []
     for group in groups:
-        rows = [row for method in methods for row in rows_of(method, group)]
+        rows = sum((rows_of(method, group) for method in methods), [])
         found.append({"title": title(group, groups), "rows": rows})
     return found
 
@@ -70,7 +70,10 @@ def title(group, groups):
 
 
 def rows_of(method, group):
-    """The rows of one method, one a setting, named by what is not as in most runs of the group."""
+    """The rows of one method, one a setting, named by what is not as in most runs of the group.
+
+    A run that is given twice counts once; two different runs of one config are an error.
+    """
     runs = [results for results in group if results["method"] == method]
     usual = {}
     for key in differing_keys(runs):
@@ -123,24 +126,19 @@ def replicate(results):
 
 
 def text(value):
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(value, ensure_ascii=False).strip('"')
 
 
 def joint_of(results, runs):
     """The joint run over the same tasks, seed and data with the nearest config, or None."""
-    fits = []
-    for run in runs:
-        same = replicate(run) == replicate(results) and run["tasks"] == results["tasks"]
-        if run["method"] == "joint" and run["complete"] and same:
-            fits.append(run)
+    fits = [run for run in runs if run["method"] == "joint" and run["complete"]]
+    fits = [run for run in fits if replicate(run) == replicate(results)]
+    fits = [run for run in fits if run["tasks"] == results["tasks"]]
     return min(fits, key=lambda run: len(differing_keys([run, results])), default=None)
 
 
 def value_of(results, column, runs):
-    """One score of a finished run, None where it is undefined. Intransigence is against the joint
-    run among `runs`, else as the run itself found it."""
+    """One score of a finished run, or None; intransigence against the joint run among `runs`."""
     score, name = column
     if score == "val J":
         return mean_known(results["val_matrix"]["J"][-1])
@@ -173,10 +171,7 @@ def paired_p(a, b):
 
 
 def comparison(runs):
-    """Markdown: for each problem a heading, a table, and the lines that say how to read it.
-
-    The rows are ranked by final J on validation clips, the joint run apart.
-    """
+    """Markdown: for each problem a heading, a table, and the lines that say how to read it."""
     return "\n\n".join(section(problem) for problem in problems(runs))
 
 
@@ -200,13 +195,12 @@ def markdown(head, rows):
 
 def section(problem):
     rows = sorted(problem["rows"], key=rank)
-    runs = [results for row in rows for results in row["runs"]]
     head = ["method", "runs", *(f"{score} {name}" for score, name in COLUMNS)]
     head.append("s train / consolidate / evaluate")
     lines = []
     for row, cells in zip(rows, cells_of(rows, COLUMNS)):
         lines.append([row["label"], str(len(row["runs"])), *cells, seconds(row)])
-    under = "  \n".join(notes(rows, runs))
+    under = "  \n".join(notes(rows))
     return f"### {problem['title']}\n\n{markdown(head, lines)}\n\n{under}"
 
 
@@ -229,22 +223,20 @@ def cells_of(rows, columns):
 
 
 def verdicts(values, competes, less_is_better):
-    """One column: "best", "near" (not shown to be worse than the best) or "", for each row.
+    """ "best", "near" (not shown to be worse than the best) or "" for each row of one column.
 
-    `values`: of values_of, for each row. A row that does not compete (joint) gets no mark, nor one
-    with fewer than COMMON seeds in common with the best, which cannot be tested.
+    values: of values_of, for each row. A row with too few seeds in common with the best gets none.
     """
-    means = [mean(v.values()) if v and c else None for v, c in zip(values, competes)]
-    known = [m for m in means if m is not None]
+    means = {i: mean(v.values()) for i, v in enumerate(values) if v and competes[i]}
     found = [""] * len(values)
-    if len(known) < 2:
+    if len(means) < 2:
         return found
-    best = means.index(min(known) if less_is_better else max(known))
-    for i, m in enumerate(means):
+    best = (min if less_is_better else max)(means, key=means.get)
+    for i, m in means.items():
         common = sorted(values[i].keys() & values[best].keys())
         if m == means[best]:
             found[i] = "best"
-        elif m is not None and len(common) >= COMMON:
+        elif len(common) >= COMMON:
             pair = [[values[k][key] for key in common] for k in (best, i)]
             found[i] = "near" if paired_p(*pair) >= LEVEL else ""
     return found
@@ -272,8 +264,9 @@ def seconds(row):
     return " / ".join(f"{part:.0f}" for part in parts)
 
 
-def notes(rows, runs):
+def notes(rows):
     """The lines under a table: how to read it, and what to be careful with."""
+    runs = [results for row in rows for results in row["runs"]]
     lines = [
         "Mean ± standard deviation over seeds, ranked by final J on validation clips (val J). Of "
         "forgetting and intransigence, less is better. **Bold**: the best, joint apart. "
