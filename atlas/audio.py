@@ -29,9 +29,8 @@ CUT_OFF = re.compile(r"data : (\d+) \(should be (\d+)\)")  # libsndfile's note o
 STREAMED = 0x7F000000  # bytes; a WAV file written into a pipe states more, unknowing
 AUDIOMAE_MEAN, AUDIOMAE_STD = -4.2677393, 4.5689974  # of its filter banks over AudioSet
 AUDIOMAE_HUB = "hf_hub:gaunernst/vit_base_patch16_1024_128.audiomae_as2m_ft_as20k"
-VGGISH_FILE = (
-    "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
-)
+RELEASES = "https://github.com/harritaylor/torchvggish/releases/download"
+VGGISH_FILE = f"{RELEASES}/v0.1/vggish-10086976.pth"
 
 
 def read_wave(path):
@@ -128,10 +127,9 @@ def fbank(wave, seconds):
     """
     wave = wave[: seconds * RATE].double()
     wave = nn.functional.pad(wave, (0, max(0, WINDOW - len(wave))))
-    return torchaudio.compliance.kaldi.fbank(
-        wave[None], htk_compat=True, sample_frequency=RATE, window_type="hanning", num_mel_bins=128,
-        use_energy=False, dither=0.0,
-    ).float()  # fmt: skip
+    options = {"sample_frequency": RATE, "window_type": "hanning", "num_mel_bins": 128}
+    bank = torchaudio.compliance.kaldi.fbank(wave[None], dither=0.0, htk_compat=True, **options)
+    return bank.float()
 
 
 class LogMel(nn.Module):
@@ -159,17 +157,15 @@ class VGGish(nn.Module):
     def __init__(self):
         super().__init__()
         layers, channels = [], 1
-        for width in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool"):
-            if width == "pool":
-                layers += [nn.MaxPool2d(2, 2)]
-            else:
+        for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0):  # 0: half the grid
+            if width:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
+            else:
+                layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        embeddings = []
-        for wide, width in ((512 * 4 * 6, 4096), (4096, 4096), (4096, 128)):
-            embeddings += [nn.Linear(wide, width), nn.ReLU()]
-        self.embeddings = nn.Sequential(*embeddings)
+        wide = [nn.Linear(512 * 4 * 6, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()]
+        self.embeddings = nn.Sequential(*wide, nn.Linear(4096, 128), nn.ReLU())
 
     def forward(self, patches):
         # [T, 6, 4, 512]: TensorFlow's order, as the embedding expects
@@ -186,9 +182,8 @@ class YAMNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = timm.create_model(
-            "mobilenetv1_100", in_chans=1, num_classes=521, act_layer=nn.ReLU, pad_type="same"
-        )
+        options = {"in_chans": 1, "num_classes": 521, "act_layer": nn.ReLU, "pad_type": "same"}
+        self.net = timm.create_model("mobilenetv1_100", **options)
 
     def forward(self, patches):
         grid = self.net.forward_features(patches)  # [T, 1024, 3, 2]

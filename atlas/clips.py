@@ -137,25 +137,24 @@ def locked(path, in_use=None):
 
 def read_s4(root):
     """All clips that S4's table below `root` names, in its order. Their files are not opened."""
-    rows = read_rows(_table_of(root, "s4"), COLUMNS["s4"])
+    rows = _rows(root, "s4")
     return [s4_clip(root, row["name"], row["category"], row["split"]) for row in rows]
 
 
 def read_ms3(root):
     """All clips that MS3's table below `root` names, in its order. Their files are not opened."""
-    rows = read_rows(_table_of(root, "ms3"), COLUMNS["ms3"])
-    return [ms3_clip(root, row["video_id"], row["split"]) for row in rows]
+    return [ms3_clip(root, row["video_id"], row["split"]) for row in _rows(root, "ms3")]
 
 
 READERS = {"s4": read_s4, "ms3": read_ms3}
 
 
-def _table_of(root, dataset):
+def _rows(root, dataset):
     path = Path(root, CSVS[dataset])
     if not path.is_file():
         what = f"no {dataset.upper()} tree in {root}: {path} is missing"
         raise AtlasError(f"{what}; set data_root to the folder of {path.parent.name}/")
-    return path
+    return read_rows(path, COLUMNS[dataset])
 
 
 def read_rows(path, columns):
