@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from atlas.errors import AtlasError, one_line_errors
+from atlas.errors import AtlasError, one_line_errors, prepare_process
 from atlas.report.packed import pack, read_runs
 from atlas.report.summary import summary
 from atlas.results import TEST_SCORES, derived_metrics, read_joint
@@ -173,5 +173,6 @@ def show(given):
 
 
 if __name__ == "__main__":
+    prepare_process()
     with one_line_errors():
         sys.exit(main(parse()))

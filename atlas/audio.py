@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.nn as nn
 import torchaudio
+from av.stream import Disposition
 from safetensors.torch import load_file
 
 from atlas.clips import RATE, T, why_unreadable
@@ -84,6 +85,14 @@ def resampled(wave, rate):
     heard = np.concatenate([part.to_ndarray()[0] for part in parts])[RATE:]
     count = -(-len(wave) * RATE // rate)
     return torch.from_numpy(np.pad(heard[:count], (0, max(0, count - len(heard)))))
+
+
+def best_stream(container, kind):
+    """The default stream of a kind, or else the first; None: there is none. A cover is no video."""
+    found = [s for s in container.streams if s.type == kind]
+    found = [s for s in found if not s.disposition & Disposition.attached_pic]
+    default = [s for s in found if s.disposition & Disposition.default]
+    return (default or found or [None])[0]
 
 
 def mel_filters():

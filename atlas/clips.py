@@ -55,21 +55,22 @@ class Clip:
     """One record. `frames` and `masks` are T paths; a mask is None where a frame has none."""
 
     id: str
+    source: str  # the video that it was cut from; clips of one source belong in one split
     split: str
     category: str | None  # MS3 has none
     frames: tuple
     masks: tuple  # S4 train: the first frame's alone
     audio: str
 
-    @property
-    def source(self):
-        """The video that it was cut from: the YouTube id in an id of AVSBench's form, else the id.
 
-        AVSBench's form is a YouTube id, by itself or with `_` and numbers behind it. A YouTube id
-        has 11 characters, of which one at least is a capital letter or a digit.
-        """
-        found = YOUTUBE.fullmatch(self.id)
-        return found[1] if found else self.id
+def source_of(name):
+    """The source in a clip's name: the YouTube id in a name of AVSBench's form, else the name.
+
+    AVSBench's form is a YouTube id, by itself or with `_` and numbers behind it. A YouTube id has
+    11 characters, of which one at least is a capital letter or a digit.
+    """
+    found = YOUTUBE.fullmatch(name)
+    return found[1] if found else name
 
 
 def s4_clip(root, name, category, split):
@@ -81,7 +82,8 @@ def s4_clip(root, name, category, split):
     if split == "train":
         masks[1:] = [None] * (T - 1)
     audio = f"{data}/audio_wav/{place}.wav"
-    return Clip(name, split, category, tuple(frames), tuple(masks), audio)
+    frames, masks = tuple(frames), tuple(masks)
+    return Clip(name, source_of(name), split, category, frames, masks, audio)
 
 
 def ms3_clip(root, name, split):
@@ -90,7 +92,8 @@ def ms3_clip(root, name, split):
     frames = [f"{data}/visual_frames/{name}/{name}.mp4_{k}.png" for k in range(1, T + 1)]
     masks = [f"{data}/gt_masks/{split}/{name}/{name}_{k}.png" for k in range(1, T + 1)]
     audio = f"{data}/audio_wav/{split}/{name}.wav"
-    return Clip(name, split, None, tuple(frames), tuple(masks), audio)
+    frames, masks = tuple(frames), tuple(masks)
+    return Clip(name, source_of(name), split, None, frames, masks, audio)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Breaks one thing at a time in what a user's files can hold, and runs the command line on it.
 
-    python tests/fuzz.py --count 500 --seed 0     prints each failure with its number, and the counts
+    python tests/fuzz.py --count 500 --seed 0     prints each failure with its number, and counts
 
 A case is a kind of damage (KINDS) to one file of a target (TARGETS): a small tree, its cache, a run
 folder, a config, a weights file, a video. The command may refuse it in one line, or bear it. It

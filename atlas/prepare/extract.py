@@ -28,11 +28,10 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
-from av.stream import Disposition
 from PIL import Image
 from tqdm import tqdm
 
-from atlas.audio import mono
+from atlas.audio import best_stream, mono
 from atlas.clips import COLUMNS, CSVS, RATE, T, locked, ms3_clip, read_rows, resized, s4_clip
 from atlas.errors import AtlasError
 
@@ -124,14 +123,6 @@ def read_video(path, start=0.0):
             return frames, _read_sound(file, begin)
     except (av.FFmpegError, ValueError, OSError) as error:  # what broken files make decoders raise
         raise AtlasError(f"not readable: {getattr(error, 'strerror', None) or error}") from None
-
-
-def best_stream(container, kind):
-    """The default stream of a kind, or else the first; None: there is none. A cover is no video."""
-    found = [s for s in container.streams if s.type == kind]
-    found = [s for s in found if not s.disposition & Disposition.attached_pic]
-    default = [s for s in found if s.disposition & Disposition.default]
-    return (default or found or [None])[0]
 
 
 def _read_frames(file, start):

@@ -25,14 +25,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from atlas import audio
-from atlas.audio import RATE, encode_wave
+from atlas.audio import RATE, best_stream, encode_wave
 from atlas.clips import T, resized
 from atlas.config import load_config
 from atlas.data import to_device
 from atlas.encoders import merged
 from atlas.errors import AtlasError
 from atlas.learner import Learner
-from atlas.prepare.extract import best_stream
 from atlas.results import read_results
 from atlas.runs import refuse_other_encoders
 
