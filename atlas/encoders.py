@@ -14,31 +14,30 @@ import torch
 import torch.nn as nn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.models import clean_state_dict
+from torch.func import functional_call
 
 from atlas.audio import read_weights
 from atlas.errors import AtlasError
 
 
 def build_visual_encoder(config):
-    """timm's model `visual` as a feature pyramid, frozen and in eval mode.
+    """timm's model `visual` as a feature pyramid for `image_size`, frozen and in eval mode.
 
-    `visual_weights` is a file, a timm tag, true (timm's hub) or false (random). A model that is
-    made for one image size is made for `image_size`.
+    `visual_weights` is a file, a timm tag, true (timm's hub) or false (random).
     """
     name, weights = config.visual, config.visual_weights
     if weights and timm.is_model_pretrained(f"{name}.{weights}"):
         name, weights = f"{name}.{weights}", True
+    hub = weights is True
     options = {"pad_type": "same"} if config.visual_pad == "same" else {}
     try:
         if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             options["img_size"] = config.image_size
-        hub = weights is True
         encoder = timm.create_model(name, pretrained=hub, features_only=True, **options)
     except Exception as error:  # each of timm's models refuses in its own way
-        raise AtlasError(
-            f"visual={name} does not build in timm as a feature pyramid for image_size="
-            f"{config.image_size}: {error}; without timm's hub, set visual_weights to a file"
-        ) from None
+        hint = "; without timm's hub, set visual_weights to a file" if hub else ""
+        what = f"visual={name} for image_size={config.image_size}: {error}{hint}"
+        raise AtlasError(f"timm builds no feature pyramid of {what}") from None
     if isinstance(weights, str):
         load_visual_weights(encoder, name, options, weights)
     return encoder.eval().requires_grad_(False)
@@ -47,9 +46,8 @@ def build_visual_encoder(config):
 def load_visual_weights(encoder, name, options, path):
     """Load a file of the whole model into its feature pyramid.
 
-    Its names are timm's, or what timm's own filter for this model understands; the filter fits
-    position embeddings to the image size too. Every tensor of the pyramid must be in the file.
-    Only what follows the last feature map (the classifier's head) may be left over.
+    timm's own filter for this model translates names and fits position embeddings to the image
+    size. The file must hold every tensor of the pyramid, and may hold the rest of timm's model.
     """
     state = clean_state_dict(read_weights(path, "visual_weights"))
     with torch.device("meta"):  # names and shapes only
@@ -74,10 +72,7 @@ def load_visual_weights(encoder, name, options, path):
 
 
 def flat(state):
-    """The state dict under names that timm's whole model and its feature pyramid share.
-
-    A pyramid calls `stages.0` stages_0, or puts one word before every name.
-    """
+    """A state dict under names without what timm's pyramids change: `stages_0`, `model.stages`."""
     for wrapper in ("model.", "body.", "graph_module."):
         if all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): value for name, value in state.items()}
@@ -127,14 +122,10 @@ def lora_layers(encoder):
     return {name: layer for name, layer in modules if isinstance(layer, BaseTunerLayer)}
 
 
-def merged(model):
-    """`with merged(model):` LoRA is folded into the encoder's weights, a third faster to run."""
-    return folded(lora_layers(model.encoder).values())
-
-
 @contextlib.contextmanager
-def folded(layers):
-    """Inside, each of peft's layers is one of weight W + (alpha / r) B A. W is back, to the bit."""
+def merged(model):
+    """`with merged(model):` W is W + (alpha / r) B A, a third faster; then W again, to the bit."""
+    layers = lora_layers(model.encoder).values()
     kept = [layer.get_base_layer().weight.data.clone() for layer in layers]
     try:
         for layer in layers:
@@ -159,24 +150,20 @@ def prove(model, config):
     """
     visual, size = f"visual={config.visual}", config.image_size
     layers = lora_layers(model.encoder)
-    names = {layer: name for name, layer in layers.items()}
-    called, bent = set(), []
+    errors = {}  # of the layers that are called
 
-    def check(layer, inputs, output):
-        called.add(names[layer])
-        with folded([layer]):
-            difference = (layer.get_base_layer()(*inputs) - output).norm()
-        if not difference <= 1e-4 * output.norm():  # float32 gives some 1e-6
-            bent.append(names[layer])
+    def compare(layer, inputs, output):
+        base = layer.get_base_layer()
+        weight = base.weight + layer.get_delta_weight("default")
+        folded = functional_call(base, {"weight": weight}, inputs)
+        errors[layer] = (folded - output).norm() / output.norm()
 
     draw = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (1, 3, size, size), generator=draw, dtype=torch.uint8)
     factors = [layer.lora_B["default"].weight for layer in layers.values()]
     for B in factors:
-        B.normal_(
-            std=0.1 * config.lora_rank / max(config.lora_alpha, config.lora_rank), generator=draw
-        )
-    hooks = [layer.register_forward_hook(check) for layer in layers.values()]
+        B.normal_(std=0.1 / max(1, config.lora_alpha / config.lora_rank), generator=draw)
+    hooks = [layer.register_forward_hook(compare) for layer in layers.values()]
     try:
         features = model.encode(frames)
     except Exception as error:  # each of timm's models refuses in its own way
@@ -189,16 +176,15 @@ def prove(model, config):
         raise AtlasError(f"{visual} gives {shapes}, not maps of timm's {model.channels} channels")
     if not all(x.isfinite().all() for x in features):
         raise AtlasError(f"{visual} gives features that are not finite; see visual_weights")
-    unused = [name for name in layers if name not in called]
+    unused = [name for name, layer in layers.items() if layer not in errors]
     refuse(config, unused, "no forward pass calls them")
+    bent = [name for name, layer in layers.items() if errors[layer] > 1e-4]  # float32: some 1e-6
     refuse(config, bent, "their update cannot be folded into their weight")
 
 
 def refuse(config, names, why):
-    """Raise an AtlasError if there are any: LoRA does not work on the layers `names`."""
+    """Raise an AtlasError if there are `names` of layers on which LoRA does not work."""
     if names:
         layers = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
-        raise AtlasError(
-            f"LoRA does not work on {layers} of visual={config.visual}: {why}; leave them out with "
-            "lora_targets (a regular expression over whole names), or set lora_rank=0"
-        )
+        how = "leave them out with lora_targets (a regular expression), or set lora_rank=0"
+        raise AtlasError(f"LoRA does not work on {layers} of visual={config.visual}: {why}; {how}")

@@ -1,10 +1,11 @@
 """A model and its method on their device, without data; and their checkpoints.
 
-A checkpoint is a folder task_NN/. It holds LoRA in PEFT's own format, for the encoder as timm
-makes it (so `PeftModel.from_pretrained` opens it), fusion and decoder in model.safetensors, and
-the method's buffers in method.safetensors.
+A checkpoint is a folder task_NN/: LoRA in PEFT's own format, which `PeftModel.from_pretrained`
+opens on timm's encoder; all else of the model in model.safetensors, the method's buffers in
+method.safetensors.
 """
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from atlas import parallel
@@ -25,8 +26,6 @@ from atlas.model import build_model
 
 
 class Learner:
-    """config, device, amp, model, method. A checkpoint is loaded into it."""
-
     def __init__(self, config, dims, classes=None):
         """dims: (D_a, D_u) of the audio encoder; classes: each task's, where there is a branch."""
         self.config = config
@@ -34,10 +33,10 @@ class Learner:
         self.amp = pick_amp(config, self.device)
         self.model = build_model(config, *dims, classes)
         self.visual_sha = frozen_fingerprint(self.model)
-        on_gpu = self.device == "cuda"
-        layout = torch.channels_last if on_gpu else torch.preserve_format
+        layout = torch.channels_last if self.device == "cuda" else torch.preserve_format
         self.model.to(self.device, memory_format=layout)
-        self.method = build_method(self)
+        module, _, name = METHODS[config.method].where.partition(":")
+        self.method = getattr(importlib.import_module(module), name)(self)
 
     def autocast(self):
         """The context of the run's precision; it does nothing where amp is off."""
@@ -48,28 +47,20 @@ class Learner:
         """The trainables that a method may hold, by group. Heads of TIL's tasks are left out."""
         groups = self.model.groups()
         if self.config.protocol == "til":
-            decoder = groups["decoder"].items()
-            own = {name: p for name, p in decoder if not name.startswith("decoder.heads.")}
-            groups |= {"decoder": own, "classifier": {}}
+            shared = {n: p for n, p in groups["decoder"].items() if ".heads." not in n}
+            groups |= {"decoder": shared, "classifier": {}}
         return groups
-
-    @property
-    def has_lora(self):
-        return isinstance(self.model.encoder, peft.PeftModel)
 
     def memory(self):
         """The method's memory: the bytes of its state."""
-        state = self.method.state_dict().values()
-        return sum(value.numel() * value.element_size() for value in state)
+        return sum(value.nbytes for value in self.method.state_dict().values())
 
     @parallel.first_only
     def save(self, folder, extra=None):
-        """Write a checkpoint, beside its place first. A folder that is there is never replaced.
-
-        extra: {file name: what torch.save writes into it}.
-        """
+        """Write a checkpoint, and {file name: what torch.save writes} of `extra`, beside its place
+        first. A folder that is there is never replaced."""
         with built_beside(folder) as build, writing(folder):
-            if self.has_lora:
+            if isinstance(self.model.encoder, peft.PeftModel):
                 self.model.encoder.save_pretrained(build)
                 (build / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
                 widen_adapter(build, self.method.adapters())
@@ -84,48 +75,37 @@ class Learner:
     def load(self, folder, with_method=True):
         """Load a checkpoint that fits this model, and its method's state unless told not to."""
         folder = Path(folder)
-        if not (folder / "model.safetensors").is_file():
-            raise AtlasError(damaged(folder / "model.safetensors", "it is missing"))
+        state = read_state(folder / "model.safetensors")
+        method = read_state(folder / "method.safetensors")
+        while f"decoder.heads.{len(self.model.decoder.heads)}.weight" in state:
+            self.model.decoder.add_head()
+        wrong, encoder = [], self.model.encoder
         try:
-            wrong = self.load_model(folder)
+            if isinstance(encoder, peft.PeftModel):
+                past = len(method.get("A0", ()))  # the rank of what `widen_adapter` put first
+                own = {}
+                for name, value in read_state(folder / "adapter_model.safetensors").items():
+                    own[name] = value[:, past:] if "lora_B" in name else value[past:]
+                found = peft.set_peft_model_state_dict(encoder, own)
+                wrong = found.unexpected_keys + [n for n in found.missing_keys if "lora_" in n]
+            found = self.model.load_state_dict(state, strict=False)
+            missing = [name for name in found.missing_keys if not name.startswith("encoder.")]
+            wrong += found.unexpected_keys + missing
             if with_method:
-                self.method.load_state_dict(read_state(folder / "method.safetensors"))
+                self.method.load_state_dict(method)
         except (RuntimeError, KeyError) as error:  # shapes or names that differ
             wrong = [" ".join(str(error).split())[:200]]
         if wrong:
             raise AtlasError(f"{folder} is of another model than config.yaml says ({wrong[0]})")
 
-    def load_model(self, folder):
-        """Load what `save` wrote of the model; returns the names that do not fit."""
-        wrong = []
-        if self.has_lora:
-            rank = self.model.encoder.peft_config["default"].r
-            found = peft.set_peft_model_state_dict(self.model.encoder, own_adapter(folder, rank))
-            wrong += found.unexpected_keys
-            wrong += [name for name in found.missing_keys if "lora_" in name]
-        rest = read_state(folder / "model.safetensors")
-        while f"decoder.heads.{len(self.model.decoder.heads)}.weight" in rest:
-            self.model.decoder.add_head()
-        found = self.model.load_state_dict(rest, strict=False)
-        missing = [name for name in found.missing_keys if not name.startswith("encoder.")]
-        return [*wrong, *found.unexpected_keys, *missing]
-
-
-def build_method(learner):
-    """The method of a learner's config, from the table METHODS."""
-    module, _, name = METHODS[learner.config.method].where.partition(":")
-    return getattr(importlib.import_module(module), name)(learner)
-
 
 def frozen_fingerprint(model):
     """The SHA-256 of the visual encoder without LoRA."""
     holder = torch.nn.Module()
-    kept = {}
-    for name, value in base_encoder(model.encoder).state_dict().items():
-        if "lora_" not in name:
-            kept[name.replace(".base_layer", "")] = value
-    for i, name in enumerate(sorted(kept)):
-        holder.register_buffer(f"{i:05d}", kept[name])
+    state = base_encoder(model.encoder).state_dict()
+    names = [name for name in state if "lora_" not in name]
+    for i, name in enumerate(sorted(names, key=lambda name: name.replace(".base_layer", ""))):
+        holder.register_buffer(f"{i:05d}", state[name])
     return fingerprint(holder)
 
 
@@ -135,70 +115,41 @@ def frozen_fingerprint(model):
 def widen_adapter(folder, past):
     """Put pairs folded into the frozen weights, {layer: (A, B)}, before the adapter's own pair.
 
-    The adapter then stands for all that was learned, on timm's weights:
-    [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2. alpha grows with r, so that alpha / r stays.
+    It then holds all that was learned: [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2. alpha / r stays.
     """
-    path = folder / "adapter_model.safetensors"
+    path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     state = load_file(path)
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = settings["r"]
-    total = rank
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    total = rank = settings["r"]
     for name, (A, B) in past.items():
-        key = f"{name}.lora_A.weight"
-        state[key] = torch.cat([A.cpu(), state[key]])
-        key = f"{name}.lora_B.weight"
-        state[key] = torch.cat([B.cpu(), state[key]], 1).contiguous()
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        state[a] = torch.cat([A.cpu(), state[a]])
+        state[b] = torch.cat([B.cpu(), state[b]], 1)
         total = rank + len(A)
-    if total == rank:
-        return
-    save_file(state, path, metadata={"format": "pt"})
-    settings |= {"r": total, "lora_alpha": settings["lora_alpha"] * total / rank}
-    text = json.dumps(settings, indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-
-
-def own_adapter(folder, rank):
-    """The adapter's own pair, of `rank`: what `widen_adapter` put before it is the method's."""
-    state = read_state(folder / "adapter_model.safetensors")
-    read_state(folder / "method.safetensors")  # says where it is torn
-    with safe_open(folder / "method.safetensors", "pt") as file:
-        past = file.get_slice("A0").get_shape()[0] if "A0" in file.keys() else 0
-    own = {}
-    for name, value in state.items():
-        dim = 1 if "lora_B" in name else 0
-        widened = value.shape[dim] == past + rank
-        own[name] = value.narrow(dim, past, rank) if widened else value
-    return own
+    if total > rank:
+        save_file(state, path, metadata={"format": "pt"})
+        settings |= {"r": total, "lora_alpha": settings["lora_alpha"] * total / rank}
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def read_state(path):
     """The tensors of a checkpoint's safetensors file."""
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise AtlasError(damaged(path, "it is missing")) from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise AtlasError(damaged(path, error)) from None
+        why = "it is missing" if isinstance(error, FileNotFoundError) else error
+        how = f"remove {path.parent}, and --resume learns that task again"
+        raise AtlasError(f"{path} is damaged ({why}); {how}") from None
 
 
-def damaged(path, reason):
-    folder = Path(path).parent
-    return f"{path} is damaged ({reason}); remove {folder}, and --resume learns that task again"
-
-
-class writing:
+@contextlib.contextmanager
+def writing(folder):
     """torch and safetensors have errors of their own for a full disk: one line for all of them."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
-            how = "make room there and go on with --resume"
-            raise AtlasError(f"cannot write to {self.folder}: {error}; {how}") from None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        how = "make room there and go on with --resume"
+        raise AtlasError(f"cannot write to {folder}: {error}; {how}") from None
 
 
 # ---- the machine -------------------------------------------------------------------------------
@@ -221,10 +172,7 @@ def pick_amp(config, device):
 
 
 def compiled(model):
-    """torch.compile of the model's forward pass.
-
-    It gets the tensors of a batch only: what is a list would be compiled anew for each.
-    """
+    """torch.compile of the forward pass, on tensors only: it would compile anew for each list."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         raise AtlasError("compile=true on a CPU needs g++ or clang++; install it, or compile=false")

@@ -104,12 +104,11 @@ def f_curves(scores, masks):
 
 
 def histogram(scores, mask):
-    """Numbers of pixels [2, 255] of one frame, background and object.
+    """Numbers of pixels [2, 255] of one frame (it fits into a CPU's cache), background and object.
 
     A pixel counts at the last threshold that is <= its score. A threshold is k / 254 rounded to
     fp32, at most half a unit in the last place away from k / 254. With half a unit added to the
-    score (in fp64, by its bits), score >= threshold just where 254 score >= k, and the product is
-    exact enough to tell. This is done frame by frame, since a frame fits into a CPU's cache.
+    score (in fp64, by its bits), score >= threshold just where 254 score >= k.
     """
     x = scores.double()
     x.view(torch.int64).add_(1 << 28)
@@ -122,18 +121,15 @@ def histogram(scores, mask):
 
 @torch.inference_mode()
 def score(run, indices, listening=False):
-    """Scores of the clips `indices` with the head in use, from one encoder pass.
-
-    MaskMeter's four, and
+    """Scores of the clips `indices` with the head in use: MaskMeter's four, and
 
     class_accuracy  share of clips whose class has the largest logit among the competing ones; None
                     without a classifier, or where a class does not compete
     of_clips        for every clip of the cache the sum of J over its scored frames, and their
                     number, [2, n] float64
-
-    With `listening` also J_swap, J with the sound of the clip's partner (data.swap_partners)
-    against the clip's own mask, and mute_area, the mean predicted area when the encoder hears a
-    zero waveform. run: a runs.Run, or what has its model, cache, partners, config and autocast().
+    J_swap          with `listening`: J with the sound of the clip's partner (data.swap_partners)
+                    against the clip's own mask
+    mute_area       with `listening`: the mean predicted area when a zero waveform is heard
     """
     run.model.eval()
     own = MaskMeter()
@@ -216,13 +212,11 @@ def score_tasks(run, learned):
 
 def compete(run, j, learned):
     """Which classes compete when task j (from 0) is scored after `learned` tasks."""
-    if not run.model.classifier:
-        return
     if run.config.method == "joint" and learned:
         learned = len(run.tasks)
-    if run.config.protocol == "til":
+    if run.model.classifier and run.config.protocol == "til":
         run.model.classifier.compete(j, j + 1 if j < learned else j)
-    else:
+    elif run.model.classifier:
         run.model.classifier.compete(0, learned)
 
 
@@ -233,10 +227,7 @@ def class_names(cache, tasks):
 
 
 def score_disjoint(run):
-    """{"J", "F", "clips"} over the test clips whose source video has no train clip.
-
-    MS3's official test split shares source videos with its train split.
-    """
+    """{"J", "F", "clips"} over MS3's test clips whose source video has no train clip; some have."""
     clips = run.cache.clips
     trained = {clip["source"] for clip in clips if clip["split"] == "train"}
     test = [i for i, clip in enumerate(clips) if clip["split"] == "test"]
@@ -252,8 +243,8 @@ def score_disjoint(run):
 def continual_metrics(R, joint=None):
     """What is computed from R[i][j], the score on task j + 1 after i tasks (row 0: untrained).
 
-    R is (tasks + 1) x tasks; None is undefined, and a row of None was not scored. R is left
-    unchanged. With tasks counted from 1 and R[k, j] after task k:
+    R is (tasks + 1) x tasks; None is undefined, and a row of None was not scored. With tasks
+    counted from 1 and R[k, j] after task k:
 
     final          mean_j R[T, j]                       (Lopez-Paz & Ranzato 2017, ACC)
     incremental    mean_k mean_{j <= k} R[k, j]         (Rebuffi et al. 2017)
@@ -261,10 +252,9 @@ def continual_metrics(R, joint=None):
     forgetting     mean_{j < T} ( max_{j <= l < T} R[l, j] - R[T, j] )   (Chaudhry et al. 2018);
                    positive = forgot
     bwt            mean_{j < T} ( R[T, j] - R[j, j] )   (Lopez-Paz & Ranzato 2017)
-    fwt            mean_{j > 1} ( R[j - 1, j] - R[0, j] )   (the same, against this very network,
-                   untrained)
-    intransigence  mean_j ( joint_j - R[j, j] )         (Chaudhry et al. 2018, but with one
-                   all-task model: ours); joint: its T scores
+    fwt            mean_{j > 1} ( R[j - 1, j] - R[0, j] )   (the same; ours: R[0] is untrained)
+    intransigence  mean_j ( joint_j - R[j, j] )         (Chaudhry et al. 2018; ours: joint are the
+                   T scores of one model of all tasks)
 
     Undefined entries are left out of a mean; a mean of nothing is None. A joint run's R has two
     rows, untrained and trained on everything: then only `final` is defined.

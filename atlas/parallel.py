@@ -19,7 +19,7 @@ from atlas.errors import AtlasError
 
 
 def start(device):
-    """Join the processes that torchrun started, a GPU each on "cuda"; silence all but the first."""
+    """Join the processes that torchrun started, each with its GPU; all but the first are silent."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     if device == "cuda":
@@ -94,7 +94,7 @@ def summed(x):
     """A tensor, or a float, summed over processes."""
     if processes() == 1:
         return x
-    total = torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.float64).clone()
+    total = x.clone() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
     if dist.get_backend() == "nccl":
         total = total.cuda()
     dist.all_reduce(total)

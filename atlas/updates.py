@@ -1,6 +1,6 @@
 """From a loss to an update: AdamW, its schedule, loss scaling and the sum over processes.
 
-train.py's learning step calls `backward` and `step`; nothing else of this stands in the algorithm.
+train.py's learning step calls `backward` and `step`.
 """
 
 import math

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import LIGHT, ROOT, TINY
 
 from atlas.audio import VGGish
 from atlas.config import FIELDS, load_config
-from atlas.encoders import base_encoder
-from atlas.model import build_model, clip_losses, clip_means, count_parameters, weighted
+from atlas.encoders import add_lora, base_encoder, build_visual_encoder
+from atlas.model import Atlas, build_model, clip_losses, clip_means, count_parameters, weighted
 
-CONFIG = load_config([], TINY)
+CONFIG = load_config([], [*TINY, f"visual={LIGHT}"])
 CLASSES = [("dog", "cat"), ("piano",)]
 
 
@@ -55,7 +55,7 @@ def model():
 # ---- the network -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("visual", ["pvt_v2_b0", "mobilenetv2_035", "convnext_atto"])
+@pytest.mark.parametrize("visual", ["pvt_v2_b0", "mobilenetv2_035"])
 def test_at_the_start_lora_and_gate_change_nothing(visual):
     batch = batch_of()
     full = model_of(visual=visual).eval()
@@ -83,9 +83,8 @@ def test_what_an_ablation_changes_is_drawn_last():
                 assert torch.equal(value, there), (keys, name)
 
 
-@pytest.mark.parametrize("visual", ["pvt_v2_b0", "mobilenetv2_035"])
-def test_frozen_means_frozen(visual):
-    model = model_of(visual=visual)
+def test_frozen_means_frozen():
+    model = model_of(visual="mobilenetv2_035")  # with moving statistics of batches
     assert model.training and not base_encoder(model.encoder).training
     frozen = {}
     for name, value in base_encoder(model.encoder).state_dict().items():
@@ -101,11 +100,12 @@ def test_frozen_means_frozen(visual):
 
 
 def test_groups_hold_every_trainable_once(model):
-    groups = model_of(CLASSES).groups()
+    classifying = model_of(CLASSES)
+    groups = classifying.groups()
     assert list(groups) == ["lora", "fusion", "decoder", "classifier"]
     assert all("lora_" in name for name in groups["lora"])
     names = [name for members in groups.values() for name in members]
-    trainable = [name for name, p in model_of(CLASSES).named_parameters() if p.requires_grad]
+    trainable = [name for name, p in classifying.named_parameters() if p.requires_grad]
     assert sorted(names) == sorted(trainable)
     sizes = count_parameters(model)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -162,7 +162,8 @@ def test_normalisation():
     half = model_of(visual_norm="half")
     frames = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2)
     torch.testing.assert_close((frames - half.mean) / half.std, frames / 127.5 - 1)
-    torch.testing.assert_close(model_of().mean.flatten(), 255 * torch.tensor((0.485, 0.456, 0.406)))
+    imagenet = model_of(visual="pvt_v2_b0").mean.flatten()
+    torch.testing.assert_close(imagenet, 255 * torch.tensor((0.485, 0.456, 0.406)))
 
 
 def test_the_seed_makes_the_weights():
@@ -253,8 +254,11 @@ def test_the_paper_scale_configs_build_one_and_the_same_model():
     assert (makes[0]["visual"], makes[0]["audio"]) == ("pvt_v2_b5", "vggish")
     assert makes[0]["image_size"] == 224 and makes[0]["conditioning"] == "gate"
 
-    small = replace(configs["ss_cil"], visual_weights=False, image_size=64)
-    model = build_model(small, VGGish.context_dim, VGGish.token_dim).eval()
+    config = replace(configs["ss_cil"], visual_weights=False)
+    with torch.device("meta"):  # shapes only
+        encoder = build_visual_encoder(config)
+        model = Atlas(encoder, config, VGGish.context_dim, VGGish.token_dim).eval()
+        model.encoder = add_lora(encoder, config)
     sizes = count_parameters(model)
     frozen = sizes["total"] - sizes["trainable"]
     assert 80e6 < frozen < 84e6 and 0 < sizes["lora"] < sizes["trainable"] < frozen / 5
@@ -262,6 +266,6 @@ def test_the_paper_scale_configs_build_one_and_the_same_model():
         "context": torch.rand(1, 5, VGGish.context_dim),
         "tokens": torch.rand(1, 5, VGGish.tokens, VGGish.token_dim),
     }
-    with torch.no_grad():
-        masks = model(batch_of(clip=(0,) * 5, second=range(5), size=64) | sound)["masks"]
-    assert masks.shape == (5, 64, 64) and masks.isfinite().all()
+    batch = batch_of(clip=(0,) * 5, second=range(5), size=224) | sound
+    masks = model({name: value.to("meta") for name, value in batch.items()})["masks"]
+    assert masks.shape == (5, 224, 224)
