@@ -179,7 +179,9 @@ class PackedClips:
         frames, their second [m], its sound, index and category (MS3: None)."""
         if i in self.closed:
             name = self.clips[i]["id"]
-            raise AtlasError(f"train clip {name} was asked for after its task; please report this")
+            raise AtlasError(
+                f"train clip {name} was asked for after its task: no past clip is kept"
+            )
         second = np.flatnonzero(self.arrays["annotated"][i])
         bits = self.arrays["masks"][i, second]
         masks = np.unpackbits(bits, axis=-1, count=self.size**2).view(np.bool_)

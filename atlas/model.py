@@ -260,4 +260,5 @@ def clip_losses(outputs, batch):
 
 def weighted(terms, config):
     """The terms of clip_losses, each times its weight in the config."""
-    return {name: getattr(config, f"w_{name}") * value for name, value in terms.items()}
+    weights = {"bce": config.w_bce, "dice": config.w_dice, "class": config.w_class}
+    return {name: weights[name] * value for name, value in terms.items()}
