@@ -173,7 +173,7 @@ class Decoder(nn.Module):
 
     def forward(self, fused):
         x = self.smooth[-1](fused[-1])
-        for y, smooth in zip(fused[-2::-1], self.smooth[-2::-1]):
+        for y, smooth in reversed(list(zip(fused[:-1], self.smooth))):
             x = smooth(y + F.interpolate(x, y.shape[-2:], mode="bilinear"))
         return self.heads[self.active](x)
 
