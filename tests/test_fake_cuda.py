@@ -10,11 +10,10 @@ import warnings
 
 import pytest
 import torch
-from support import learner_of
+from support import class_of, learner_of
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import train
-from atlas.learner import build_method
 from atlas.methods import METHODS, lra_plus
 from atlas.model import clip_losses, weighted
 from atlas.updates import Updates
@@ -77,7 +76,7 @@ def move(learner):
             if x is not None:
                 module._buffers[name] = on_gpu(x)
     learner.device = "cuda"
-    learner.method = build_method(learner)
+    learner.method = class_of(learner.config.method)(learner)
 
 
 class Clips(list):
