@@ -134,7 +134,7 @@ def test_memory_is_flat_in_the_tasks_and_the_state_survives():
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_the_sensitivity_is_that_of_single_clips_whatever_the_batch(cache, config, tasks, size):
-    learner = learner_of(config, cache, method="lra", lra_lambda=1.0)
+    learner = learner_of(config, cache, visual=LIGHT, method="lra", lra_lambda=1.0)
     stirred(learner)
     method = learner.method
     clips = Clips(learner, cache, tasks[0].train, size)
@@ -179,7 +179,7 @@ def test_lra_clips_draws_from_the_task_and_other_frame_counts_go_apart(config):
 
 @pytest.mark.parametrize("scope, groups", [("lora", ["lora"]), ("trainable", None)])
 def test_the_scope_says_what_is_anchored(cache, config, scope, groups):
-    learner = learner_of(config, cache, method="lra", lra_scope=scope)
+    learner = learner_of(config, cache, visual=LIGHT, method="lra", lra_scope=scope)
     wanted = groups or ["lora", "fusion", "decoder"]
     assert list(learner.method.counts) == wanted
     sizes = [p.numel() for g in wanted for p in learner.model.groups()[g].values()]
@@ -188,7 +188,7 @@ def test_the_scope_says_what_is_anchored(cache, config, scope, groups):
 
 
 def test_in_til_the_heads_are_not_anchored(cache, config):
-    learner = learner_of(config, cache, method="lra", protocol="til")
+    learner = learner_of(config, cache, visual=LIGHT, method="lra", protocol="til")
     assert not any(name.startswith("decoder.heads") for name in learner.method.names)
 
 
@@ -219,7 +219,9 @@ def test_the_penalty_on_delta_is_closed_and_does_not_know_the_gauge(name, monkey
 
 def test_the_gradient_of_delta_is_the_frozen_weights(cache, config, tasks):
     """By the chain rule the factors' gradients are scale G A^T for B, and scale B^T G for A."""
-    learner = learner_of(config, cache, method="lra", lra_space="delta", lra_scope="lora")
+    learner = learner_of(
+        config, cache, visual=LIGHT, method="lra", lra_space="delta", lra_scope="lora"
+    )
     stirred(learner)
     method = learner.method
     clips = Clips(learner, cache, tasks[0].train[:1], 1)
