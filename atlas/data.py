@@ -180,7 +180,7 @@ class PackedClips:
         if i in self.closed:
             name = self.clips[i]["id"]
             raise AtlasError(
-                f"train clip {name} was asked for after its task: no past clip is kept"
+                f"train clip {name} was asked for after its task; no past clip may be used"
             )
         second = np.flatnonzero(self.arrays["annotated"][i])
         bits = self.arrays["masks"][i, second]
