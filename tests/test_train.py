@@ -88,7 +88,7 @@ def test_a_task_is_closed_once_it_is_learned(here, monkeypatch):
             run.cache[run.tasks[0].train[0]]
 
     monkeypatch.setattr(train, "evaluate", greedy)
-    with pytest.raises(AtlasError, match="no past clip"):
+    with pytest.raises(AtlasError, match="asked for after its task"):
         train.main(replace(here, method="finetune"))
 
 
