@@ -276,10 +276,11 @@ def test_plain_start_says_where_the_first_task_is_finetunes(learned, name):
 def test_a_run_stopped_after_its_first_task_is_resumed_to_the_same_bits(learned, setting, name):
     whole = learned(name)
     config = setting(name, "stopped")
-    learn(config, stop_after=1)
-    resumed = learn(config, resume=True)
+    scored = name in ("lra", "olora")  # equal weights have equal scores: once is enough
+    learn(config, stop_after=1, scored=scored)
+    resumed = learn(config, resume=True, scored=scored)
     assert resumed.after_fit is None  # the first task is not learned again
-    for key in ("matrix", "val_matrix", "class_matrix"):
+    for key in ("matrix", "val_matrix", "class_matrix") if scored else ():
         assert resumed.run.results[key] == whole.run.results[key]
     for one, other in zip(whole.at_end, resumed.at_end):
         assert same(one, other)
