@@ -21,7 +21,7 @@ class Entry:
     needs_boundaries: bool = (
         False  # it must be told where tasks begin and end, so a stream is refused
     )
-    plain_start: bool = True  # it learns its first task exactly as finetune does
+    plain_start: bool = True  # its first task is finetune's, and it takes no note of it
 
 
 METHODS = {
