@@ -49,13 +49,10 @@ def compose(given):
 
     recipe = Recipe(**chosen(given, "dataset", "seed", "size", "clips", "classes", "alone"))
     report = make_open_set(given.stock, given.out, recipe)
-    print(f"{'clips (pictures, sounds)':<26}train           val             test")
+    print("clips (sources of pictures, of sounds)")
     for name, splits in report["heard"].items():
-        line = f"{name:<24}"
-        for found in splits.values():
-            sources = f"({found['picture_sources']}, {found['sound_sources']})"
-            line += f"{found['clips']:>4} {sources:<11}"
-        print(line.rstrip())
+        text = "{clips} ({picture_sources}, {sound_sources})"
+        print(f"{name}:", *(f"{split} " + text.format(**splits[split]) for split in splits))
     print(f"{given.out}: {len(report['clips'])} clips; compose.json says what each is made of")
 
 

@@ -216,28 +216,29 @@ def from_davis(root, names, left):
         if folder.name not in known:
             left["DAVIS videos whose class is not known"] += 1
             continue
+        category, video = known[folder.name]["class"], known[folder.name]["video"]
         masks = sorted(folder.glob("*.png"))
         masks = [masks[k] for k in np.linspace(0, len(masks) - 1, T).round().astype(int)]
         path = f"JPEGImages/480p/{folder.name}"
         files = [root / path / f"{mask.stem}.jpg" for mask in masks]
-        video = known[folder.name]["video"]
-        row = {"source": f"davis_{video}", "dataset": "DAVIS", "path": path}
-        row["also"] = " ".join(carries.get(video, []))
+        also = " ".join(carries.get(video, []))
+        row = {"source": f"davis_{video}", "also": also, "dataset": "DAVIS", "path": path}
         masks = [read_labels(mask) > 0 for mask in masks]
-        yield Found(known[folder.name]["class"], f"davis_{folder.name}", row, files, masks)
+        yield Found(category, f"davis_{folder.name}", row, files, masks)
 
 
 def from_esc(root, names, left):
     """audio/ and meta/esc50.csv. Takes of one recording share its `src_file`: their source."""
     class_of = _classes(names, "esc")
     for given in read_table(root / "meta" / "esc50.csv", ("filename", "category", "src_file")):
+        category = class_of.get(given["category"])
         path = root / "audio" / Path(given["filename"]).name
-        if given["category"] in class_of and not path.is_file():
+        if category and not path.is_file():
             left["ESC-50 sounds that are not in the folder"] += 1
-        elif given["category"] in class_of:
-            row = {"source": f"esc_{given['src_file']}", "dataset": "ESC-50"}
-            row["path"] = f"audio/{path.name}"
-            yield Found(class_of[given["category"]], f"esc_{path.stem}", row, [path])
+        elif category:
+            source, place = f"esc_{given['src_file']}", f"audio/{path.name}"
+            row = {"source": source, "dataset": "ESC-50", "path": place}
+            yield Found(category, f"esc_{path.stem}", row, [path])
 
 
 def from_sounds(root, names, left):
@@ -276,12 +277,10 @@ def read_class_map(path):
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise AtlasError(f"the class map {path} is not readable: {error}") from None
     for name, entry in names.items():
-        for key, value in entry.items():
-            if key not in empty or type(value) is not type(empty[key]):
-                what = f"lists under {', '.join(READERS)} and a mapping under carries"
-                raise AtlasError(f"the class map {path}: {name} has a wrong {key}; it holds {what}")
-        if not set(entry["voc"]) <= set(VOC[1:]):
-            raise AtlasError(f"the class map {path}: {name} has a class that VOC lacks: {VOC[1:]}")
+        wrong = [k for k, v in entry.items() if k not in empty or type(v) is not type(empty[k])]
+        if wrong or not set(entry["voc"]) <= set(VOC[1:]):
+            keys = f"lists under {', '.join(READERS)} (VOC's own names under voc)"
+            raise AtlasError(f"the class map {path}: {name} needs {keys}, a mapping under carries")
     return names
 
 

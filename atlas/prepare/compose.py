@@ -211,9 +211,8 @@ def make_clip(pool, first, recipe):
     """(frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [T * RATE], entry of the report).
 
     The entry: source, of its first heard picture; mask, "drawn" where people drew the masks of all
-    its heard pictures; heard [classes]; pictures from left to right: {class, picture, source, mask,
-    columns [first, behind the last], schedule [T x 0 or 1], and of what is heard recording and
-    recording_source, else null}.
+    heard ones; heard [classes]; pictures from left to right, with their columns [first, behind the
+    last], schedule [T x 0 or 1] and, where they are heard, recording.
     """
     heard, silent = pool.cast(first, recipe)
     names = heard + silent
@@ -296,7 +295,6 @@ def count(made, name, split):
     """{"clips", "picture_sources", "sound_sources"} of the clips of a split that sound a class."""
     mine = [p for clip in made if clip["split"] == split for p in clip["pictures"]]
     mine = [p for p in mine if p["recording"] and p["class"] == name]
-    sources = {p["source"] for p in mine}
-    recordings = {p["recording_source"] for p in mine}
-    keys = ("clips", "picture_sources", "sound_sources")
-    return dict(zip(keys, (len(mine), len(sources), len(recordings))))
+    pictures = len({p["source"] for p in mine})
+    sounds = len({p["recording_source"] for p in mine})
+    return {"clips": len(mine), "picture_sources": pictures, "sound_sources": sounds}
