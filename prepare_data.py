@@ -1,18 +1,11 @@
 """Everything that turns files into clips.
 
-    python prepare_data.py synth --out data/synthetic
-        A synthetic S4 set, or MS3 with --dataset ms3: real PNG and WAV files.
-    python prepare_data.py collect --voc VOC2012 --esc ESC-50 --out data/stock
-        A stock of real pictures with masks, and of sounds, by class.
-    python prepare_data.py compose --stock data/stock --out data/open
-        An open S4 or MS3 set from a stock.
-    python prepare_data.py extract --videos raw_videos \\
-            --csv s4_meta_data.csv --out data/AVSBench
-        The frames and sounds of AVSBench's tree from mp4 files.
-    python prepare_data.py check --root data/AVSBench
-        What is missing, unreadable or wrong. A stock with --stock.
-    python prepare_data.py pack --cfg configs/ss_cil.yaml
-        The packed cache of a config. train.py makes it too.
+    synth --out data/synthetic                                      a synthetic S4 or MS3 set
+    collect --voc VOC2012 --esc ESC-50 --out data/stock             a stock of pictures and sounds
+    compose --stock data/stock --out data/open                      an open S4 or MS3 set from it
+    extract --videos raw_videos --csv s4_meta_data.csv --out data/AVSBench     AVSBench from mp4
+    check --root data/AVSBench                                      what is missing or wrong
+    pack --cfg configs/ss_cil.yaml                                  the packed cache of a config
 
 `python prepare_data.py COMMAND --help` explains each.
 """
@@ -28,16 +21,16 @@ def synth(given):
     """make a synthetic S4 or MS3 tree"""
     from atlas.prepare.synth import make_set
 
-    settings = chosen(given, "seed", "size", "train", "val", "test", "classes")
-    make_set(given.dataset, given.out, **settings)
+    keys = ("seed", "size", "train", "val", "test", "classes")
+    make_set(given.dataset, given.out, **chosen(given, *keys))
     print(f"{given.out}: done")
 
 
 def collect(given):
     """fill a stock from public data sets; run it again to add more"""
-    from atlas.prepare.collect import fill_stock
+    from atlas.prepare.collect import READERS, fill_stock
 
-    folders = chosen(given, "voc", "coco", "davis", "esc", "sounds")
+    folders = chosen(given, *READERS)
     added, left, missing = fill_stock(given.out, folders, given.map, given.most, given.list)
     for name in sorted({name for name, _ in added}):
         print(f"{name}: {added[name, 'pictures']} pictures, {added[name, 'sounds']} sounds added")
@@ -46,7 +39,8 @@ def collect(given):
     for row in missing:
         file = row.get("picture") or row["sound"]
         print(f"missing: {row['class']}/{file} ({row['dataset']}, {row['path']})")
-    print(f"{given.out}: {added.total()} files added, {len(missing)} of the list missing")
+    of_list = f", {len(missing)} of the list missing" if given.list else ""
+    print(f"{given.out}: {added.total()} files added{of_list}")
 
 
 def compose(given):
@@ -55,13 +49,10 @@ def compose(given):
 
     recipe = Recipe(**chosen(given, "dataset", "seed", "size", "clips", "classes", "alone"))
     report = make_open_set(given.stock, given.out, recipe)
-    print(f"{'clips (pictures, sounds)':<26}train           val             test")
+    print("clips (sources of pictures, of sounds)")
     for name, splits in report["heard"].items():
-        line = f"{name:<24}"
-        for found in splits.values():
-            sources = f"({found['picture_sources']}, {found['sound_sources']})"
-            line += f"{found['clips']:>4} {sources:<11}"
-        print(line.rstrip())
+        text = "{clips} ({picture_sources}, {sound_sources})"
+        print(f"{name}:", *(f"{split} " + text.format(**splits[split]) for split in splits))
     print(f"{given.out}: {len(report['clips'])} clips; compose.json says what each is made of")
 
 
@@ -88,9 +79,8 @@ def check(given):
         raise AtlasError("check needs --root or --stock, one of them")
     found = check_tree(given.root) if given.root else check_stock(given.stock)
     counts, errors, warnings = found
-    for mark, lines in (("", counts), ("warning: ", warnings), ("error: ", errors)):
-        for line in lines:
-            print(f"{mark}{line}")
+    lines = counts + [f"warning: {line}" for line in warnings]
+    print(*lines, *(f"error: {line}" for line in errors), sep="\n")
     print(f"{len(errors)} errors, {len(warnings)} warnings")
     return 1 if errors else 0
 
@@ -118,11 +108,11 @@ def names(text):
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def option(help, default=None, type=None, **more):
+def option(help, default=None, **more):
     """What argparse needs to know. The type is that of the default, if there is one."""
-    if default is not None and type is None and "nargs" not in more:
-        type = default.__class__
-    return {"help": help, "default": default, "type": type, **more}
+    if default is not None and "nargs" not in more:
+        more["type"] = type(default)
+    return {"help": help, "default": default, **more}
 
 
 TREE = "the folder that holds Single-source/ or Multi-sources/"
@@ -169,10 +159,7 @@ OPTIONS = {
         "--dataset": DATASET,
         "--size": option("pixels of a side, the masks' (224)", 224),
         "--jobs": option("processes (all cores)", os.cpu_count()),
-        "--whole": {
-            "action": "store_true",
-            "help": "the videos are not trimmed: the CSV's start says where a clip begins",
-        },
+        "--whole": {"action": "store_true", "help": "untrimmed videos: cut at the CSV's start"},
     },
     check: {"--root": option(TREE), "--stock": option(STOCK)},
     pack: {

@@ -1,9 +1,8 @@
 """A stock (stock.py) from data sets that anyone can download: VOC, COCO, DAVIS, ESC-50, sounds.
 
 A class map (configs/class_map.yaml) says which class is what in each set. A picture is taken for a
-class that covers LEAST of it or more, and `also` names what else of the map it shows. Pictures are
-scaled down to LONGEST pixels; sounds are copied as they are. What has a row in the stock's tables
-is skipped, so another source, or the same one again, only adds.
+class that covers LEAST of it or more, and scaled down to LONGEST pixels; sounds are copied. What
+has a row in the stock's tables is skipped, so another source, or the same one again, only adds.
 """
 
 import json
@@ -18,7 +17,7 @@ import yaml
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from atlas.clips import T, read_frame, read_table
+from atlas.clips import T, open_picture, read_frame, read_table
 from atlas.errors import AtlasError
 from atlas.prepare.stock import COLUMNS, read_rows, write_rows
 
@@ -32,13 +31,13 @@ SOUNDS = (".wav", ".ogg", ".flac", ".mp3")
 
 @dataclass
 class Found:
-    """What a data set has for a class: a photo, a video (several files and masks) or a sound."""
+    """A photo, a video (several files and masks) or a sound, for one class."""
 
     category: str
     name: str
     row: dict  # source, also, dataset, path
     files: list
-    masks: list = ()  # [H, W] bool; none for a sound
+    masks: list = ()  # [H, W] bool; a sound has none
 
 
 def fill_stock(out, folders, class_map=None, most=200, lists=()):
@@ -67,7 +66,8 @@ def fill_stock(out, folders, class_map=None, most=200, lists=()):
                 place = item.category, item.name
                 if place in rows[kind] or (lists and place not in listed[kind]):
                     continue
-                if not lists and item.masks and share(item.masks) < LEAST:
+                shares = [mask.mean() for mask in item.masks] or [1]
+                if not lists and (not min(shares) or np.mean(shares) < LEAST):
                     left["pictures in which the class is small"] += 1
                 elif not lists and taken[item.category] == most:
                     left[f"{kind} of a class above --most"] += 1
@@ -80,20 +80,14 @@ def fill_stock(out, folders, class_map=None, most=200, lists=()):
         for kind in COLUMNS:
             if rows[kind]:
                 write_rows(out, kind, rows[kind])
-    missing = []
-    for kind in COLUMNS:
-        missing += [row for place, row in listed[kind].items() if place not in rows[kind]]
+    missing = [
+        row for kind in COLUMNS for place, row in listed[kind].items() if place not in rows[kind]
+    ]
     return added, left, missing
 
 
-def share(masks):
-    """What a class covers of a picture (of a video on average); 0 if a frame does not show it."""
-    shares = [mask.mean() for mask in masks]
-    return np.mean(shares) if min(shares) else 0
-
-
 def read_lists(paths):
-    """{"pictures" | "sounds": {(class, name without suffix): row}} of tables of sources."""
+    """{"pictures" | "sounds": {(class, name without suffix): row}} of tables like a stock's."""
     listed = {kind: {} for kind in COLUMNS}
     for path in paths:
         kind = "pictures" if "picture" in read_table(path, ("class", "source"))[0] else "sounds"
@@ -104,25 +98,25 @@ def read_lists(paths):
 
 def write(out, item):
     """Write the files of an item and return its name in the table."""
-    for name in (item.category, item.name):
-        if not name or Path(name).name != name:
-            raise AtlasError(f"{item.files[0]}: {name!r} of its row cannot name a file or folder")
+    if any(name in ("", ".", "..") or "/" in name for name in (item.category, item.name)):
+        raise AtlasError(f"{item.category!r} and {item.name!r} cannot name a folder and a file")
     if not item.masks:
         name = f"{item.name}{item.files[0].suffix.lower()}"
         shutil.copyfile(item.files[0], _made(out, "sounds", item.category, name))
         return name
+    video = len(item.files) > 1
     for k, (path, mask) in enumerate(zip(item.files, item.masks)):
         image = Image.fromarray(read_frame(path))
         if image.size != mask.shape[::-1]:
-            raise AtlasError(f"the picture {path} and its mask differ in size")
+            raise AtlasError(f"the picture {path} and its mask differ in size: fetch both again")
         scale = min(1, LONGEST / max(image.size))
         size = [max(1, round(side * scale)) for side in image.size]
-        name = f"{item.name}/{k:05d}" if len(item.files) > 1 else item.name
-        mask = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
-        mask.save(_made(out, "masks", item.category, f"{name}.png"))
+        name = f"{item.name}/{k:05d}" if video else item.name
         image = image.resize(size, Image.Resampling.LANCZOS)
         image.save(_made(out, "pictures", item.category, f"{name}.jpg"), quality=95)
-    return item.name if len(item.files) > 1 else f"{item.name}.jpg"
+        mask = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.NEAREST)
+        mask.save(_made(out, "masks", item.category, f"{name}.png"))
+    return item.name if video else f"{item.name}.jpg"
 
 
 def _made(*parts):
@@ -140,7 +134,7 @@ def from_voc(root, names, left):
     indices = {c: [VOC.index(v) for v in entry["voc"]] for c, entry in names.items()}
     for stem in _some(sorted(masks), f"SegmentationClass/*.png in {root}"):
         labels = read_labels(masks[stem])
-        if not set(np.unique(labels)) <= {*range(len(VOC)), 255}:
+        if not np.isin(labels, [*range(len(VOC)), 255]).all():
             raise AtlasError(f"{masks[stem]}: 0 to 20 and 255 are VOC's classes, it has others")
         photo = stem if re.fullmatch(r"\d{4}_\d{6}", stem) else stem.split("_")[0]  # or its crop
         row = {"source": f"voc_{photo}", "dataset": "PASCAL VOC", "path": f"JPEGImages/{stem}.jpg"}
@@ -151,18 +145,18 @@ def from_voc(root, names, left):
 def from_coco(root, names, left):
     """annotations/instances_SET.json, and the pictures in SET/ or images/SET/.
 
-    A picture is left out in which a class of the map has a region without polygons: a crowd, or one
-    that is run-length encoded.
+    A picture in which a class of the map is a crowd, or run-length encoded, is left out.
     """
+    class_of = _classes(names, "coco")
     files = sorted(root.glob("annotations/instances_*.json"))
     for file in _some(files, f"annotations/instances_*.json in {root}"):
         folder = file.stem.removeprefix("instances_")
-        for number, file_name, size, regions in read_instances(file, names):
+        for number, file_name, size, regions in read_instances(file, class_of):
             paths = [root / folder / file_name, root / "images" / folder / file_name]
             paths = [path for path in paths if path.is_file()]
             if not paths:
                 left["COCO pictures that are not in the folder"] += 1
-            elif not all(polygons for _, polygons in regions):
+            elif not all(isinstance(polygons, list) for _, polygons in regions):
                 left["COCO pictures with a crowd, or a region without polygons"] += 1
             else:
                 name = f"coco_{number}"
@@ -170,28 +164,19 @@ def from_coco(root, names, left):
                 yield from _photo(name, row, paths[0], fill(regions, size))
 
 
-def read_instances(file, names):
-    """[(id, file name, (W, H), [(class, polygons or None)])] of the pictures with known classes."""
-    class_of = {v: c for c, entry in names.items() for v in entry["coco"]}
+def read_instances(file, class_of):
+    """[(id, file name, (W, H), [(class, segmentation)])] of the pictures with known classes."""
     regions = defaultdict(list)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         category = {c["id"]: class_of.get(c["name"]) for c in data["categories"]}
         for region in data["annotations"]:
-            polygons = region["segmentation"]
-            if region.get("iscrowd") or not isinstance(polygons, list):
-                polygons = None
-            if category[region["category_id"]]:
-                regions[region["image_id"]].append((category[region["category_id"]], polygons))
+            name = category[region["category_id"]]
+            if name:
+                regions[region["image_id"]].append((name, region["segmentation"]))
+        images = [image for image in data["images"] if image["id"] in regions]
         return [
-            (
-                image["id"],
-                image["file_name"],
-                (image["width"], image["height"]),
-                regions[image["id"]],
-            )
-            for image in data["images"]
-            if image["id"] in regions
+            (i["id"], i["file_name"], (i["width"], i["height"]), regions[i["id"]]) for i in images
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AtlasError(f"{file} is not COCO's instances json: {error!r}") from None
@@ -219,10 +204,9 @@ def _photo(name, row, path, shown):
 def from_davis(root, names, left):
     """JPEGImages/480p/SEQUENCE/, Annotations/480p/SEQUENCE/: T evenly spaced frames of each.
 
-    All objects of a sequence are one mask. Bystanders have none: a sequence is taken to show its
-    class and what the map says it carries.
+    All objects of a sequence are one mask. It shows its class and what the map says it carries.
     """
-    known = {s: {"class": c, "video": s} for c, entry in names.items() for s in entry["davis"]}
+    known = {s: {"class": c, "video": s} for s, c in _classes(names, "davis").items()}
     if (root / "classes.csv").is_file():
         table = read_table(root / "classes.csv", ("sequence", "class", "video"))
         known |= {row["sequence"]: row for row in table}
@@ -232,28 +216,29 @@ def from_davis(root, names, left):
         if folder.name not in known:
             left["DAVIS videos whose class is not known"] += 1
             continue
+        category, video = known[folder.name]["class"], known[folder.name]["video"]
         masks = sorted(folder.glob("*.png"))
         masks = [masks[k] for k in np.linspace(0, len(masks) - 1, T).round().astype(int)]
         path = f"JPEGImages/480p/{folder.name}"
-        video = known[folder.name]["video"]
-        row = {"source": f"davis_{video}", "dataset": "DAVIS", "path": path}
-        row["also"] = " ".join(carries.get(video, []))
         files = [root / path / f"{mask.stem}.jpg" for mask in masks]
+        also = " ".join(carries.get(video, []))
+        row = {"source": f"davis_{video}", "also": also, "dataset": "DAVIS", "path": path}
         masks = [read_labels(mask) > 0 for mask in masks]
-        yield Found(known[folder.name]["class"], f"davis_{folder.name}", row, files, masks)
+        yield Found(category, f"davis_{folder.name}", row, files, masks)
 
 
 def from_esc(root, names, left):
     """audio/ and meta/esc50.csv. Takes of one recording share its `src_file`: their source."""
-    class_of = {v: c for c, entry in names.items() for v in entry["esc"]}
+    class_of = _classes(names, "esc")
     for given in read_table(root / "meta" / "esc50.csv", ("filename", "category", "src_file")):
+        category = class_of.get(given["category"])
         path = root / "audio" / Path(given["filename"]).name
-        if given["category"] in class_of and not path.is_file():
+        if category and not path.is_file():
             left["ESC-50 sounds that are not in the folder"] += 1
-        elif given["category"] in class_of:
-            row = {"source": f"esc_{given['src_file']}", "dataset": "ESC-50"}
-            row["path"] = f"audio/{path.name}"
-            yield Found(class_of[given["category"]], f"esc_{path.stem}", row, [path])
+        elif category:
+            source, place = f"esc_{given['src_file']}", f"audio/{path.name}"
+            row = {"source": source, "dataset": "ESC-50", "path": place}
+            yield Found(category, f"esc_{path.stem}", row, [path])
 
 
 def from_sounds(root, names, left):
@@ -279,44 +264,37 @@ def from_list(root, listed):
             yield Found(category, name, row, paths[:1])
 
 
-READERS = {
-    "voc": from_voc,
-    "coco": from_coco,
-    "davis": from_davis,
-    "esc": from_esc,
-    "sounds": from_sounds,
-}
+READERS = {"voc": from_voc, "coco": from_coco, "davis": from_davis, "esc": from_esc,
+    "sounds": from_sounds}  # fmt: skip
 
 
 def read_class_map(path):
     """{class: {"voc", "coco", "davis", "esc", "sounds": [...], "carries": {sequence: [...]}}}."""
+    empty = {key: [] for key in READERS} | {"carries": {}}
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise AtlasError(f"cannot read the class map {path}: {error}") from None
-    names = {}
-    for name, entry in loaded.items() if isinstance(loaded, dict) else [(path, None)]:
-        kinds = {key: [] for key in READERS} | {"carries": {}}
-        fits = isinstance(entry, dict) and entry.keys() <= kinds.keys()
-        fits = fits and all(type(value) is type(kinds[key]) for key, value in entry.items())
-        if not fits or not set(entry.get("voc", [])) <= set(VOC[1:]):
-            raise AtlasError(
-                f"the class map {path}: a class has lists under {', '.join(READERS)} and a mapping "
-                f"under carries, and VOC's classes are {', '.join(VOC[1:])}; look at {name}"
-            )
-        names[str(name)] = kinds | entry
+        names = {str(name): empty | entry for name, entry in loaded.items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise AtlasError(f"the class map {path} is not readable: {error}") from None
+    for name, entry in names.items():
+        wrong = [k for k, v in entry.items() if k not in empty or type(v) is not type(empty[k])]
+        if wrong or not set(entry["voc"]) <= set(VOC[1:]):
+            keys = f"lists under {', '.join(READERS)} (VOC's own names under voc)"
+            raise AtlasError(f"the class map {path}: {name} needs {keys}, a mapping under carries")
     return names
+
+
+def _classes(names, key):
+    """{what a data set calls it: class} of the class map."""
+    return {value: name for name, entry in names.items() for value in entry[key]}
 
 
 def read_labels(path):
     """The values of a data set's own mask [H, W] uint8: palette indices where it has a palette."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1"):
-                raise AtlasError(f"the mask {path} is an {image.mode} image, not of one channel")
-            return np.array(image).astype(np.uint8)
-    except (OSError, SyntaxError) as error:
-        raise AtlasError(f"cannot read the mask {path}: {error}") from None
+    image = open_picture(path)
+    if image.mode not in ("P", "L", "1"):
+        raise AtlasError(f"the mask {path} is an {image.mode} image; it must have one channel")
+    return np.array(image).astype(np.uint8)
 
 
 def _some(found, wanted):

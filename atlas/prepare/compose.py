@@ -1,38 +1,32 @@
 """An open AVS set from a stock of real pictures and sounds, written as an AVSBench tree, S4 or MS3.
 
-A clip is pictures side by side, each in a column of the square frame. In S4 they are two, of which
-one is heard in all T seconds. In MS3 they are two or three, of which one or two are heard, each in
-seconds of its own. The truth of a second is every pixel of the classes heard in it, and no picture
-shows a class that another one of its clip is heard for. What keeps a set honest:
-
-- A source (a photo, a video, a recording) is in one split only.
-- Silent pictures are drawn from the heard pictures of other classes (one in five from classes that
-  are never heard), and are cut and moved like heard ones. All recordings have one loudness. So only
-  the sound tells what is heard.
-- Few sources are not stretched into many test clips: a class has at most CLIPS_A_SOURCE val or test
-  clips for each source of its pictures, or of its sounds where these are fewer.
+A clip shows pictures side by side. In S4 it is two, one of them heard in all T seconds; in MS3 two
+or three, of which one or two are heard, each in seconds of its own. The truth of a second is every
+pixel of the classes heard in it. No picture shows a class that another one of its clip is heard as.
+A source (a photo, a video, a recording) is in one split only. Silent pictures are drawn, cut and
+moved like heard ones, and all recordings have one loudness: only the sound tells what is heard.
 
 Shapes: T frames (5), H W pixels of the frame. Masks are 1 on the sounding object.
 """
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from atlas import clips
 from atlas.audio import read_wave
-from atlas.clips import RATE, SPLITS, T, read_mask
+from atlas.clips import RATE, SPLITS, T, built_beside, ms3_clip, read_mask, s4_clip
 from atlas.errors import AtlasError
 from atlas.prepare.stock import LEAST, read_pictures, read_stock, sources_of
 from atlas.prepare.tree import draw_schedule, gate, write_clip, write_csv
 
 CLIPS = {"s4": 40, "ms3": 1000}  # train clips: of a class (S4), in all (MS3)
-CLIPS_A_SOURCE = 2  # val and test
+PARTS = {"val": 4, "test": 2}  # a fourth and half as many at most, and
+CLIPS_A_SOURCE = 2  # of a class's pictures, or of its sounds where these are fewer
 SHARE = {"train": 0.6, "test": 0.25, "val": 0.15}  # of the sources of a class
 DISTRACTORS = 0.2  # of the silent pictures are of classes that are never heard
 ONE_HEARD = 0.6  # of the MS3 clips; in the others a second picture is heard too
@@ -43,48 +37,42 @@ RMS = 0.05  # of a recording
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a set is to be like. `clips` None is CLIPS; `classes` None is all that have enough."""
+    """What a set is to be like."""
 
     dataset: str = "s4"
     seed: int = 0
-    clips: int | None = None
+    clips: int | None = None  # None: CLIPS
     size: int = 128  # height and width in pixels
-    classes: tuple | None = None  # to be heard
-    alone: float = 0.0  # the share of the clips that show one picture only
+    classes: tuple | None = None  # to be heard; None: all that have enough
+    alone: float = 0.0  # share of the clips that show one picture only
 
 
 def make_open_set(stock, out, recipe):
     """Make the set of a Recipe at `out`; return the report, which is also out/compose.json.
 
-    The report: recipe; heard {class: {split: {"clips", "picture_sources", "sound_sources"}}} of the
-    clips in which it is heard; left_out {class: why it is not}; clips [{id, split, source, mask,
-    heard [classes], pictures}]. A clip's `source` is that of its first heard class's picture; its
-    `mask` is "drawn" where people drew the masks of all its heard pictures. `pictures` from left to
-    right: {class, picture, source, mask, columns [first, behind the last], schedule [T x 0 or 1],
-    recording, recording_source}, the last two null for a silent one.
+    It holds the recipe; heard {class: {split: count()}}; left_out {class: why it is not heard}; and
+    clips [{id, split, and what make_clip says}].
     """
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise AtlasError(f"{out} is there already and not empty: give another --out, or remove it")
+        raise AtlasError(f"{out} is not empty: remove it, or give another --out")
     if recipe.size < 32 or recipe.seed < 0 or (recipe.clips or 4) < 4 or not 0 <= recipe.alone <= 1:
-        raise AtlasError(
-            "compose needs --size 32 or more, --seed 0 or more, --clips 4 or more and --alone from "
-            f"0 to 1; got {asdict(recipe)}"
-        )
+        limits = "--size 32 or more, --seed 0 or more, --clips 4 or more and --alone from 0 to 1"
+        raise AtlasError(f"compose needs {limits}")
     pools, left_out = gather(stock, recipe)
     sources = sorted({picture.source for pool in pools.values() for picture in pool.pictures})
     written, made, takes = [], [], Counter()
-    with clips.built_beside(out) as folder:
+    with built_beside(out) as folder:
         for split, pool in pools.items():
-            plan = tqdm(pool.plan(split, recipe), f"composing {split}", unit="clip", disable=None)
-            for first in plan:
-                frames, masks, wave, entry = make_clip(pool, first, recipe)
+            plan = pool.plan(split, recipe)
+            for first in tqdm(plan, f"composing {split}", unit="clip", disable=None):
+                *files, entry = make_clip(pool, first, recipe)
                 number = sources.index(entry["source"])
-                name = f"p{number:010d}_{takes[number]}"  # AVSBench's form: source, _, a number
+                name = f"p{number:010d}_{takes[number]}"  # clips.source_of() finds the source in it
                 takes[number] += 1
-                clip = clips.ms3_clip(folder, name, split)
+                clip = ms3_clip(folder, name, split)
                 if recipe.dataset == "s4":
-                    clip = clips.s4_clip(folder, name, first, split)
-                written.append(write_clip(clip, frames, masks, wave))
+                    clip = s4_clip(folder, name, first, split)
+                written.append(write_clip(clip, *files))
                 made.append({"id": name, "split": split, **entry})
         counts = {c: {split: count(made, c, split) for split in SPLITS} for c in pool.heard}
         report = {"recipe": asdict(recipe), "heard": counts, "left_out": left_out, "clips": made}
@@ -94,7 +82,7 @@ def make_open_set(stock, out, recipe):
 
 
 def gather(stock, recipe):
-    """({split: Pool}, {class that is not heard: why}): the stock divided for a recipe."""
+    """({split: Pool}, {class: why it is not heard}): the stock divided for a recipe."""
     pictures, sounds = read_stock(stock)
     bar = tqdm(pictures, "reading masks", unit="picture", disable=None)
     pictures = [picture for picture in bar if large_enough(picture)]
@@ -113,39 +101,32 @@ def gather(stock, recipe):
 
 def large_enough(picture):
     """Whether the class fills VISIBLE of a half frame in each mask, with some room to cut."""
-    for mask in map(read_mask, picture.masks):
-        if mask.sum() < 1.5 * VISIBLE * min(mask.shape[0], 2 * mask.shape[1]) ** 2:
-            return False
-    return True
+    masks = [read_mask(path) for path in picture.masks]
+    return all(m.sum() >= 1.5 * VISIBLE * min(m.shape[0], 2 * m.shape[1]) ** 2 for m in masks)
 
 
 def choose_classes(shown, known, classes):
-    """(classes to be heard, {other class: why not}), of {class: sources} of pictures and sounds.
-
-    LEAST sources of each are needed or, of classes asked for, the three that can be divided.
-    """
-    least = 3 if classes else LEAST
-    heard, left_out = [], {}
-    for name in sorted({*shown, *known, *(classes or ())}):
-        found = len(shown.get(name, ())), len(known.get(name, ()))
+    """(classes to be heard, {other class: why not}), of {class: sources} of pictures and sounds."""
+    least = 3 if classes else LEAST  # three can be divided
+    left_out = {}
+    names = sorted({*shown, *known, *(classes or ())})
+    for name in names:
+        why = f"sources: {len(shown[name])} of pictures, {len(known[name])} of sounds"
         if classes and name not in classes:
             left_out[name] = "not in --classes"
-        elif min(found) < least:
-            left_out[name] = f"sources: {found[0]} of pictures, {found[1]} of sounds"
+        elif min(len(shown[name]), len(known[name])) < least:
+            left_out[name] = why
             if classes:
-                raise AtlasError(f"{name} cannot be heard, {left_out[name]}, of {least} needed")
-        else:
-            heard.append(name)
-    if not heard:
+                raise AtlasError(f"{name} cannot be heard, {why}, of {least} needed")
+    if len(left_out) == len(names):
         raise AtlasError(f"no class of the stock has {least} sources of pictures and of sounds")
-    return heard, left_out
+    return [name for name in names if name not in left_out], left_out
 
 
 def divide(sources, heard, rng):
-    """{source: split} of {class: sources}: each heard class has one at least in every split.
+    """{source: split} of {class: sources}, each class near SHARE, the rarest first.
 
-    Rarest class first, each split near its SHARE. A source may serve several classes, so a draw may
-    leave a class without; then it is drawn again.
+    Sources of several classes may leave a heard class without one in a split: then it draws again.
     """
     order = sorted(sources, key=lambda name: (name not in heard, len(sources[name]), name))
     for _ in range(200):
@@ -160,21 +141,19 @@ def divide(sources, heard, rng):
         lacking = [c for c in heard if len({split_of[s] for s in sources[c]}) < len(SPLITS)]
         if not lacking:
             return split_of
-    raise AtlasError(
-        f"{lacking[0]} shares its sources with other classes, so that they cannot be divided into "
-        "train, val and test: add some, or leave a class out with --classes"
-    )
+    what = f"{lacking[0]} shares its sources with other classes and cannot be divided into splits"
+    raise AtlasError(f"{what}: add sources, or leave a class out with --classes")
 
 
+@dataclass
 class Pool:
     """The pictures and sounds of one split, and how often each was used."""
 
-    def __init__(self, pictures, sounds, heard, rng):
-        self.pictures = pictures
-        self.sounds = sounds
-        self.heard = heard  # classes
-        self.rng = rng
-        self.used = Counter()
+    pictures: list
+    sounds: list
+    heard: list  # classes
+    rng: np.random.Generator
+    used: Counter = field(default_factory=Counter)
 
     def plan(self, split, recipe):
         """The class that each clip is about, in turn."""
@@ -187,7 +166,7 @@ class Pool:
         counts = {}
         for name in self.heard:
             most = CLIPS_A_SOURCE * min(len(shown[name]), len(known[name]))
-            counts[name] = min(train // {"val": 4, "test": 2}[split], most)
+            counts[name] = min(train // PARTS[split], most)
         return [name for k in range(train) for name in self.heard if k < counts[name]]
 
     def showing(self, name, without):
@@ -195,7 +174,7 @@ class Pool:
         return [p for p in self.pictures if p.category == name and not p.also & set(without)]
 
     def draw(self, role, items):
-        """One of `items` by chance, of those whose source was used least in this role."""
+        """One of `items` by chance, of those whose source was used least in this `role`."""
         order = self.rng.permutation(len(items)).tolist()
         keys = [((role, i.category, i.source), (role, i.category, i.name, 0)) for i in items]
         best = min(order, key=lambda k: [self.used[key] for key in keys[k]])
@@ -210,29 +189,31 @@ class Pool:
         if recipe.dataset == "ms3":
             wanted = self.rng.integers(2, 4)
             if self.rng.random() >= ONE_HEARD:
-                beside = [c for c in self.heard if self.showing(first, {c})]
-                beside = [c for c in beside if c != first and self.showing(c, heard)]
+                beside = [c for c in self.heard if c != first]
+                beside = [c for c in beside if self.showing(first, {c}) and self.showing(c, heard)]
                 heard += self.rng.choice(beside, min(1, len(beside))).tolist()
-        while len(heard) + len(silent) < wanted:
-            names = sorted({p.category for p in self.pictures} - {*heard, *silent})
-            names = [name for name in names if self.showing(name, heard)]
+        for _ in range(wanted - len(heard)):
+            names = {p.category for p in self.pictures if not p.also & set(heard)}
+            names = sorted(names - {*heard, *silent})
             rare = [name for name in names if name not in self.heard]
             usual = [name for name in names if name in self.heard]
             if rare and (not usual or self.rng.random() < DISTRACTORS):
                 usual = rare
-            if not usual:
-                break
-            silent.append(str(self.rng.choice(usual)))
+            if usual:
+                silent.append(str(self.rng.choice(usual)))
         if len(heard) + len(silent) < 2:
-            raise AtlasError(
-                f"no picture without {first} is left in one of the splits to stand beside it: "
-                "add pictures, or leave it out with --classes"
-            )
+            what = f"in one of the splits no picture without {first} can stand beside it"
+            raise AtlasError(f"{what}: add pictures, or leave it out with --classes")
         return heard, silent
 
 
 def make_clip(pool, first, recipe):
-    """(frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [T * RATE], entry of the report)."""
+    """(frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [T * RATE], entry of the report).
+
+    The entry: source, of its first heard picture; mask, "drawn" where people drew the masks of all
+    heard ones; heard [classes]; pictures from left to right, with their columns [first, behind the
+    last], schedule [T x 0 or 1] and, where they are heard, recording.
+    """
     heard, silent = pool.cast(first, recipe)
     names = heard + silent
     edges = np.linspace(0, recipe.size, len(names) + 1).round().astype(int).tolist()
@@ -240,23 +221,24 @@ def make_clip(pool, first, recipe):
     frames, masks, shown = [], [], []
     for place, left, right in zip(pool.rng.permutation(len(names)).tolist(), edges, edges[1:]):
         name = names[place]
-        suited = pool.showing(name, {*heard} - {name})
-        picture = pool.draw("heard" if place < len(heard) else "silent", suited)
+        role = "heard" if place < len(heard) else "silent"
+        picture = pool.draw(role, pool.showing(name, {*heard} - {name}))
+        entry = {"class": name, "picture": picture.name, "source": picture.source,
+            "mask": picture.mask, "columns": [left, right], "schedule": [0] * T,
+            "recording": None, "recording_source": None}  # fmt: skip
         seen, mask = view(picture, (recipe.size, right - left), pool.rng)
-        schedule, sound = np.zeros(T, bool), None
-        if place < len(heard):
+        schedule = np.full(T, role == "heard")
+        if role == "heard":
             sound = pool.draw("sound", [s for s in pool.sounds if s.category == name])
             own = load_sound(sound.files[0])
-            schedule = np.ones(T, bool)
             if recipe.dataset == "ms3":
                 schedule = draw_schedule(own, CHANCES[place], pool.rng)
             wave += own * gate(schedule)
+            entry |= {"schedule": schedule.astype(int).tolist()}
+            entry |= {"recording": sound.name, "recording_source": sound.source}
         frames.append(seen)
         masks.append(mask & schedule[:, None, None])
-        entry = {"class": name, "picture": picture.name, "source": picture.source}
-        entry |= {"mask": picture.mask, "columns": [left, right]}
-        entry |= {"schedule": schedule.astype(int).tolist(), "recording": sound and sound.name}
-        shown.append(entry | {"recording_source": sound and sound.source})
+        shown.append(entry)
     sounding = {entry["class"]: entry for entry in shown if entry["recording"]}
     drawn = all(entry["mask"] == "drawn" for entry in sounding.values())
     report = {"source": sounding[first]["source"], "mask": "drawn" if drawn else "made"}
@@ -266,40 +248,37 @@ def make_clip(pool, first, recipe):
 
 
 def view(picture, shape, rng):
-    """Frames [T, H, W, 3] uint8 and masks [T, H, W] bool: a window that pans and zooms a little.
+    """(frames [T, H, W, 3] uint8, masks [T, H, W] bool): a window pans and zooms around the object.
 
-    It is drawn at random around the object and follows it. Of 30 draws the first is taken that
-    keeps VISIBLE of the whole frame in sight, or else the best.
+    Of 30 draws the first is taken that keeps VISIBLE of the whole frame in sight, or the best.
     """
     height, width = shape
     pairs = read_pictures(picture) * (T // len(picture.files))
     high, wide = pairs[0][1].shape
     middle = np.array([np.argwhere(mask).mean(0)[::-1] + 0.5 for _, mask in pairs])  # [T, 2], x y
     masks = [Image.fromarray(mask.astype(np.uint8)) for _, mask in pairs]
-    share = width / height
-    tallest = min(high, wide / share)
+    tallest = min(high, wide * height / width)
     time = np.linspace(-0.5, 0.5, T)[:, None]
-    best = None
+    most = -1
     for _ in range(30):
         zoom = rng.uniform(0.7, 1) * np.linspace(1, rng.uniform(0.92, 1.08), T)
         tall = tallest * np.clip(zoom, 0.6, 1)
-        extent = np.stack([tall * share, tall], axis=1)  # [T, 2]
-        offset = rng.uniform(-0.25, 0.25, 2) * extent[0]
-        centre = middle + offset + time * rng.uniform(-0.06, 0.06, 2) * tallest
+        extent = np.stack([tall * width / height, tall], axis=1)  # [T, 2]
+        centre = middle + rng.uniform(-0.25, 0.25, 2) * extent[0]
+        centre = centre + time * rng.uniform(-0.06, 0.06, 2) * tallest
         corner = np.clip(centre - extent / 2, 0, [wide, high] - extent)
         boxes = np.concatenate([corner, corner + extent], axis=1).clip(0, [wide, high] * 2).tolist()
         cut = [m.resize((width, height), Image.NEAREST, box) for m, box in zip(masks, boxes)]
         cut = np.stack(cut) > 0
-        seen = cut.mean((1, 2)).min() * share
-        if best is None or seen > best[0]:
-            best = seen, boxes, cut
+        seen = cut.mean((1, 2)).min() * width / height
+        if seen > most:
+            most, best, kept = seen, boxes, cut
         if seen >= VISIBLE:
             break
-    frames = [
-        Image.fromarray(frame).resize((width, height), Image.BILINEAR, box)
-        for (frame, _), box in zip(pairs, best[1])
-    ]
-    return np.stack(frames), best[2]
+    frames = []
+    for (frame, _), box in zip(pairs, best):
+        frames.append(Image.fromarray(frame).resize((width, height), Image.BILINEAR, box))
+    return np.stack(frames), kept
 
 
 def load_sound(path):
@@ -308,19 +287,14 @@ def load_sound(path):
     audible = np.flatnonzero(np.abs(wave) > 1e-3 * np.abs(wave).max(initial=0))
     if not len(audible):
         raise AtlasError(f"the sound {path} is silent: remove it from the stock")
-    wave = wave[audible[0] : audible[-1] + 1]
-    wave = np.tile(wave, -(-T * RATE // len(wave)))[: T * RATE]
+    wave = np.resize(wave[audible[0] : audible[-1] + 1], T * RATE)  # repeats it
     return wave * min(RMS / np.sqrt(np.mean(wave**2)), 1 / np.abs(wave).max())
 
 
 def count(made, name, split):
     """{"clips", "picture_sources", "sound_sources"} of the clips of a split that sound a class."""
-    mine = []
-    for clip in made:
-        if clip["split"] == split:
-            mine += [p for p in clip["pictures"] if p["recording"] and p["class"] == name]
-    return {
-        "clips": len(mine),
-        "picture_sources": len({picture["source"] for picture in mine}),
-        "sound_sources": len({picture["recording_source"] for picture in mine}),
-    }
+    mine = [p for clip in made if clip["split"] == split for p in clip["pictures"]]
+    mine = [p for p in mine if p["recording"] and p["class"] == name]
+    pictures = len({p["source"] for p in mine})
+    sounds = len({p["recording_source"] for p in mine})
+    return {"clips": len(mine), "picture_sources": pictures, "sound_sources": sounds}

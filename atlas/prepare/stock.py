@@ -4,10 +4,10 @@
     STOCK/pictures.csv: class,picture,source,also,mask,dataset,repository,path
     STOCK/sounds.csv: class,sound,source,dataset,repository,path
 
-A video is a folder of frames and one of masks instead of a file. `source` must stay in one split: a
-photo, a video, a recording. `also` names other classes that the picture shows, and `mask` says
-whether people have `drawn` it or a program has `made` it. Both tables may be missing, and so may
-rows: a file without a row is its own source and shows nothing else.
+A video is a folder of frames and one of masks. `source` must stay in one split: a photo, a video, a
+recording. `also` names other classes that the picture shows, and `mask` says whether people have
+`drawn` it or a program has `made` it. A file without a row is its own source and shows nothing
+else; there need be no tables.
 """
 
 import csv
@@ -47,9 +47,7 @@ class Item:
 def read_stock(root):
     """(pictures, sounds) of a stock, as Items, by class and name. Only the tables are opened."""
     pictures, sounds = [], []
-    rows = read_rows(root, "pictures")
-    for category, path, source in _files(root, "pictures", rows):
-        row = rows.get((category, path.stem), {})
+    for category, path, row in _files(root, "pictures"):
         files, masks = [path], Path(root, "masks", category)
         if path.is_dir():
             masks = masks / path.name
@@ -59,36 +57,37 @@ def read_stock(root):
             files = [frames[k] for k in np.linspace(0, len(frames) - 1, T).round().astype(int)]
         masks = tuple(masks / f"{file.stem}.png" for file in files)
         also = frozenset(row.get("also", "").replace(";", " ").split())
-        mask = row.get("mask") or "drawn"
-        pictures.append(Item(category, path.name, source, tuple(files), masks, also, mask))
-    for category, path, source in _files(root, "sounds", read_rows(root, "sounds")):
-        sounds.append(Item(category, path.name, source, (path,)))
+        drawn = row.get("mask") or "drawn"
+        item = Item(category, path.name, row["source"], tuple(files), masks, also, drawn)
+        pictures.append(item)
+    for category, path, row in _files(root, "sounds"):
+        sounds.append(Item(category, path.name, row["source"], (path,)))
     return pictures, sounds
 
 
-def _files(root, kind, rows):
-    """Yield (class, path, source) of everything in ROOT/KIND/CLASS/."""
+def _files(root, kind):
+    """Yield (class, path, row) of everything in ROOT/KIND/CLASS/."""
     if not any(Path(root, kind).is_dir() for kind in COLUMNS):
         raise AtlasError(f"{root} is no stock: it holds neither pictures/ nor sounds/")
-    for folder in _visible(Path(root, kind)) if Path(root, kind).is_dir() else ():
-        for path in _visible(folder) if folder.is_dir() else ():
+    rows = read_rows(root, kind)
+    for folder in sorted(path for path in Path(root, kind).glob("[!.]*") if path.is_dir()):
+        for path in _visible(folder):
             row = rows.get((folder.name, path.stem), {})
-            yield folder.name, path, row.get("source") or f"{folder.name}/{path.name}"
+            source = row.get("source") or f"{folder.name}/{path.name}"
+            yield folder.name, path, row | {"source": source}
 
 
 def _visible(folder):
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(folder.glob("[!.]*"))
 
 
 def read_pictures(item):
     """[(frame [H, W, 3] uint8, mask [H, W] bool)] of a photo or video, all of one size."""
     pairs = []
     for path, mask_path in zip(item.files, item.masks):
-        frame, mask = read_frame(path), read_mask(mask_path)
-        size = pairs[0][1].shape if pairs else frame.shape[:2]
-        if not mask.shape == frame.shape[:2] == size:
-            raise AtlasError(f"{path} and {mask_path} (or those before them) differ in size")
-        pairs.append((frame, mask))
+        pairs.append((read_frame(path), read_mask(mask_path)))
+        if len({pairs[0][1].shape, *(array.shape[:2] for array in pairs[-1])}) > 1:
+            raise AtlasError(f"{path}, {mask_path} or those before them differ in size")
     return pairs
 
 
@@ -121,8 +120,8 @@ def check_stock(root):
     """(counts, errors, warnings), lists of lines.
 
     Errors would stop or falsify a set made of the stock: what cannot be read, masks that are not
-    binary, empty or not of their picture's size, silent sounds, and what stands twice. The same
-    photo may serve several classes under one source.
+    binary, empty or of another size, silent sounds, and what stands twice. The same photo may serve
+    several classes under one source.
     """
     pictures, sounds = read_stock(root)
     errors, warnings = [], []
@@ -144,11 +143,9 @@ def check_stock(root):
         seen, heard = len(shown[name]), len(known[name])
         drawn = masks.count("drawn")
         counts.append(f"{name:<16}{len(masks):>9}{drawn:>8}{seen:>8}{files:>8}{heard:>8}")
-        if shown[name] and min(seen, heard) < LEAST:
-            warnings.append(
-                f"{name} is too small to be heard by default: it has {seen} sources of pictures "
-                f"and {heard} of sounds, and needs {LEAST}"
-            )
+        if seen and min(seen, heard) < LEAST:
+            found = f"{seen} sources of pictures and {heard} of sounds, of {LEAST}"
+            warnings.append(f"{name} is too small to be heard by default: it has {found}")
     return counts, errors, warnings
 
 

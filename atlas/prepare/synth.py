@@ -1,13 +1,12 @@
 """A synthetic AVSBench in S4's tree, made from a seed: things that look and sound alike.
 
 A class is a combination of shape, texture and two colours (LOOKS) and a timbre (timbres.py). A clip
-shows one heard and one or two silent things of other classes, drifting and turning through all T
-frames. The heard one is drawn, placed and layered as the silent ones are, so that only the sound
-tells it apart. The mask is what is seen of it.
+shows one heard and one or two silent things of other classes, drifting and turning, all drawn by
+one law: only the sound tells which is heard. The mask is what is seen of it.
 
-A clip depends on the seed, its class, split and number, and on the classes of the set. A larger set
-begins with the same clips, and another `size` draws the same scenes. Lengths are in frame widths,
-areas in frame areas. x points right and y down. Images are [H, W, 3] with H = W = size.
+A clip depends on the seed, its class, split and number, and on the classes of the set, so a larger
+set begins with the same clips. Lengths are in frame widths, areas in frame areas; x points right
+and y down. Images are [H, W, 3] with H = W = size.
 """
 
 import functools
@@ -35,30 +34,31 @@ PALETTE = {  # hue, saturation, value
     "white": (0.1, 0.04, 0.97), "black": (0.6, 0.2, 0.08),
 }  # fmt: skip
 LOOKS = {  # shape, texture, two colours; none of them gives a class away alone
-    "baby_laughter": ("disc", "gradient", "pink", "white"),
-    "female_singing": ("heart", "gradient", "red", "yellow"),
-    "male_speech": ("drop", "gradient", "blue", "sky"),
-    "dog_barking": ("trefoil", "blotches", "brown", "white"),
-    "cat_meowing": ("star", "stripes", "orange", "black"),
-    "lions_roaring": ("burst", "blotches", "yellow", "brown"),
-    "horse_clip-clop": ("crescent", "blotches", "violet", "black"),
-    "coyote_howling": ("triangle", "blotches", "sky", "white"),
-    "mynah_bird_singing": ("chevron", "stripes", "blue", "yellow"),
-    "playing_acoustic_guitar": ("dumbbell", "rings", "orange", "brown"),
-    "playing_tabla": ("disc", "rings", "black", "yellow"),
-    "playing_violin": ("hourglass", "rings", "red", "black"),
-    "playing_piano": ("square", "stripes", "black", "white"),
-    "playing_ukulele": ("dumbbell", "stripes", "lime", "white"),
-    "playing_glockenspiel": ("bar", "stripes", "teal", "magenta"),
-    "helicopter": ("spikes", "checker", "green", "black"),
-    "race_car": ("arrow", "checker", "red", "white"),
-    "driving_buses": ("bar", "halves", "yellow", "blue"),
-    "ambulance_siren": ("cross", "halves", "red", "sky"),
-    "typing_on_computer_keyboard": ("frame", "dots", "violet", "white"),
-    "chainsawing_trees": ("gear", "spokes", "magenta", "black"),
-    "cap_gun_shooting": ("burst", "dots", "teal", "black"),
-    "lawn_mowing": ("ring", "spokes", "green", "lime"),
+    "baby_laughter": "disc gradient pink white",
+    "female_singing": "heart gradient red yellow",
+    "male_speech": "drop gradient blue sky",
+    "dog_barking": "trefoil blotches brown white",
+    "cat_meowing": "star stripes orange black",
+    "lions_roaring": "burst blotches yellow brown",
+    "horse_clip-clop": "crescent blotches violet black",
+    "coyote_howling": "triangle blotches sky white",
+    "mynah_bird_singing": "chevron stripes blue yellow",
+    "playing_acoustic_guitar": "dumbbell rings orange brown",
+    "playing_tabla": "disc rings black yellow",
+    "playing_violin": "hourglass rings red black",
+    "playing_piano": "square stripes black white",
+    "playing_ukulele": "dumbbell stripes lime white",
+    "playing_glockenspiel": "bar stripes teal magenta",
+    "helicopter": "spikes checker green black",
+    "race_car": "arrow checker red white",
+    "driving_buses": "bar halves yellow blue",
+    "ambulance_siren": "cross halves red sky",
+    "typing_on_computer_keyboard": "frame dots violet white",
+    "chainsawing_trees": "gear spokes magenta black",
+    "cap_gun_shooting": "burst dots teal black",
+    "lawn_mowing": "ring spokes green lime",
 }
+LOOKS = {name: tuple(look.split()) for name, look in LOOKS.items()}
 
 
 def _star(u, v, points, inner):
@@ -90,21 +90,7 @@ def _arrow(u, v):
     return np.minimum(tip, _box(u, v - 0.4, 0.36, 0.6))
 
 
-def _chevron(u, v):
-    band = np.abs(v + 0.35 - 0.75 * np.abs(u)) - 0.42
-    return np.maximum(np.abs(u) - 0.95, band * 0.8)
-
-
-def _hourglass(u, v):
-    return np.maximum(np.abs(v) - 0.9, (np.abs(u) - 0.15 - 0.7 * np.abs(v)) * 0.82)
-
-
-def _dumbbell(u, v):
-    return np.minimum(np.hypot(np.abs(u) - 0.6, v) - 0.42, _box(u, v, 0.6, 0.2))
-
-
-# u (right), v (down) -> about the signed distance to the outline, negative inside. All fit in about
-# the unit circle.
+# u (right), v (down) -> about the signed distance to the outline, negative inside; radius about 1.
 SHAPES = {
     "disc": lambda u, v: np.hypot(u, v) - 1,
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.28,
@@ -122,9 +108,13 @@ SHAPES = {
     "gear": lambda u, v: np.hypot(u, v) - 0.84 - 0.14 * np.tanh(3 * np.cos(7 * np.arctan2(v, u))),
     "trefoil": lambda u, v: (np.hypot(u, v) - 0.7 - 0.28 * np.cos(3 * np.arctan2(u, -v))) * 0.8,
     "arrow": _arrow,
-    "chevron": _chevron,
-    "hourglass": _hourglass,
-    "dumbbell": _dumbbell,
+    "chevron": lambda u, v: np.maximum(
+        np.abs(u) - 0.95, (np.abs(v + 0.35 - 0.75 * np.abs(u)) - 0.42) * 0.8
+    ),
+    "hourglass": lambda u, v: np.maximum(
+        np.abs(v) - 0.9, (np.abs(u) - 0.15 - 0.7 * np.abs(v)) * 0.82
+    ),
+    "dumbbell": lambda u, v: np.minimum(np.hypot(np.abs(u) - 0.6, v) - 0.42, _box(u, v, 0.6, 0.2)),
 }
 
 
@@ -172,8 +162,8 @@ def draw_object(name, rng):
     margin = 0.75 * np.sqrt(area.max() / 1.5)  # a typical radius; long corners may leave the frame
     start = rng.uniform(margin, 1 - margin, 2)
     heading = rng.uniform(0, 2 * np.pi)
-    length = rng.uniform(0.08, 0.3)
-    end = np.clip(start + length * np.array([np.cos(heading), np.sin(heading)]), margin, 1 - margin)
+    step = rng.uniform(0.08, 0.3) * np.array([np.cos(heading), np.sin(heading)])
+    end = np.clip(start + step, margin, 1 - margin)
     hsv = np.array([PALETTE[colour] for colour in LOOKS[name][2:]])
     hsv = hsv + rng.uniform(-1, 1, (2, 3)) * (0.025, 0.08, 0.08)
     return Thing(
@@ -195,23 +185,9 @@ def _rgb(hue, saturation, value):
 
 @functools.cache
 def _unit_area(shape):
-    """The area of a shape in its own coordinates, so that all things can be drawn equally large."""
+    """The area of a shape in its own coordinates."""
     grid = np.linspace(-1.3, 1.3, 400)
     return (SHAPES[shape](grid, grid[:, None]) < 0).mean() * 2.6**2
-
-
-def _look(thing, t, size):
-    """The thing in frame t: its cover [H, W] in 0 to 1, and every pixel in its coordinates u, v."""
-    shape = LOOKS[thing.name][0]
-    radius = np.sqrt(thing.area[t] / _unit_area(shape))
-    pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
-    x = (pixels - thing.path[t, 0]) / radius
-    y = ((pixels - thing.path[t, 1]) / radius)[:, None]
-    cos = np.cos(thing.angle[t])
-    sin = np.sin(thing.angle[t])
-    u = (cos * x + sin * y).astype(np.float32)
-    v = (cos * y - sin * x).astype(np.float32)
-    return np.clip(0.5 - SHAPES[shape](u, v) * np.float32(radius * size), 0, 1), u, v
 
 
 def render_frame(things, t, background):
@@ -220,9 +196,18 @@ def render_frame(things, t, background):
     Returns the image in 0 to 1 and what is seen of each thing, [len(things), H, W] bool.
     """
     image, masks = background.copy(), []
+    size = len(image)
+    pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
     for thing in things:
-        cover, u, v = _look(thing, t, len(background))
-        second = TEXTURES[LOOKS[thing.name][1]](u, v, thing.phase, thing.fineness)[..., None]
+        shape, texture = LOOKS[thing.name][:2]
+        radius = np.sqrt(thing.area[t] / _unit_area(shape))
+        x, y = (pixels[:, None] - thing.path[t]).T / radius
+        y = y[:, None]
+        cos, sin = np.cos(thing.angle[t]), np.sin(thing.angle[t])
+        u = (cos * x + sin * y).astype(np.float32)
+        v = (cos * y - sin * x).astype(np.float32)
+        cover = np.clip(0.5 - SHAPES[shape](u, v) * np.float32(radius * size), 0, 1)
+        second = TEXTURES[texture](u, v, thing.phase, thing.fineness)[..., None]
         first, other = thing.colours.astype(np.float32)
         image += cover[..., None] * (first + second * (other - first) - image)
         masks = [mask & (cover < 0.5) for mask in masks] + [cover >= 0.5]
@@ -230,7 +215,7 @@ def render_frame(things, t, background):
 
 
 def draw_scene(names, rng):
-    """Things of the classes `names`, layered at random, back to front, none of them hidden."""
+    """Things of the classes `names`, back to front in random order, none of them hidden."""
     order = rng.permutation(len(names))
     while True:
         things = [draw_object(names[k], rng) for k in order]
@@ -248,13 +233,13 @@ def _crowded(things):
 
 
 def _in_sight(things, t):
-    """Whether enough of each thing is seen in frame t, on a grid that does not know the size."""
+    """Whether VISIBLE of each thing is seen in frame t, on a grid that does not know the size."""
     seen = render_frame(things, t, np.zeros((48, 48, 3), np.float32))[1].mean((1, 2))
-    return all(mask >= VISIBLE * thing.area[t] for mask, thing in zip(seen, things))
+    return (seen >= [VISIBLE * thing.area[t] for thing in things]).all()
 
 
 def draw_background(rng, size):
-    """A dull, smooth backdrop [H, W, 3] in 0 to 1: greyish, so that it looks like no class."""
+    """A greyish, smooth backdrop [H, W, 3] in 0 to 1."""
     backdrop = np.full((size, size, 3), rng.uniform(0.3, 0.7), np.float32)
     for cells, grey, colour in ((3, 0.1, 0.03), (9, 0.04, 0.015)):
         coarse = rng.normal(0, grey, (cells, cells, 1)) + rng.normal(0, colour, (cells, cells, 3))
@@ -293,20 +278,17 @@ def paint(things, backdrop, rng):
 
 def chosen_classes(tree, classes, seed, size, counts):
     """The classes of a set in CLASSES' order. Bad arguments and a `tree` that exists are errors."""
-    names = [name for name in CLASSES if classes is None or name in classes]
     unknown = sorted(set(classes or ()) - set(CLASSES))
     if unknown:
         raise AtlasError(f"there is no class {unknown[0]!r}; the classes are {', '.join(CLASSES)}")
+    names = [name for name in CLASSES if classes is None or name in classes]
     if len(names) < 2:
         raise AtlasError("a synthetic set needs at least two classes: some things are silent")
     if size < 32 or seed < 0 or min(counts) < 0:
-        raise AtlasError(
-            f"size {size}, seed {seed}, clips {counts}: the size must be at least 32, the others 0"
-        )
+        given = f"size {size}, seed {seed}, clips {counts}"
+        raise AtlasError(f"{given}: the size must be at least 32, the others 0")
     if tree.exists() or tree.parent.is_file():
-        raise AtlasError(
-            f"{tree} is there already and is not written over: remove it or name another --out"
-        )
+        raise AtlasError(f"{tree} is there already: remove it, or name another --out")
     return names
 
 
@@ -319,14 +301,11 @@ def synth_s4(root, seed=0, size=96, train=32, val=3, test=5, classes=None, progr
     counts = (train, val, test)
     classes = chosen_classes(tree, classes, seed, size, counts)
     jobs = []
-    for name in classes:
-        for split, count in zip(SPLITS, counts):
-            jobs += [(name, split, i) for i in range(count)]
+    for name, (split, number) in itertools.product(classes, zip(SPLITS, counts)):
+        jobs += [(name, split, i) for i in range(number)]
     clips = []
     with built_beside(tree, inside=tree.name) as folder:
-        for name, split, i in tqdm(
-            jobs, "synthetic S4", unit="clip", disable=None if progress else True
-        ):
+        for name, split, i in tqdm(jobs, "synthetic S4", unit="clip", disable=not progress or None):
             where = CLASSES.index(name), SPLITS.index(split), i
             video = "s{:02d}{}{:05d}".format(*where)
             clip = s4_clip(folder, video, name, split)

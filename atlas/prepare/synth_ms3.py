@@ -1,11 +1,8 @@
 """A synthetic MS3: two or three of synth's things in a frame, one or two of them heard.
 
 The two clips of a source share their cast, as clips cut from one video do. What is heard is of one
-scene (SCENES). What is only seen is of any class. Each heard thing has its own schedule, and now
-and then a second is silent. The mask of second t is what is seen of the things heard in it.
-
-Multi-sources/scenes.json tells what is in a clip and when it is heard. No reader opens it.
-A clip depends on the seed, its split and number, and on the classes of the set.
+scene (SCENES), each in seconds of its own. The mask of a second is what is seen of the things heard
+in it. Multi-sources/scenes.json, which no reader opens, tells what is heard in a clip and when.
 """
 
 import json
@@ -34,22 +31,17 @@ CHANCES = (0.85, 0.5)  # that the first and the second heard thing are heard in 
 def draw_cast(rng, classes):
     """(heard, silent): one or two classes of one scene, and others: two or three in all."""
     heard = [str(rng.choice(classes))]
-    scene = []
-    for names in SCENES:
-        if heard[0] in names:
-            scene = [name for name in names if name in classes and name != heard[0]]
-    if scene and rng.random() < 0.5:
-        heard += rng.choice(scene, 1).tolist()
+    scene = next(set(names) for names in SCENES if heard[0] in names)
+    beside = [name for name in classes if name in scene - {heard[0]}]
+    if beside and rng.random() < 0.5:
+        heard += rng.choice(beside, 1).tolist()
     others = [name for name in classes if name not in heard]
     silent = rng.choice(others, min(rng.integers(2, 4) - len(heard), len(others)), replace=False)
     return heard, silent.tolist()
 
 
 def make_ms3_clip(heard, silent, rng, size=96):
-    """One clip: frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [samples], schedules.
-
-    The masks show what is heard in each second; the schedules are {class: [T] bool}.
-    """
+    """Frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave, and schedules {class: [T] bool}."""
     things = draw_scene([*heard, *silent], rng)
     backdrop = draw_background(rng, size)
     wave = np.zeros(T * RATE)
@@ -75,9 +67,7 @@ def synth_ms3(root, seed=0, size=96, train=1200, val=60, test=120, classes=None,
     jobs = [(split, i) for split in range(3) for i in range(counts[split])]
     clips, scenes = [], {}
     with built_beside(tree, inside=tree.name) as folder:
-        for split, i in tqdm(
-            jobs, "synthetic MS3", unit="clip", disable=None if progress else True
-        ):
+        for split, i in tqdm(jobs, "synthetic MS3", unit="clip", disable=not progress or None):
             where = [seed, split, i // 2]
             name = f"m{split}{i // 2:09d}" + "_2" * (i % 2)
             heard, silent = draw_cast(np.random.default_rng(where), classes)

@@ -46,10 +46,7 @@ TIMBRES = {
 
 
 def sound(name, rng):
-    """T seconds of class `name`'s timbre, [T * RATE] in ±1, no second of it silent.
-
-    Pitch, tempo, phase and level vary.
-    """
+    """T seconds of class `name`'s timbre, [T * RATE] in ±1, no second of it silent."""
     timbre = TIMBRES[name]
     clock = np.arange(T * RATE) / RATE
     pitch, tempo = np.exp(rng.uniform(-0.12, 0.12, 2))
