@@ -26,10 +26,8 @@ class OLoRA(FrozenLoRA):
         self.unit = self.strength or 1.0
         self.frozen = [pair.weight.detach().clone() for pair in self.pairs]  # before any folding
         for i, pair in enumerate(self.pairs):
-            A = pair.A.detach().flatten(1)
-            B = pair.B.detach().flatten(1)
-            self.register_buffer(f"A{i}", A[:0].clone())  # [tasks r, in]
-            self.register_buffer(f"B{i}", B[:, :0].clone())  # [out, tasks r]
+            self.register_buffer(f"A{i}", pair.A.detach().flatten(1)[:0].clone())  # [tasks r, in]
+            self.register_buffer(f"B{i}", pair.B.detach().flatten(1)[:, :0].clone())  # [out, ...]
 
     def past(self, name):
         return [getattr(self, f"{name}{i}") for i in range(len(self.pairs))]
