@@ -14,9 +14,9 @@ sequential LoRA. `lra_space: factors` takes theta = {A, B}. `delta` takes the up
 theta = (alpha / r) B A, whose gradient is the frozen weight's gradient; its penalty is the same
 for (B R, R^-1 A), which is the same update, and its buffers are as large as the adapted weights.
 
-Source: arXiv 2603.08967 names the method, but the exact form of its equations is not public. This
-form is ATLAS's choice: online EWC (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018)
-on {A, B}, with the gradient at the true label, normalised.
+Source: arXiv 2603.08967 names the method, but its exact equations are not public. This form is our
+choice: online EWC (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018) on {A, B}, with
+the gradient at the true label, normalised.
 
 Task-free (`lra_trigger: plateau`), nobody says where a task ends. The method then watches windows
 of the task loss and consolidates where a plateau ends (atlas/trigger.py). It takes theta as it was
@@ -46,15 +46,11 @@ OF_A_CLIP = ("context", "tokens", "label")  # what of a batch has a row for each
 
 @dataclass(frozen=True)
 class Step:
-    """What `observe` is told of a learning step, after backward and before the update.
-
-    The gradients in `parameters` are those of task loss and penalty, unscaled, unclipped and
-    summed over processes. A method may read them or drop them (`p.grad = None`).
-    """
+    """What `observe` is told of a learning step, after backward and before the update."""
 
     loss: float  # the task loss, a mean over the whole batch
     clips: int  # of the whole batch
-    parameters: list  # all trainable parameters
+    parameters: list  # all trainables; grad: of loss and penalty, unscaled, over all processes
 
 
 class Method(nn.Module):
@@ -79,14 +75,14 @@ class Method(nn.Module):
         return torch.zeros((), device=outputs["masks"].device)
 
     def observe(self, step):
-        """After backward, before the update. step: a Step. Returns None, or a dict to log."""
+        """After backward, before the update; may drop a gradient. Returns None or a dict to log."""
 
     def end_task(self, clips):
         """After a task is learned. Returns None, or a dict to log.
 
-        Iterating over `clips` gives batches of the task's train clips, once, with the model in
-        eval mode; all clips of a batch have equally many frames. clips.loss(outputs, batch) is
-        their mean task loss. A method that does not iterate costs nothing.
+        Iterating over `clips` gives batches of the task's train clips, with the model in eval
+        mode; all clips of a batch have equally many frames. clips.loss(outputs, batch) is their
+        mean task loss.
         """
 
     def adapters(self):
@@ -120,12 +116,11 @@ def deltas(model):
     """{module name: Delta} of all layers that LoRA adapts."""
     found = {}
     for name, layer in model.encoder.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        (adapter,) = layer.active_adapters
-        base = layer.get_base_layer()
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        found[name] = Delta(A, B, base.weight, layer.scaling[adapter], layer)
+        if isinstance(layer, BaseTunerLayer):
+            (adapter,) = layer.active_adapters
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            weight = layer.get_base_layer().weight
+            found[name] = Delta(A, B, weight, layer.scaling[adapter], layer)
     return found
 
 
@@ -192,13 +187,13 @@ class Anchor(Holding):
         if self.idle:
             return None
         total = torch.zeros_like(self.importance)
-        count = 0
+        count = 0.0
         for gradients in self.measure(clips):
             count += len(gradients[0])
             total += torch.cat([self.importance_of(g).sum(0).flatten() for g in gradients])
-        total = parallel.summed(total)
-        count = int(parallel.summed(float(count)))
-        return {"clips": count} | self.absorb(total / max(count, 1), self.theta().detach())
+        count = int(parallel.summed(count))
+        S = parallel.summed(total) / max(count, 1)
+        return {"clips": count} | self.absorb(S, self.theta().detach())
 
     def measure(self, clips):
         """See `per_clip_gradients`."""
@@ -280,19 +275,15 @@ class LowRankAnchoring(Anchor):
         if not measured:
             return parts
         mean = torch.cat(measured).pow(self.power).mean()
-        gains = []
-        for part in parts:
-            gains.append(part.pow(self.power) / mean if part.any() else torch.zeros_like(part))
-        return gains
+        return [part.pow(self.power) / mean if part.any() else part for part in parts]
 
 
 def per_clip_gradients(model, parameters, batches, loss):
-    """Exact gradients of single clips, vectorised.
+    """Exact gradients of single clips, vectorised, with the model as it stands, in fp32.
 
     For each batch of n clips, cut up where they are many, it yields the list of [n, *shape] over
-    `parameters` (a list, of the model's), zero where a parameter is unused. batches: of
-    data.collate, the clips of a batch annotated in equally many frames. loss(outputs, batch) is a
-    scalar, for a batch of one clip. The model is used as it stands (in eval mode), in fp32.
+    `parameters` (a list, of the model's), zero where a parameter is unused. The clips of a batch
+    are annotated in equally many frames. loss(outputs, batch) is a scalar of a batch of one clip.
     """
 
     def of_one(values, clip):

@@ -26,8 +26,10 @@ class OLoRA(FrozenLoRA):
         self.unit = self.strength or 1.0
         self.frozen = [pair.weight.detach().clone() for pair in self.pairs]  # before any folding
         for i, pair in enumerate(self.pairs):
-            self.register_buffer(f"A{i}", pair.A.detach().flatten(1)[:0].clone())  # [tasks r, in]
-            self.register_buffer(f"B{i}", pair.B.detach().flatten(1)[:, :0].clone())  # [out, ...]
+            A = pair.A.detach().flatten(1)
+            B = pair.B.detach().flatten(1)
+            self.register_buffer(f"A{i}", A[:0].clone())  # [tasks r, in]
+            self.register_buffer(f"B{i}", B[:, :0].clone())  # [out, tasks r]
 
     def past(self, name):
         return [getattr(self, f"{name}{i}") for i in range(len(self.pairs))]
@@ -68,9 +70,8 @@ class OLoRA(FrozenLoRA):
         """The past pairs of every layer, one after the other: A [tasks r, in], B [out, tasks r]."""
         found = {}
         for name, pair, A, B in zip(self.names, self.pairs, self.past("A"), self.past("B")):
-            A = A.view(-1, *pair.A.shape[1:])
             B = B.view(len(B), -1, *pair.B.shape[2:])
-            found[name] = (A, B)
+            found[name] = (A.view(-1, *pair.A.shape[1:]), B)
         return found
 
     def load_state_dict(self, state, strict=True):
