@@ -14,9 +14,9 @@ sequential LoRA. `lra_space: factors` takes theta = {A, B}. `delta` takes the up
 theta = (alpha / r) B A, whose gradient is the frozen weight's gradient; its penalty is the same
 for (B R, R^-1 A), which is the same update, and its buffers are as large as the adapted weights.
 
-Source: arXiv 2603.08967 names the method, but the exact form of its equations is not public. This
-form is ATLAS's choice: online EWC (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018)
-on {A, B}, with the gradient at the true label, normalised.
+Source: arXiv 2603.08967 names the method, but its exact equations are not public. This form is our
+choice: online EWC (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018) on {A, B}, with
+the gradient at the true label, normalised.
 
 Task-free (`lra_trigger: plateau`), nobody says where a task ends. The method then watches windows
 of the task loss and consolidates where a plateau ends (atlas/trigger.py). It takes theta as it was
@@ -41,19 +41,16 @@ from atlas import parallel
 from atlas.trigger import trigger_of
 
 SIDE_BY_SIDE = 2**27  # numbers in the gradients of single clips that are formed at once: 0.5 GB
+OF_A_CLIP = ("context", "tokens", "label")  # what of a batch has a row for each clip
 
 
 @dataclass(frozen=True)
 class Step:
-    """What `observe` is told of a learning step, after backward and before the update.
-
-    The gradients in `parameters` are those of task loss and penalty, unscaled, unclipped and
-    summed over processes. A method may read them or drop them (`p.grad = None`).
-    """
+    """What `observe` is told of a learning step, after backward and before the update."""
 
     loss: float  # the task loss, a mean over the whole batch
     clips: int  # of the whole batch
-    parameters: list  # all trainable parameters
+    parameters: list  # all trainables; grad: of loss and penalty, unscaled, over all processes
 
 
 class Method(nn.Module):
@@ -78,14 +75,14 @@ class Method(nn.Module):
         return torch.zeros((), device=outputs["masks"].device)
 
     def observe(self, step):
-        """After backward, before the update. step: a Step. Returns None, or a dict to log."""
+        """After backward, before the update; may drop a gradient. Returns None or a dict to log."""
 
     def end_task(self, clips):
         """After a task is learned. Returns None, or a dict to log.
 
-        Iterating over `clips` gives batches of the task's train clips, once, with the model in
-        eval mode; all clips of a batch have equally many frames. clips.loss(outputs, batch) is
-        their mean task loss. A method that does not iterate costs nothing.
+        Iterating over `clips` gives batches of the task's train clips, with the model in eval
+        mode; all clips of a batch have equally many frames. clips.loss(outputs, batch) is their
+        mean task loss.
         """
 
     def adapters(self):
@@ -102,7 +99,7 @@ class Method(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """The update (alpha / r) B A of one adapted layer; its gradient is that of `weight`."""
+    """The update (alpha / r) B A of an adapted layer; its gradient is that of `weight`."""
 
     A: nn.Parameter  # [r, in], or [r, in, k, k] of a convolution
     B: nn.Parameter  # [out, r], or [out, r, 1, 1]
@@ -119,40 +116,21 @@ def deltas(model):
     """{module name: Delta} of all layers that LoRA adapts."""
     found = {}
     for name, layer in model.encoder.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        (adapter,) = layer.active_adapters
-        base = layer.get_base_layer()
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        found[name] = Delta(A, B, base.weight, layer.scaling[adapter], layer)
+        if isinstance(layer, BaseTunerLayer):
+            (adapter,) = layer.active_adapters
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            weight = layer.get_base_layer().weight
+            found[name] = Delta(A, B, weight, layer.scaling[adapter], layer)
     return found
 
 
-class Anchor(Method):
-    """(strength / 2) sum_i Omega_i (theta_i - anchor_i)^2, and the gathering of Omega.
+class Holding(Method):
+    """A method that holds something once a task is over; on a stream it finds that out itself."""
 
-    `anchor` and `importance` are flat fp32 buffers over all anchored parameters: one copy each,
-    whatever the number of tasks. A derived class says what is measured and how it is absorbed.
-    """
-
-    gamma = 1.0  # decay of Omega at each consolidation
-
-    def __init__(self, run, groups, strength):
-        """groups: {group name: {name: parameter or Delta}}; strength: lambda."""
+    def __init__(self, run):
         super().__init__(run)
-        self.strength = strength
-        self.unit = strength or 1.0
-        self.trigger = trigger_of(run.config)
-        self.names = [name for members in groups.values() for name in members]
-        self.thetas = [theta for members in groups.values() for theta in members.values()]
-        self.anchored = [carrier(theta) for theta in self.thetas]
-        self.counts = {group: len(members) for group, members in groups.items() if members}
-        self.sizes = [p.numel() for p in self.anchored]
-        self.idle = not strength  # then nothing is measured nor kept
-        self.armed = False  # nothing is consolidated yet: the penalty is zero and costs nothing
-        online = ["window", "last_sensitivity", "last_theta"] if self.trigger else []
-        for name in ["anchor", "importance", *online]:
-            self.register_buffer(name, torch.zeros(sum(self.sizes), device=run.device))
+        self.trigger = trigger_of(run.config)  # None where task boundaries are told
+        self.armed = False  # no task is over yet
 
     def get_extra_state(self):
         state = [self.armed, *(self.trigger.state() if self.trigger else ())]
@@ -162,6 +140,32 @@ class Anchor(Method):
         self.armed = bool(state[0])
         if self.trigger:
             self.trigger.restore(state[1:].tolist())
+
+
+class Anchor(Holding):
+    """(strength / 2) sum_i Omega_i (theta_i - anchor_i)^2, and the gathering of Omega.
+
+    `anchor` and `importance` are flat fp32 buffers over all anchored parameters: one copy each,
+    whatever the number of tasks.
+    """
+
+    gamma = 1.0  # decay of Omega at each consolidation
+
+    def __init__(self, run, groups, strength):
+        """groups: {group name: {name: parameter or Delta}}; strength: lambda."""
+        super().__init__(run)
+        self.strength = strength
+        self.unit = strength or 1.0
+        self.names = [name for members in groups.values() for name in members]
+        self.thetas = [theta for members in groups.values() for theta in members.values()]
+        # the parameter whose gradient is that of theta
+        self.anchored = [t.weight if isinstance(t, Delta) else t for t in self.thetas]
+        self.counts = {group: len(members) for group, members in groups.items() if members}
+        self.sizes = [p.numel() for p in self.anchored]
+        self.idle = not strength  # then nothing is measured nor kept
+        online = ["window", "last_sensitivity", "last_theta"] if self.trigger else []
+        for name in ["anchor", "importance", *online]:
+            self.register_buffer(name, torch.zeros(sum(self.sizes), device=run.device))
 
     def theta(self):
         """The anchored parameters, flat, with their graph."""
@@ -173,10 +177,7 @@ class Anchor(Method):
         return [part.view_as(p) for part, p in zip(flat.split(self.sizes), self.anchored)]
 
     def penalty(self, batch=None, outputs=None):
-        """(lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2, a scalar.
-
-        Its gradient is lambda Omega (theta - anchor). Batch and outputs do not matter.
-        """
+        """A scalar, whose gradient is lambda Omega (theta - anchor). Neither argument matters."""
         if not self.armed or not self.strength:
             return torch.zeros((), device=self.anchor.device)
         return self.strength / 2 * (self.importance * (self.theta() - self.anchor).square()).sum()
@@ -186,16 +187,16 @@ class Anchor(Method):
         if self.idle:
             return None
         total = torch.zeros_like(self.importance)
-        count = 0
+        count = 0.0
         for gradients in self.measure(clips):
             count += len(gradients[0])
             total += torch.cat([self.importance_of(g).sum(0).flatten() for g in gradients])
-        total = parallel.summed(total)
-        count = int(parallel.summed(float(count)))
-        return {"clips": count} | self.absorb(total / max(count, 1), self.theta().detach())
+        count = int(parallel.summed(count))
+        S = parallel.summed(total) / max(count, 1)
+        return {"clips": count} | self.absorb(S, self.theta().detach())
 
     def measure(self, clips):
-        """For each batch the gradients of its single clips, a list of [n, *shape]."""
+        """See `per_clip_gradients`."""
         return per_clip_gradients(self.run.model, self.anchored, clips, clips.loss)
 
     def importance_of(self, gradient):
@@ -224,20 +225,17 @@ class Anchor(Method):
 
     def task_gradient(self, theta):
         """The gradient of the task loss, flat. The penalty's own is known and taken off."""
-        parts = []
-        for p in self.anchored:
-            parts.append((torch.zeros_like(p) if p.grad is None else p.grad).flatten())
-        gradient = torch.cat(parts).float()
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.anchored]
+        gradient = torch.cat([part.flatten() for part in parts]).float()
         gradient.nan_to_num_(0.0, 0.0, 0.0)  # fp16: the scaler skips a step that has overflowed
         if self.armed:
             gradient.addcmul_(self.importance, theta - self.anchor, value=-self.strength)
         return gradient
 
     def absorb(self, S, theta):
-        """Omega <- gamma Omega + gain(S), group by group; anchor <- theta. Both are flat.
+        """Omega <- gamma Omega + gain(S), group by group; anchor <- theta. S and theta are flat.
 
-        S is zero throughout a parameter that received no gradient. The report says the mean of S
-        over those of a group that did.
+        The report has the mean of S over the parameters of each group that received a gradient.
         """
         means = {}
         gains = []
@@ -275,31 +273,22 @@ class LowRankAnchoring(Anchor):
     def gain(self, parts, measured):
         """S^power / mean(S^power), which makes lambda comparable across models and tasks."""
         if not measured:
-            return [torch.zeros_like(part) for part in parts]
+            return parts
         mean = torch.cat(measured).pow(self.power).mean()
-        gains = []
-        for part in parts:
-            gains.append(part.pow(self.power) / mean if part.any() else torch.zeros_like(part))
-        return gains
-
-
-def carrier(theta):
-    """The parameter whose gradient is that of theta."""
-    return theta.weight if isinstance(theta, Delta) else theta
+        return [part.pow(self.power) / mean if part.any() else part for part in parts]
 
 
 def per_clip_gradients(model, parameters, batches, loss):
-    """Exact gradients of single clips, vectorised.
+    """Exact gradients of single clips, vectorised, with the model as it stands, in fp32.
 
     For each batch of n clips, cut up where they are many, it yields the list of [n, *shape] over
-    `parameters` (a list, of the model's), zero where a parameter is unused. batches: of
-    data.collate, the clips of a batch annotated in equally many frames. loss(outputs, batch) is a
-    scalar, for a batch of one clip. The model is used as it stands (in eval mode), in fp32.
+    `parameters` (a list, of the model's), zero where a parameter is unused. The clips of a batch
+    are annotated in equally many frames. loss(outputs, batch) is a scalar of a batch of one clip.
     """
 
     def of_one(values, clip):
-        one = {name: clip[name][None] for name in ("context", "tokens", "label") if name in clip}
-        clip = clip | one | {"clip": torch.zeros_like(clip["second"])}
+        clip = clip | {name: clip[name][None] for name in OF_A_CLIP if name in clip}
+        clip["clip"] = torch.zeros_like(clip["second"])
         return loss(functional_call(model, values, (clip,)), clip)
 
     names = {id(p): name for name, p in model.named_parameters()}
@@ -307,7 +296,7 @@ def per_clip_gradients(model, parameters, batches, loss):
     beside = max(1, SIDE_BY_SIDE // max(1, sum(p.numel() for p in parameters)))
     for batch in batches:
         n = len(batch["context"])
-        clips = {name: batch[name] for name in ("context", "tokens", "label") if name in batch}
+        clips = {name: batch[name] for name in OF_A_CLIP if name in batch}
         for name in ("frames", "masks", "second"):  # [M, ...] -> [n, M / n, ...]
             clips[name] = batch[name].unflatten(0, (n, -1))
         for first in range(0, n, beside):

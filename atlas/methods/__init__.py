@@ -13,14 +13,10 @@ class Entry:
 
     where: str  # module:class
     help: str  # one line for --help and the documents
-    strength: float | None = (
-        None  # default of `strength`, the factor of its penalty; None: it has none
-    )
+    strength: float | None = None  # default factor of its penalty; None: it has none
     lr: float | None = None  # default rate of the later tasks; None: that of the first task
     needs_lora: bool = False  # it acts on LoRA's pairs, so lora_rank=0 is refused
-    needs_boundaries: bool = (
-        False  # it must be told where tasks begin and end, so a stream is refused
-    )
+    needs_boundaries: bool = False  # it must be told where tasks end, so a stream is refused
     plain_start: bool = True  # its first task is finetune's, and it takes no note of it
 
 

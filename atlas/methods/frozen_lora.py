@@ -1,12 +1,9 @@
 """LoRA learned on the first task and held from then on."""
 
-import torch
-
-from atlas.lra import Method, deltas
-from atlas.trigger import trigger_of
+from atlas.lra import Holding, deltas
 
 
-class FrozenLoRA(Method):
+class FrozenLoRA(Holding):
     """After the first task LoRA's gradients are dropped before the update.
 
     Fusion and decoder go on learning, and forget. This baseline tells what anchoring LoRA adds
@@ -15,19 +12,8 @@ class FrozenLoRA(Method):
 
     def __init__(self, run):
         super().__init__(run)
-        self.trigger = trigger_of(run.config)
-        self.pairs = list(deltas(run.model).values())
         self.names = list(deltas(run.model))
-        self.armed = False  # no task is over yet
-
-    def get_extra_state(self):
-        state = [self.armed, *(self.trigger.state() if self.trigger else ())]
-        return torch.tensor(state, dtype=torch.float64)
-
-    def set_extra_state(self, state):
-        self.armed = bool(state[0])
-        if self.trigger:
-            self.trigger.restore(state[1:].tolist())
+        self.pairs = list(deltas(run.model).values())
 
     def observe(self, step):
         report = self.trigger.watch(step.loss) if self.trigger else None

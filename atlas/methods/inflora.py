@@ -1,5 +1,6 @@
 """InfLoRA: a new LoRA pair a task, away from the inputs of the past ones."""
 
+import contextlib
 import math
 
 import torch
@@ -35,12 +36,9 @@ class InfLoRA(OLoRA):
         self.strength = 0.0  # no penalty
         for i, pair in enumerate(self.pairs):
             if pair.A.dim() == 4 and pair.A.shape[2:] != (1, 1):
-                raise AtlasError(
-                    "method=inflora is defined on linear layers and 1x1 convolutions; "
-                    "lora_targets names a larger convolution"
-                )
-            basis = torch.zeros(pair.A.shape[1], 0, device=pair.A.device)
-            self.register_buffer(f"M{i}", basis)
+                what = "linear layers and 1x1 convolutions"
+                raise AtlasError(f"method=inflora takes only {what}; change lora_targets")
+            self.register_buffer(f"M{i}", torch.zeros(pair.A.shape[1], 0, device=pair.A.device))
 
     @torch.no_grad()
     def begin_task(self, clips):
@@ -91,14 +89,10 @@ class InfLoRA(OLoRA):
 
             return hook
 
-        hooks = []
-        for i, pair in enumerate(self.pairs):
-            hooks.append(pair.layer.register_forward_pre_hook(note(i)))
-        try:
+        with contextlib.ExitStack() as hooks:
+            for i, pair in enumerate(self.pairs):
+                hooks.enter_context(pair.layer.register_forward_pre_hook(note(i)))
             self.run.model(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return seen
 
     def left_of(self, i, C):

@@ -41,7 +41,6 @@ CANDIDATES = 8  # sounds that the last model hears for each clip
 DISTILLED = 2  # of those, the ones that the present model hears too
 DIRECTIONS = 5  # r
 HEARING = 10.0  # the weight of H beside D
-SKETCHES = ("sounds", "head", "heard", "last_heard")
 
 
 class LraPlus(LowRankAnchoring):
@@ -56,7 +55,7 @@ class LraPlus(LowRankAnchoring):
         self.distilled = 0.0  # task-free: the gradient of the distillation
         # sounds [K, 1 + r, S]: m and the directions; head [K]: whose (TIL); heard and last_heard:
         # task-free, the sketches of this window and of those since the last consolidation
-        for name in SKETCHES:
+        for name in ("sounds", "head", "heard", "last_heard"):
             self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
 
     # ---- what is remembered ------------------------------------------------------------------
@@ -125,7 +124,7 @@ class LraPlus(LowRankAnchoring):
         return held + distillation
 
     def disagreement(self, batch, outputs, last):
-        """D; last: the last model's parameters."""
+        """D. last: the last model's parameters."""
         model = self.run.model
         active = model.decoder.active
         training = model.training
@@ -175,14 +174,16 @@ class LraPlus(LowRankAnchoring):
 
 
 class Answers(torch.nn.Module):
-    """The masks of a model on the frames of a batch, for R sounds of each clip: [R, M, H, W]."""
+    """The masks of a model on the frames of a batch, for R sounds of each clip: [R, M, H, W].
+
+    asked: context [R, B, T, D_a], tokens [R, B, T, N, D_u].
+    """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, batch, asked):
-        """asked: context [R, B, T, D_a], tokens [R, B, T, N, D_u]."""
         features = self.model.encode(batch["frames"])
         masks = []
         for context, tokens in zip(asked["context"], asked["tokens"]):
@@ -210,7 +211,7 @@ class Ears(torch.nn.Module):
 
 
 def noting(clips, noted):
-    """`clips`, whose batches are passed on; `noted` fills with a sketch of each class's sounds."""
+    """The same `clips`; as they pass, `noted` fills with a sketch of each class's sounds."""
 
     class Noting:
         loss = staticmethod(clips.loss)

@@ -34,8 +34,7 @@ class MAS(Anchor):
 
     def penalty(self, batch=None, outputs=None):
         if self.trigger and self.strength:
-            norm = self.squared_norm(outputs)
-            self.slope = flat_gradient(norm, self.anchored)
+            self.slope = flat_gradient(self.squared_norm(outputs), self.anchored)
         return super().penalty()
 
     def note(self, theta, clips):
@@ -44,8 +43,7 @@ class MAS(Anchor):
 
 def flat_gradient(value, parameters):
     """The gradient of a scalar over `parameters`, one flat vector; its graph is kept."""
-    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    parts = []
-    for gradient, p in zip(found, parameters):
-        parts.append((torch.zeros_like(p) if gradient is None else gradient).flatten())
-    return torch.cat(parts).float()
+    found = torch.autograd.grad(
+        value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return torch.cat([gradient.flatten() for gradient in found]).float()

@@ -70,9 +70,8 @@ class OLoRA(FrozenLoRA):
         """The past pairs of every layer, one after the other: A [tasks r, in], B [out, tasks r]."""
         found = {}
         for name, pair, A, B in zip(self.names, self.pairs, self.past("A"), self.past("B")):
-            A = A.view(-1, *pair.A.shape[1:])
             B = B.view(len(B), -1, *pair.B.shape[2:])
-            found[name] = (A, B)
+            found[name] = (A.view(-1, *pair.A.shape[1:]), B)
         return found
 
     def load_state_dict(self, state, strict=True):
