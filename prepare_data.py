@@ -19,7 +19,7 @@ from atlas.errors import AtlasError, one_line_errors, prepare_process
 
 def synth(given):
     """make a synthetic S4 or MS3 tree"""
-    from atlas.prepare.synth import make_set
+    from atlas.prepare import make_set
 
     keys = ("seed", "size", "train", "val", "test", "classes")
     make_set(given.dataset, given.out, **chosen(given, *keys))
@@ -88,7 +88,7 @@ def check(given):
 def pack(given):
     """build the packed cache of a config"""
     from atlas.config import load_config
-    from atlas.prepare.synth import make_missing
+    from atlas.prepare import make_missing
     from atlas.runs import open_data
     from atlas.sweep import files_and_keys
 

@@ -45,7 +45,7 @@ from atlas.learner import pick_device
 from atlas.lra import Step
 from atlas.metrics import score_tasks
 from atlas.model import clip_losses, weighted
-from atlas.prepare.synth import make_missing
+from atlas.prepare import make_missing
 from atlas.report.summary import row_text, summary
 from atlas.runs import Run, TaskClips
 

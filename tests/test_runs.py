@@ -13,13 +13,12 @@ import torch
 from conftest import LIGHT, ROOT, SHARED, TINY, one_line, real, run
 
 import train
-from atlas import protocols
+from atlas import prepare, protocols
 from atlas.errors import AtlasError
 from atlas.journal import Journal
 from atlas.methods import METHODS
 from atlas.metrics import score_tasks
 from atlas.model import clip_losses
-from atlas.prepare import synth
 from atlas.results import read_results
 from atlas.runs import Run, TaskClips, read_run
 
@@ -416,7 +415,7 @@ def test_synth_true_makes_the_set_on_first_use(tmp_path, place, monkeypatch):
         names = synth.CLASSES[:2]
         synth.synth_s4(root, size=32, train=1, val=1, test=1, classes=names, progress=False)
 
-    monkeypatch.setattr(synth, "make_set", small)
+    monkeypatch.setattr(prepare, "make_set", small)
     root = str(tmp_path / "new")
     here = replace(place, synth=True, data_root=root, cache_dir=str(tmp_path / "c"), base=1)
     for name in ("first", "second"):

@@ -10,6 +10,7 @@ import soundfile
 import torch
 from PIL import Image
 
+from atlas import prepare
 from atlas.audio import log_mel
 from atlas.clips import CSVS, DOMAINS
 from atlas.errors import AtlasError
@@ -217,21 +218,21 @@ def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_missing_set_is_made_once(tmp_path, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(synth, "make_set", lambda *words: made.append(words))
+    monkeypatch.setattr(prepare, "make_set", lambda *words: made.append(words))
     config = SimpleNamespace(synth=False, dataset="s4", data_root=str(tmp_path))
-    synth.make_missing(config)
+    prepare.make_missing(config)
     assert not made
     config.synth = True
-    synth.make_missing(config)
+    prepare.make_missing(config)
     assert made == [("s4", str(tmp_path))] and "making the synthetic S4" in capsys.readouterr().out
     (tmp_path / CSVS["s4"]).parent.mkdir()
     (tmp_path / CSVS["s4"]).touch()
-    synth.make_missing(config)
+    prepare.make_missing(config)
     assert len(made) == 1
 
 
 def test_the_sets_are_named(tmp_path):
     small = {**SMALL, "size": 32}
-    synth.make_set("s4", tmp_path, **small)
-    synth.make_set("ms3", tmp_path, **small)
+    prepare.make_set("s4", tmp_path, **small)
+    prepare.make_set("ms3", tmp_path, **small)
     assert all((tmp_path / csv).is_file() for csv in CSVS.values())

@@ -313,17 +313,3 @@ def synth_s4(root, seed=0, size=96, train=32, val=3, test=5, classes=None, progr
             clips.append(write_clip(clip, *made))
         write_csv(folder, clips)
     return Path(root)
-
-
-def make_set(dataset, root, **settings):
-    """A synthetic set of the name `dataset`: synth_s4 or synth_ms3 with these settings."""
-    from atlas.prepare.synth_ms3 import synth_ms3  # which draws with this module
-
-    return {"s4": synth_s4, "ms3": synth_ms3}[dataset](root, **settings)
-
-
-def make_missing(config):
-    """Make the synthetic set of a config with synth: true, where it is not there yet."""
-    if config.synth and not Path(config.data_root, CSVS[config.dataset]).is_file():
-        print(f"making the synthetic {config.dataset.upper()} in {config.data_root}")
-        make_set(config.dataset, config.data_root)
