@@ -19,6 +19,7 @@ from atlas.journal import Journal
 from atlas.methods import METHODS
 from atlas.metrics import score_tasks
 from atlas.model import clip_losses
+from atlas.prepare import synth
 from atlas.results import read_results
 from atlas.runs import Run, TaskClips, read_run
 
