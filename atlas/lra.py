@@ -11,8 +11,8 @@ While the next task is learned:  L = L_task + (lambda / 2) sum_i Omega_i (theta_
 
 The mean runs over the parameters of a group that received a gradient. lambda = 0 is plain
 sequential LoRA. `lra_space: factors` takes theta = {A, B}. `delta` takes the update itself,
-theta = (alpha / r) B A, whose gradient is the frozen weight's gradient; its penalty is the same
-for (B R, R^-1 A), which is the same update, and its buffers are as large as the adapted weights.
+theta = (alpha / r) B A, whose gradient is the frozen weight's; its penalty is the same for the same
+update (B R, R^-1 A), and its buffers are as large as the adapted weights.
 
 Source: arXiv 2603.08967 names the method, but its exact equations are not public. This form is our
 choice: online EWC (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018) on {A, B}, with

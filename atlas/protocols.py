@@ -13,6 +13,7 @@ import numpy as np
 from atlas.clips import DOMAINS
 from atlas.errors import AtlasError
 
+SPLITS = ("train", "val", "test")
 CHUNK = 20  # batches of a stream between two points to resume from
 
 
@@ -49,17 +50,14 @@ def class_incremental(cache, config):
 def domain_incremental(cache, config):
     """DIL: one domain of classes after the other, and no task id at test time.
 
-    config.domains: null = the five of clips.DOMAINS, a list = their order, or a mapping from a
-    domain's name to its classes.
+    config.domains: null = clips.DOMAINS, a list = their order, or {domain: its classes}.
     """
     domains = config.domains
     if not isinstance(domains, dict):
         unknown = sorted(set(domains or ()) - set(DOMAINS))
         if unknown:
             known = ", ".join(DOMAINS)
-            raise AtlasError(
-                f"domains names `{unknown[0]}`; choose from {known}, or give a mapping"
-            )
+            raise AtlasError(f"domains has `{unknown[0]}`; choose from {known}, or give a mapping")
         domains = {name: DOMAINS[name] for name in domains or DOMAINS}
     categories = {clip["category"] for clip in cache.clips}
     named = [str(name) for classes in domains.values() for name in classes]
@@ -75,15 +73,14 @@ def domain_incremental(cache, config):
 def class_order(categories, config):
     """The classes in learning order: the config's list, or a permutation drawn from `seed`."""
     if config.class_order is None:
-        drawn = np.random.default_rng(config.seed).permutation(categories)
-        return [str(name) for name in drawn]
+        return np.random.default_rng(config.seed).permutation(categories).tolist()
     order = [str(name) for name in config.class_order]
     each_once("class_order", order, categories)
     return order
 
 
 def each_once(key, names, categories, or_more=False):
-    """Refuse names that do not hold each category once; or_more: others may be among them."""
+    """Refuse names that do not hold each category once. or_more: others may be among them."""
     for name in names:
         if name not in categories and not or_more:
             near = difflib.get_close_matches(name, categories, n=1, cutoff=0.0)[0]
@@ -91,17 +88,15 @@ def each_once(key, names, categories, or_more=False):
     missing = sorted(set(categories) - set(names))
     twice = sorted({name for name in names if names.count(name) > 1})
     if missing or twice:
-        raise AtlasError(
-            f"{key} must hold each class of the data once; missing: "
-            f"{', '.join(missing) or 'none'}; twice: {', '.join(twice) or 'none'}"
-        )
+        wrong = f"missing: {', '.join(missing) or 'none'}; twice: {', '.join(twice) or 'none'}"
+        raise AtlasError(f"{key} must hold each class of the data once; {wrong}")
 
 
 def task_of(cache, classes, name=None):
     """The Task of some classes, with all their clips."""
     if name is None:
         name = classes[0] if len(classes) == 1 else f"{classes[0]}+{len(classes) - 1}"
-    splits = [tuple(cache.select(split, classes)) for split in ("train", "val", "test")]
+    splits = [tuple(cache.select(split, classes)) for split in SPLITS]
     return Task(name, tuple(classes), *splits)
 
 
@@ -113,7 +108,7 @@ def checked(tasks, cache):
     if names != classes or len(trained) != len(set(trained)):
         raise AtlasError("the protocol put a class or a train clip into no task, or into two")
     for task in tasks:
-        for split in ("train", "val", "test"):
+        for split in SPLITS:
             if not getattr(task, split):
                 raise AtlasError(f"task {task.name} has no {split} clip; change base and step")
     return tasks
@@ -137,7 +132,7 @@ def drifting_stream(cache, config):
     splits = np.array([clip["split"] for clip in cache.clips])
     train = np.flatnonzero(splits == "train")
     position = segment[train] + rng.uniform(0, 1, len(train))
-    position = position + config.stream_blur * rng.uniform(-0.5, 0.5, len(train))
+    position += config.stream_blur * rng.uniform(-0.5, 0.5, len(train))
     stream = train[np.argsort(position)].tolist()
     batches = math.ceil(len(stream) / config.batch_size)
     if batches < k:
@@ -160,10 +155,9 @@ def drifting_stream(cache, config):
 def audio_segments(features, clips, k):
     """The segment of every clip, [n] in 0 to k - 1, by balanced k-means from a fixed seed.
 
-    features [n, D]: what clips sound like, standardised here over the train clips. The clips of
-    one source video stay together: what is clustered are sources, each by the mean over its train
-    clips. A cluster holds at most about 1 / k of the train clips. A source without train clips
-    takes no part in the clustering and goes to the nearest cluster.
+    features [n, D]: what clips sound like, standardised here over the train clips. What is
+    clustered are source videos, each by the mean over its train clips. A cluster holds at most
+    about 1 / k of the train clips. A source without train clips goes to the nearest cluster.
     """
     rng = np.random.default_rng(0)
     is_train = np.array([clip["split"] == "train" for clip in clips])
@@ -179,21 +173,20 @@ def audio_segments(features, clips, k):
     if len(items) < k:
         raise AtlasError(f"{len(items)} source videos are too few for stream_checkpoints={k}")
     centres = first_centres(means, weight, k, rng)
-    of_source = None
+    of_source = np.full(len(names), -1)
     for _ in range(100):
-        new = balanced(squared_distances(means, centres), weight, k)
-        if of_source is not None and (new == of_source).all():
+        before = of_source
+        of_source = balanced(squared_distances(means, centres), weight, k)
+        if (of_source == before).all():
             break
-        of_source = new
-        for c in set(new[items].tolist()):
-            own = items[new[items] == c]
+        for c in set(of_source[items].tolist()):
+            own = items[of_source[items] == c]
             centres[c] = np.average(means[own], axis=0, weights=weight[own])
     return of_source[source]
 
 
 def squared_distances(means, centres):
-    """[sources, centres]"""
-    return ((means[:, None] - centres) ** 2).sum(-1)
+    return ((means[:, None] - centres) ** 2).sum(-1)  # [sources, centres]
 
 
 def first_centres(means, weight, k, rng):
@@ -239,7 +232,7 @@ def sequence_of(tasks, config):
     if config.method != "joint":
         return tasks
     merged = {}
-    for name in ("classes", "train", "val", "test"):
+    for name in ("classes", *SPLITS):
         merged[name] = sum((getattr(task, name) for task in tasks), ())
     return [Task("all", **merged)]
 
@@ -275,8 +268,8 @@ def plan_of(sequence, t, config):
     clips = sequence[t - 1].train
     size = config.batch_size
     if config.protocol == "tfcl" and config.method != "joint":
-        starts = range(0, len(clips), CHUNK * size)
-        chunks = [list(clips[first : first + CHUNK * size]) for first in starts]
+        length = CHUNK * size
+        chunks = [list(clips[i : i + length]) for i in range(0, len(clips), length)]
         repeats = config.stream_epochs
         steps = [repeats * math.ceil(len(task.train) / size) for task in sequence]
         before = sum(steps[: t - 1])

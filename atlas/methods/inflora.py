@@ -65,14 +65,14 @@ class InfLoRA(OLoRA):
 
     def covariances(self, clips):
         """C of every layer over the clips, [in, in] each."""
-        rows = torch.zeros(len(self.pairs), dtype=torch.long)
+        rows = [0] * len(self.pairs)
         sums = [0] * len(self.pairs)
         for batch in clips:
             for i, x in self.inputs(batch).items():
                 rows[i] += len(x)
                 sums[i] = x.T @ x + sums[i]
         found = []
-        for total, count in zip(sums, rows.tolist()):
+        for total, count in zip(sums, rows):
             found.append(parallel.summed(total) / parallel.summed(float(count)))
         return found
 

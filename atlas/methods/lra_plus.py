@@ -11,8 +11,8 @@ p = sigmoid(z),
     H = mean over scales and over gate, keys, values of  mean (h - h_last)^2 / (var h_last + 1e-6)
 
 The sums of D are over a frame's pixels; both its terms are least at p = y. h is what of a sound of
-each past class reaches the frames, so H needs no frame. It holds how past sounds are heard where
-today's frames do not show what makes them. Its mean and variance are over sounds and channels.
+each past class reaches the frames, so H needs no frame. Its mean and variance are over sounds and
+channels.
 
 The last model is LRA's own anchor, run on the batch without gradients. Visual features are those
 of the step itself, so only fusion and decoder run again with gradients. What is kept of a class is
@@ -22,9 +22,9 @@ from which sounds are drawn as  x = m + sum_k e_k d_k,  e_k ~ N(0, 1). No clip, 
 sound that could be played is kept. The sketch is of the clips whose gradients are measured
 (`lra_clips`). Task-free, where no class is told, it is one sketch a consolidation.
 
-Sources: the distillation is Li & Hoiem's (2016, arXiv 1606.09282) on inputs that they do not have;
-a class's mean instead of exemplars is as in PASS (Zhu et al. 2021, CVPR); the directions are
-updated clip by clip without the clips (Ross et al. 2008, incremental principal components).
+Sources: distillation: Li & Hoiem 2016 (arXiv 1606.09282), here on inputs that they do not have; the
+mean of a class instead of exemplars: PASS (Zhu et al. 2021, CVPR); directions updated clip by clip
+without the clips: Ross et al. 2008 (incremental principal components).
 """
 
 import torch
@@ -100,9 +100,8 @@ class LraPlus(LowRankAnchoring):
 
     def note_sounds(self, batch):
         """Task-free: sketch the sounds of the whole batch."""
-        own = dict(zip(batch["index"], sounds_of(batch).cpu()))
         heard = {}
-        for of_process in parallel.gathered(own):
+        for of_process in parallel.gathered(dict(zip(batch["index"], sounds_of(batch).cpu()))):
             heard |= of_process
         new = sketch(torch.stack(list(heard.values())).to(self.anchor.device))
         self.heard = joined(self.heard if len(self.heard) else None, new)
@@ -230,7 +229,7 @@ def most_heard(y, clip, B, count):
 
     A list, the largest first, of (probabilities [M, H, W], the sound's number for each clip [B]).
     """
-    area = torch.stack([clip_means(of_one.mean((1, 2)), clip, B) for of_one in y])  # [R, B]
+    area = torch.stack([clip_means(masks.mean((1, 2)), clip, B) for masks in y])  # [R, B]
     frames = torch.arange(len(clip), device=clip.device)
     return [(y[chosen[clip], frames], chosen) for chosen in area.topk(count, 0)[1]]
 

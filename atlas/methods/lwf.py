@@ -34,7 +34,7 @@ class LwF(Anchor):
         heads = model.decoder.heads[: model.decoder.active] if til else ()
         if not self.armed or not self.strength or (til and not heads):
             return torch.zeros((), device=self.anchor.device)
-        features = self.features
+        features = self.features  # now: the old model's pass replaces them
         training = model.training
         last = dict(zip(self.names, self.split(self.anchor)))
         with torch.no_grad(), self.run.autocast():

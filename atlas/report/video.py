@@ -1,11 +1,11 @@
 """What a trained model hears, drawn over a video of any length, frame rate and size.
 
-The model is shown what it was trained on. Counted from its first frame, the video is a row of
-clips of T seconds. A frame of second k is conditioned on the sound of second k, and attends to the
-sound of all of its clip. Past its end, a sound is silent.
+Counted from its first frame, the video is a row of clips of T seconds, as in training. A frame of
+second k is conditioned on the sound of second k, and attends to the sound of all of its clip. Past
+its end, a sound is silent.
 
-Frames, the sound to hear and the sound to play have a reader each, which is a few frames or a
-clip's sound ahead. So memory does not grow with the video.
+Frames, the sound to hear and the sound to play have a reader each, which is little ahead. So memory
+does not grow with the video.
 
 Shapes: T seconds of a clip, H W pixels of the video. Times are seconds, as fractions.
 """
@@ -48,9 +48,9 @@ JITTER = RATE // 10  # samples that a sound's timestamps may be off; more is a g
 def overlay(run, source, out, sound=None, task=None):
     """Draw what the last model of the run's folder hears in `source` into the video `out`.
 
-    sound: a file that it hears instead, and that the overlay sounds like. task: in TIL, whose head
-    masks, from 1; the newest where not given. Returns {"frames", "seconds", "area": the mean share
-    of the frame that is masked, "task": the last one that the model has learned}.
+    sound: another file to hear and to play. task: in TIL, whose head masks, from 1; None: the
+    newest. Returns {"frames", "seconds", "area": the mean share of the frame that is masked,
+    "task": the last one that the model has learned}.
     """
     out = Path(out)
     if out.suffix.lower() not in CONTAINERS:
@@ -68,7 +68,7 @@ def overlay(run, source, out, sound=None, task=None):
 
 
 def film(learner, encoder, tracks, out):
-    """Write the overlay of `tracks` into `out`; returns {"frames", "seconds", "area"}."""
+    """Write the overlay into `out`; returns {"frames", "seconds", "area"}."""
     done = {"frames": 0, "area": 0.0, "end": Fraction(0)}
     with written_beside(out) as output:
         pictures = filmed(learner, encoder, tracks, add_video(output, tracks), done)
@@ -105,7 +105,7 @@ def filmed(learner, encoder, tracks, target, done):
 
 
 def open_trained(run, task=None):
-    """(Learner after the last task of a run, its audio encoder, the number of that task)."""
+    """(Learner after the last task of a run, its audio encoder, the number of that task)"""
     found = read_results(run)
     config = load_config([Path(run, "config.yaml")])
     learned = len(found["matrix"]["J"]) - 1
@@ -129,7 +129,7 @@ def open_trained(run, task=None):
 def masks_of(learner, pictures, seconds, sound):
     """Masks [H, W] bool, True on what sounds, of pictures [H, W, 3] of one clip.
 
-    seconds: of each picture. sound: the clip's (context [T, D_a], tokens [T, N, D_u]).
+    seconds: of each. sound: the clip's (context [T, D_a], tokens [T, N, D_u]).
     """
     small = [resized(picture, learner.config.image_size) for picture in pictures]
     batch = {
@@ -142,8 +142,8 @@ def masks_of(learner, pictures, seconds, sound):
     with learner.autocast():
         logits = learner.model(to_device(batch, learner.device))["masks"].float().cpu()
     masks = []
-    for x in logits[:, None, None]:
-        x = F.interpolate(x, pictures[0].shape[:2], mode="bilinear", align_corners=False)
+    for x in logits[:, None, None]:  # one at a time: a picture may be large
+        x = F.interpolate(x, pictures[0].shape[:2], mode="bilinear")
         masks.append((x[0, 0] > 0).numpy())
     return masks
 
@@ -156,10 +156,10 @@ class Tracks:
 
     start: the time of the first frame; sound_start: the same by the clock of the sound. late: when
     the file begins; the overlay begins at 0. Another file's sound begins with the first frame.
+    files: an ExitStack that closes all.
     """
 
     def __init__(self, source, sound, files):
-        """sound: None, or another file to hear and play. files: an ExitStack that closes all."""
         self.video = opened(source, "video", files)
         self.heard = opened(sound or source, "audio", files)
         self.played = opened(sound or source, "audio", files)
@@ -195,19 +195,18 @@ def pieces(tracks):
 
 @contextlib.contextmanager
 def reading(source):
-    """What a broken file makes PyAV raise, as one line. source: a path, or a stream."""
+    """What a broken file makes PyAV raise, as one line. source: a path or a stream."""
     try:
         yield
     except (av.FFmpegError, ValueError) as error:
         path = source.container.name if isinstance(source, av.stream.Stream) else source
         why = getattr(error, "strerror", None) or error
-        raise AtlasError(
-            f"{path} cannot be read as video or sound: {why}; is it whole, and does it play?"
-        ) from None
+        why = f"{path} cannot be read as video or sound: {why}; does it play?"
+        raise AtlasError(why) from None
 
 
 def opened(path, kind, files):
-    """The stream of a kind, "video" or "audio", that a player takes."""
+    """The stream, "video" or "audio", that a player takes."""
     with reading(path):
         container = files.enter_context(av.open(str(path), metadata_errors="ignore"))
     stream = best_stream(container, kind)
@@ -233,7 +232,7 @@ def decoded(stream):
 
 
 def rate_of(stream):
-    """Frames a second of a video, by its header."""
+    """Frames a second, by the header."""
     return stream.average_rate or stream.guessed_rate or Fraction(25)
 
 
@@ -246,7 +245,7 @@ def decoding_time(packet):
 
 
 def beginning(stream):
-    """When a stream's file begins."""
+    """When the file of a stream begins."""
     return Fraction(max(0, stream.container.start_time or 0), av.time_base)
 
 
@@ -254,7 +253,7 @@ def beginning(stream):
 
 
 def waves(stream, start):
-    """The sound from `start` on, mono at 16 kHz, in blocks [samples] float32; gaps are silent."""
+    """The sound from `start` on, mono at 16 kHz, in blocks of float32; gaps are silent."""
     resampler = av.AudioResampler(format="fltp", rate=RATE)
     given = 0  # samples so far
     at = None  # where the resampler's next sample belongs
@@ -278,10 +277,7 @@ def waves(stream, start):
 
 
 def heard_clips(tracks, encoder):
-    """Clip by clip what the frozen encoder hears, (context [T, D_a], tokens [T, N, D_u]) float32.
-
-    It never ends: silence follows the sound.
-    """
+    """What the encoder hears of each clip, (context [T, D_a], tokens [T, N, D_u]), without end."""
     blocks = waves(tracks.heard, tracks.sound_start)
     wave = np.zeros(0, np.float32)
     while True:
@@ -325,7 +321,7 @@ def written_beside(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(beside), "w", format=CONTAINERS[out.suffix.lower()]) as output:
             yield output
-        os.replace(beside, out)
+        beside.replace(out)
     except (av.FFmpegError, OSError) as error:
         raise AtlasError(f"cannot write {out}: {error.strerror}") from None
     finally:
@@ -363,7 +359,7 @@ def encodable(picture, frame, late):
 
 
 def add_sound(output, tracks):
-    """The packets of a new sound stream: copied where the container takes the codec, else AAC."""
+    """The packets of the sound: copied where the container takes the codec, else AAC."""
     source = tracks.played
     shift = tracks.start - tracks.late - tracks.sound_start  # by which the sound is later
     codec = source.codec_context.codec
