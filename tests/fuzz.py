@@ -2,10 +2,10 @@
 
     python tests/fuzz.py --count 500 --seed 0     prints each failure with its number, and counts
 
-A case is a kind of damage (KINDS) to one file of a target (TARGETS): a small tree, its cache, a run
-folder, a config, a weights file, a video. The command may refuse it in one line, or bear it. It
-fails where it ends in a traceback, hangs, or exits 0 without a warning and with other results than
-those of the whole input.
+A case is a kind of damage (KINDS) to one file of a target (TARGETS): a small tree, its cache, a
+finished run, one that was killed in its last task, a config, a weights file, a video. The command
+may refuse it in one line, or bear it. It fails where it ends in a traceback, hangs, or exits 0
+without a warning and with other results than those of the whole input.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -36,28 +37,34 @@ HUGE = {".csv": b'"' + b"x" * 300_000, ".yaml": b"seed: " + b"9" * 5000, ".json"
 
 
 def whole(place):
-    """Make a tree, its cache, a finished run, a half-learned run, weights, a config, a video."""
+    """Make a tree, its cache, a finished run, one killed in task 3, weights, a config, a video."""
     place = Path(place)
     names = list(CLASSES[:3])
     synth_s4(place / "tree", size=32, train=2, val=1, test=1, classes=names, progress=False)
     model = timm.create_model(LIGHT, pretrained=False)
     save_file(model.state_dict(), place / "weights.safetensors")
     lines = [word.replace("=", ": ", 1) for word in TINY]
-    lines += ["epochs: 1", "epochs_first: 1", "batch_size: 4", "method: lra"]
+    lines += ["epochs: 2", "epochs_first: 1", "batch_size: 4", "method: lra"]
     (place / "config.yaml").write_text("\n".join(lines) + "\n")
     write_video(place / "video.mp4")
-    done = train(place, "epochs=1")
+    done = train(place)
     assert done.returncode == 0, done.stderr
-    for part in ("run", "cache"):
-        assert (place / part).is_dir()
+
+    def stop(half=place / "half"):
+        begun = (half / "task_02").is_dir() and '"task": 3' in (half / "log.jsonl").read_text()
+        return signal.SIGKILL if begun else None
+
+    train(place, "half", stop)
+    assert (place / "half/progress.pt").is_file() and not (place / "half/task_03").exists()
     return place
 
 
-def train(place, *words):
-    """train.py on the tree, config and weights of `place`, into place/run."""
-    where = [f"data_root={place}/tree", f"cache_dir={place}/cache", f"out_dir={place}", "name=run"]
-    where += [f"visual={LIGHT}", f"visual_weights={place}/weights.safetensors"]
-    return patient("train.py", "--resume", "--cfg", place / "config.yaml", *where, *words)
+def train(place, name="run", stop=None):
+    """train.py on the tree, config and weights of `place`, into place/NAME."""
+    where = [f"data_root={place}/tree", f"cache_dir={place}/cache", f"out_dir={place}"]
+    where += [f"visual={LIGHT}", f"visual_weights={place}/weights.safetensors", f"name={name}"]
+    words = ["train.py", "--resume", "--cfg", place / "config.yaml", *where]
+    return run(*words, stop=stop) if stop else patient(*words)
 
 
 def write_video(path):
@@ -174,11 +181,10 @@ class Hangs(Exception):
 def patient(*words):
     """conftest.run, but a command that takes longer than HANGS is killed and reported."""
 
-    def stop(started=[None]):  # noqa: B006
-        import time
+    end = time.time() + HANGS
 
-        started[0] = started[0] or time.time()
-        return signal.SIGKILL if time.time() - started[0] > HANGS else None
+    def stop():
+        return signal.SIGKILL if time.time() > end else None
 
     done = run(*words, stop=stop)
     if done.returncode == -signal.SIGKILL:
@@ -186,9 +192,9 @@ def patient(*words):
     return done
 
 
-def scores(place):
+def scores(folder):
     """What a run says: its matrices."""
-    results = json.loads((place / "run" / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     return json.dumps([results["matrix"], results["val_matrix"], results["complete"]])
 
 
@@ -213,18 +219,23 @@ def of_tree(place):
 
 
 def of_run(place):
-    """eval.py reads it; with its last row and checkpoint gone, train.py goes on from it."""
-    told = patient("eval.py", place / "run")
-    gone_on = train(place, "epochs=1")
-    quiet = gone_on.returncode == 0 and "damaged" not in gone_on.stdout + gone_on.stderr
-    return [told, gone_on], scores(place) if quiet else None
+    """eval.py reads it and scores it again, and train.py has nothing to do."""
+    told = patient("eval.py", place / "run", "--rescore", "--figures")
+    gone_on = train(place)
+    return [told, gone_on], scores(place / "run") if gone_on.returncode == 0 else None
+
+
+def of_half(place):
+    """train.py goes on from it, to the result that it would have had."""
+    gone_on = train(place, "half")
+    return [gone_on], scores(place / "half") if gone_on.returncode == 0 else None
 
 
 def of_training(place):
     """A fresh run with what is broken."""
     shutil.rmtree(place / "run")
-    done = train(place, "epochs=1")
-    return [done], scores(place) if done.returncode == 0 else None
+    done = train(place)
+    return [done], scores(place / "run") if done.returncode == 0 else None
 
 
 def of_cache(place):
@@ -241,6 +252,7 @@ TARGETS = {  # name: (files that may be broken, what runs on them)
     "tree": ("tree/**/*.*", of_tree),
     "cache": ("cache/s4-*/*", of_cache),
     "run": ("run/**/*", of_run),
+    "half": ("half/**/*", of_half),
     "config": ("config.yaml", of_training),
     "weights": ("weights.safetensors", of_training),
     "video": ("video.mp4", of_video),
@@ -254,7 +266,9 @@ def case(source, place, draw):
     relocate(source, place)
     target = draw.choice(list(TARGETS))
     pattern, command = TARGETS[target]
-    path = draw.choice(sorted(p for p in place.glob(pattern) if p.is_file()))
+    paths = sorted(p for p in place.glob(pattern) if p.is_file())
+    suffix = draw.choice(sorted({p.suffix for p in paths}))  # a tree has one table among pictures
+    path = draw.choice([p for p in paths if p.suffix == suffix])
     kind = draw.choice(KINDS)
     whole_answer = answer_of(command, place, source)
     shutil.rmtree(place)
@@ -287,9 +301,9 @@ def answer_of(command, place, source):
 
 
 def relocate(source, place):
-    """The run's own config names the folder that it is in."""
-    path = place / "run" / "config.yaml"
-    path.write_text(path.read_text().replace(str(source), str(place)))
+    """The runs' own files name the folder that they are in."""
+    for path in (*place.glob("*/config.yaml"), *place.glob("*/results.json")):
+        path.write_text(path.read_text().replace(str(source), str(place)))
 
 
 def fuzz(count, seed, told=print):
