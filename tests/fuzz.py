@@ -11,6 +11,7 @@ without a warning and with other results than those of the whole input.
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -27,44 +28,46 @@ from conftest import LIGHT, TINY, run
 from safetensors.torch import save_file
 
 from atlas.prepare.synth import CLASSES, synth_s4
+from atlas.runs import Run
 
 HANGS = 120  # seconds
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
 HUGE = {".csv": b'"' + b"x" * 300_000, ".yaml": b"seed: " + b"9" * 5000, ".json": b"[" * 100_000}
 
 
-# ---- the whole input -----------------------------------------------------------------------------
-
-
 def whole(place):
-    """Make a tree, its cache, a finished run, one killed in task 3, weights, a config, a video."""
-    place = Path(place)
-    names = list(CLASSES[:3])
-    synth_s4(place / "tree", size=32, train=2, val=1, test=1, classes=names, progress=False)
+    """Make one of each target."""
+    few = {"size": 32, "train": 2, "val": 1, "test": 1, "classes": CLASSES[:3]}
+    synth_s4(place / "tree", **few, progress=False)
     model = timm.create_model(LIGHT, pretrained=False)
     save_file(model.state_dict(), place / "weights.safetensors")
-    lines = [word.replace("=", ": ", 1) for word in TINY]
-    lines += ["epochs: 2", "epochs_first: 1", "batch_size: 4", "method: lra"]
-    (place / "config.yaml").write_text("\n".join(lines) + "\n")
+    words = [*TINY, "epochs=2", "epochs_first=1", "batch_size=4", "method=lra"]
+    (place / "config.yaml").write_text("\n".join(words).replace("=", ": ") + "\n")
     write_video(place / "video.mp4")
     done = train(place)
     assert done.returncode == 0, done.stderr
-
-    def stop(half=place / "half"):
-        begun = (half / "task_02").is_dir() and '"task": 3' in (half / "log.jsonl").read_text()
-        return signal.SIGKILL if begun else None
-
-    train(place, "half", stop)
-    assert (place / "half/progress.pt").is_file() and not (place / "half/task_03").exists()
+    killed = train(place, "half", preexec_fn=die_in_last_task)
+    assert killed.returncode == -signal.SIGKILL and (place / "half/progress.pt").is_file()
     return place
 
 
-def train(place, name="run", stop=None):
+def train(place, name="run", **options):
     """train.py on the tree, config and weights of `place`, into place/NAME."""
     where = [f"data_root={place}/tree", f"cache_dir={place}/cache", f"out_dir={place}"]
     where += [f"visual={LIGHT}", f"visual_weights={place}/weights.safetensors", f"name={name}"]
     words = ["train.py", "--resume", "--cfg", place / "config.yaml", *where]
-    return run(*words, stop=stop) if stop else patient(*words)
+    return run(*words, **options) if options else patient(*words)
+
+
+def die_in_last_task(save=Run.save_progress):
+    """In the process of a run: a kill after the first epoch of its last task."""
+
+    def save_and_die(run, plan, epoch):
+        save(run, plan, epoch)
+        if (plan.t, epoch) == (2, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.save_progress = save_and_die
 
 
 def write_video(path):
@@ -84,9 +87,6 @@ def write_video(path):
         output.mux(sound.encode(frame))
         for stream in (picture, sound):
             output.mux(stream.encode(None))
-
-
-# ---- damage --------------------------------------------------------------------------------------
 
 
 def truncate(path, draw):
@@ -155,23 +155,8 @@ def loop(path, draw):
     path.symlink_to(path.name)
 
 
-KINDS = (
-    truncate,
-    empty,
-    flip,
-    swap,
-    web_page,
-    pointer,
-    missing,
-    folder,
-    doubled,
-    garbage,
-    huge,
-    loop,
-)
-
-
-# ---- commands ------------------------------------------------------------------------------------
+KINDS = (truncate, empty, flip, swap, web_page, pointer, missing, folder, doubled, garbage, huge,
+    loop)  # fmt: skip
 
 
 class Hangs(Exception):
@@ -182,11 +167,7 @@ def patient(*words):
     """conftest.run, but a command that takes longer than HANGS is killed and reported."""
 
     end = time.time() + HANGS
-
-    def stop():
-        return signal.SIGKILL if time.time() > end else None
-
-    done = run(*words, stop=stop)
+    done = run(*words, stop=lambda: signal.SIGKILL if time.time() > end else None)
     if done.returncode == -signal.SIGKILL:
         raise Hangs
     return done
@@ -209,9 +190,9 @@ def cached(place):
 def of_tree(place):
     """check names what pack refuses; a tree that both bear without a word is packed alike."""
     shutil.rmtree(place / "cache")
+    where = [place / "config.yaml", f"data_root={place}/tree", f"cache_dir={place}/cache"]
     found = patient("prepare_data.py", "check", "--root", place / "tree")
-    where = [f"data_root={place}/tree", f"cache_dir={place}/cache"]
-    packed = patient("prepare_data.py", "pack", "--cfg", place / "config.yaml", *where)
+    packed = patient("prepare_data.py", "pack", "--cfg", *where)
     warned = "warning" in found.stdout or found.returncode
     if packed.returncode and not warned:
         return [found, packed], "pack refuses what check passes"
@@ -239,8 +220,7 @@ def of_training(place):
 
 
 def of_cache(place):
-    done = patient("eval.py", place / "run", "--rescore")
-    return [done], None
+    return [patient("eval.py", place / "run", "--rescore")], None
 
 
 def of_video(place):
@@ -259,6 +239,9 @@ TARGETS = {  # name: (files that may be broken, what runs on them)
 }
 
 
+ANSWERS = {}  # {command: what it gives on the whole input}
+
+
 def case(source, place, draw):
     """Break one file of a copy of `source` and run; (what was done, why it failed or None)."""
     shutil.rmtree(place, ignore_errors=True)
@@ -270,7 +253,8 @@ def case(source, place, draw):
     suffix = draw.choice(sorted({p.suffix for p in paths}))  # a tree has one table among pictures
     path = draw.choice([p for p in paths if p.suffix == suffix])
     kind = draw.choice(KINDS)
-    whole_answer = answer_of(command, place, source)
+    if command not in ANSWERS:
+        ANSWERS[command] = command(place)[1]
     shutil.rmtree(place)
     shutil.copytree(source, place, symlinks=True)
     relocate(source, place)
@@ -285,19 +269,9 @@ def case(source, place, draw):
             return what, "traceback: " + (each.stderr.strip().splitlines() or ["?"])[-1]
     if answer == "pack refuses what check passes":
         return what, answer
-    if answer is not None and answer != whole_answer:
+    if answer is not None and answer != ANSWERS[command]:
         return what, "silent: other results, and no word of it"
     return what, None
-
-
-ANSWERS = {}
-
-
-def answer_of(command, place, source):
-    """What the command gives on the whole input, once."""
-    if command not in ANSWERS:
-        ANSWERS[command] = command(place)[1]
-    return ANSWERS[command]
 
 
 def relocate(source, place):
@@ -323,7 +297,7 @@ def fuzz(count, seed, told=print):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", default="0")
     given = parser.parse_args()
