@@ -18,7 +18,7 @@ from atlas.methods import METHODS
 
 PATHS = "data_root cache_dir out_dir visual_weights audio_weights joint_run first_task".split()
 BOOLS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
-NUMBERS = {int: r"[+-]?(0|[1-9]\d{0,18})"}
+NUMBERS = {int: r"[+-]?(0|[1-9]\d{0,99})"}
 NUMBERS |= {float: r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?"}
 KINDS = {int: "a whole number (no leading zero)", bool: "true or false", type(None): "null"}
 KINDS |= {float: "a number such as 3, 0.1 or 1e-4 (no leading zero)", str: "printable text"}

@@ -24,6 +24,7 @@ from atlas.errors import AtlasError
 VERSION = 2  # of the cache's layout and of what the readers make of a file
 ROWS = ("frames", "masks", "context", "tokens")  # the files that hold a row for each clip
 HEADER = 128  # bytes before the rows
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError)
 LISTED = "`python prepare_data.py check --root {root}` lists every such file"
 
 
@@ -145,7 +146,7 @@ class PackedClips:
                 if not whole or (array.dtype, array.shape) != kind:
                     raise ValueError("it has another size than index.json says")
                 self.arrays[name] = np.asarray(array)  # the memmap class is slow to index
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        except BROKEN as error:
             what = f"the file {path} of the cache is damaged: {why_unreadable(path, error)}"
             remedy = f"delete the folder {self.folder}: the next run packs it anew"
             raise AtlasError(f"{what}; {remedy}") from None

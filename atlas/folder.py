@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import torch
+import yaml
 
 from atlas import parallel, results
-from atlas.clips import locked
-from atlas.config import as_dict, load_config, run_name
+from atlas.clips import locked, why_unreadable
+from atlas.config import Config, as_dict, load_config, run_name
 from atlas.errors import AtlasError
 from atlas.learner import writing
 
@@ -42,17 +43,42 @@ def take_folder(folder, config, resume):
     if not resume:
         refuse_used_folder(config)
     elif is_used(folder):
-        path = folder / "config.yaml"
-        if not path.is_file():
-            raise AtlasError(f"{folder} holds no config.yaml to resume; choose another name=...")
-        old = as_dict(load_config([path]))
-        new = as_dict(config)
-        differing = [f"{k} ({old[k]} there, {new[k]} here)" for k in new if old[k] != new[k]]
-        if differing:
-            raise AtlasError(f"{folder} cannot be resumed with other keys: {', '.join(differing)}")
+        refuse_other_keys(folder, config)
     for half in folder.glob(".task_*.tmp"):  # a kill while a checkpoint was written
         shutil.rmtree(half)
     return lock
+
+
+def refuse_other_keys(folder, config):
+    """A begun run goes on with its own keys: those of config.yaml or, where that is torn, those of
+    results.json, from which it is written anew."""
+    path = folder / "config.yaml"
+    try:
+        wrong = differing(load_config([path]), config)
+    except AtlasError as error:
+        wrong = str(error)
+    if not wrong:
+        return
+    try:
+        torn = not differing(Config(**results.read_results(folder)["config"]), config)
+    except (AtlasError, TypeError):  # damaged too, or of a version with other keys
+        torn = False
+    if not torn:
+        raise AtlasError(f"{folder} cannot be resumed: {wrong}; choose another name=...")
+    print(f"{path} is written anew from results.json: {wrong}", flush=True)
+    write_config(folder, config)
+
+
+def differing(old, new):
+    """The keys in which two configs differ, in words; "" where there are none."""
+    old, new = as_dict(old), as_dict(new)
+    found = [f"{k} ({old[k]} there, {new[k]} here)" for k in new if old[k] != new[k]]
+    return ", ".join(found)
+
+
+def write_config(folder, config):
+    text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+    write_text(folder / "config.yaml", text)
 
 
 def checkpoints(folder):
@@ -90,7 +116,7 @@ def read_progress(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken file makes torch raise
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        reason = why_unreadable(path, error).split("\n")[0][:100] or type(error).__name__
         print(f"{path} is damaged ({reason}) and is not used", flush=True)
         return None
 

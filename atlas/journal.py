@@ -30,9 +30,9 @@ class Journal:
             for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     found.append(json.loads(text))
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     continue
-        return [line for line in found if isinstance(line, dict) and "task" in line]
+        return [line for line in found if isinstance(line, dict) and type(line.get("task")) is int]
 
     @parallel.first_only
     def forget_after(self, task, epoch):

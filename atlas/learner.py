@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from atlas import parallel
 from atlas.audio import fingerprint
-from atlas.clips import built_beside
+from atlas.clips import built_beside, why_unreadable
 from atlas.encoders import base_encoder
 from atlas.errors import AtlasError
 from atlas.methods import METHODS
@@ -134,10 +134,12 @@ def widen_adapter(folder, past):
 
 def read_state(path):
     """The tensors of a checkpoint's safetensors file."""
+    if path.is_file():
+        open(path, "rb").close()  # without the right to read, safetensors says that it is missing
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        why = "it is missing" if isinstance(error, FileNotFoundError) else error
+        why = why_unreadable(path, error)
         how = f"remove {path.parent}, and --resume learns that task again"
         raise AtlasError(f"{path} is damaged ({why}); {how}") from None
 

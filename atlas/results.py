@@ -133,7 +133,7 @@ def read_results(folder):
     except (FileNotFoundError, NotADirectoryError):
         said = f"no results.json in {folder}; give the folder of a run, as train.py printed it"
         raise AtlasError(said) from None
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise damaged(path, error) from None
     return checked(path, results)
 

@@ -12,23 +12,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from atlas import parallel, results
 from atlas.audio import build_audio_encoder, fingerprint
 from atlas.clips import READERS
-from atlas.config import as_dict, load_config, run_name
+from atlas.config import load_config, run_name
 from atlas.data import ClipDataset, PackedClips, loader, pack, swap_partners, to_device
 from atlas.errors import AtlasError
 from atlas.folder import (
     checkpoints,
     first_rows,
     first_task,
+    is_used,
     read_or_none,
     read_progress,
     save_torch,
     take_folder,
+    write_config,
     write_text,
 )
 from atlas.journal import Journal
@@ -100,7 +101,7 @@ class Run(Learner):
 
         What is wrong is said before the folder is made.
         """
-        begun = resume and (self.folder / "config.yaml").is_file()
+        begun = resume and is_used(self.folder)
         results.read_joint(self.config.joint_run, self.results["tasks"])
         first = None if begun else first_task(self)
         if first:
@@ -110,9 +111,8 @@ class Run(Learner):
         parallel.wait()
         if begun:
             self.recover()
-        elif not parallel.rank():
-            text = yaml.safe_dump(as_dict(self.config), sort_keys=False, allow_unicode=True)
-            write_text(self.folder / "config.yaml", text)
+        else:
+            write_config(self.folder, self.config)
         if first:
             self.results |= first_rows(first, 2)
             spent = first["seconds"]["train"][0]

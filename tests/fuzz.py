@@ -2,20 +2,22 @@
 
     python tests/fuzz.py --count 500 --seed 0     prints each failure with its number, and counts
 
-A case is a kind of damage (KINDS) to one file of a target (TARGETS): a small tree, its cache, a run
-folder, a config, a weights file, a video. The command may refuse it in one line, or bear it. It
-fails where it ends in a traceback, hangs, or exits 0 without a warning and with other results than
-those of the whole input.
+A case is a kind of damage (KINDS) to one file of a target (TARGETS): a small tree, its cache, a
+finished run, one that was killed in its last task, a config, a weights file, a video. The command
+may refuse it in one line, or bear it. It fails where it ends in a traceback, hangs, or exits 0
+without a warning and with other results than those of the whole input.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -26,38 +28,46 @@ from conftest import LIGHT, TINY, run
 from safetensors.torch import save_file
 
 from atlas.prepare.synth import CLASSES, synth_s4
+from atlas.runs import Run
 
 HANGS = 120  # seconds
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
 HUGE = {".csv": b'"' + b"x" * 300_000, ".yaml": b"seed: " + b"9" * 5000, ".json": b"[" * 100_000}
 
 
-# ---- the whole input -----------------------------------------------------------------------------
-
-
 def whole(place):
-    """Make a tree, its cache, a finished run, a half-learned run, weights, a config, a video."""
-    place = Path(place)
-    names = list(CLASSES[:3])
-    synth_s4(place / "tree", size=32, train=2, val=1, test=1, classes=names, progress=False)
+    """Make one of each target."""
+    few = {"size": 32, "train": 2, "val": 1, "test": 1, "classes": CLASSES[:3]}
+    synth_s4(place / "tree", **few, progress=False)
     model = timm.create_model(LIGHT, pretrained=False)
     save_file(model.state_dict(), place / "weights.safetensors")
-    lines = [word.replace("=", ": ", 1) for word in TINY]
-    lines += ["epochs: 1", "epochs_first: 1", "batch_size: 4", "method: lra"]
-    (place / "config.yaml").write_text("\n".join(lines) + "\n")
+    words = [*TINY, "epochs=2", "epochs_first=1", "batch_size=4", "method=lra"]
+    (place / "config.yaml").write_text("\n".join(words).replace("=", ": ") + "\n")
     write_video(place / "video.mp4")
-    done = train(place, "epochs=1")
+    done = train(place)
     assert done.returncode == 0, done.stderr
-    for part in ("run", "cache"):
-        assert (place / part).is_dir()
+    killed = train(place, "half", preexec_fn=die_in_last_task)
+    assert killed.returncode == -signal.SIGKILL and (place / "half/progress.pt").is_file()
     return place
 
 
-def train(place, *words):
-    """train.py on the tree, config and weights of `place`, into place/run."""
-    where = [f"data_root={place}/tree", f"cache_dir={place}/cache", f"out_dir={place}", "name=run"]
-    where += [f"visual={LIGHT}", f"visual_weights={place}/weights.safetensors"]
-    return patient("train.py", "--resume", "--cfg", place / "config.yaml", *where, *words)
+def train(place, name="run", **options):
+    """train.py on the tree, config and weights of `place`, into place/NAME."""
+    where = [f"data_root={place}/tree", f"cache_dir={place}/cache", f"out_dir={place}"]
+    where += [f"visual={LIGHT}", f"visual_weights={place}/weights.safetensors", f"name={name}"]
+    words = ["train.py", "--resume", "--cfg", place / "config.yaml", *where]
+    return run(*words, **options) if options else patient(*words)
+
+
+def die_in_last_task(save=Run.save_progress):
+    """In the process of a run: a kill after the first epoch of its last task."""
+
+    def save_and_die(run, plan, epoch):
+        save(run, plan, epoch)
+        if (plan.t, epoch) == (2, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.save_progress = save_and_die
 
 
 def write_video(path):
@@ -77,9 +87,6 @@ def write_video(path):
         output.mux(sound.encode(frame))
         for stream in (picture, sound):
             output.mux(stream.encode(None))
-
-
-# ---- damage --------------------------------------------------------------------------------------
 
 
 def truncate(path, draw):
@@ -148,23 +155,8 @@ def loop(path, draw):
     path.symlink_to(path.name)
 
 
-KINDS = (
-    truncate,
-    empty,
-    flip,
-    swap,
-    web_page,
-    pointer,
-    missing,
-    folder,
-    doubled,
-    garbage,
-    huge,
-    loop,
-)
-
-
-# ---- commands ------------------------------------------------------------------------------------
+KINDS = (truncate, empty, flip, swap, web_page, pointer, missing, folder, doubled, garbage, huge,
+    loop)  # fmt: skip
 
 
 class Hangs(Exception):
@@ -174,21 +166,16 @@ class Hangs(Exception):
 def patient(*words):
     """conftest.run, but a command that takes longer than HANGS is killed and reported."""
 
-    def stop(started=[None]):  # noqa: B006
-        import time
-
-        started[0] = started[0] or time.time()
-        return signal.SIGKILL if time.time() - started[0] > HANGS else None
-
-    done = run(*words, stop=stop)
+    end = time.time() + HANGS
+    done = run(*words, stop=lambda: signal.SIGKILL if time.time() > end else None)
     if done.returncode == -signal.SIGKILL:
         raise Hangs
     return done
 
 
-def scores(place):
+def scores(folder):
     """What a run says: its matrices."""
-    results = json.loads((place / "run" / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     return json.dumps([results["matrix"], results["val_matrix"], results["complete"]])
 
 
@@ -203,9 +190,9 @@ def cached(place):
 def of_tree(place):
     """check names what pack refuses; a tree that both bear without a word is packed alike."""
     shutil.rmtree(place / "cache")
+    where = [place / "config.yaml", f"data_root={place}/tree", f"cache_dir={place}/cache"]
     found = patient("prepare_data.py", "check", "--root", place / "tree")
-    where = [f"data_root={place}/tree", f"cache_dir={place}/cache"]
-    packed = patient("prepare_data.py", "pack", "--cfg", place / "config.yaml", *where)
+    packed = patient("prepare_data.py", "pack", "--cfg", *where)
     warned = "warning" in found.stdout or found.returncode
     if packed.returncode and not warned:
         return [found, packed], "pack refuses what check passes"
@@ -213,23 +200,27 @@ def of_tree(place):
 
 
 def of_run(place):
-    """eval.py reads it; with its last row and checkpoint gone, train.py goes on from it."""
-    told = patient("eval.py", place / "run")
-    gone_on = train(place, "epochs=1")
-    quiet = gone_on.returncode == 0 and "damaged" not in gone_on.stdout + gone_on.stderr
-    return [told, gone_on], scores(place) if quiet else None
+    """eval.py reads it and scores it again, and train.py has nothing to do."""
+    told = patient("eval.py", place / "run", "--rescore", "--figures")
+    gone_on = train(place)
+    return [told, gone_on], scores(place / "run") if gone_on.returncode == 0 else None
+
+
+def of_half(place):
+    """train.py goes on from it, to the result that it would have had."""
+    gone_on = train(place, "half")
+    return [gone_on], scores(place / "half") if gone_on.returncode == 0 else None
 
 
 def of_training(place):
     """A fresh run with what is broken."""
     shutil.rmtree(place / "run")
-    done = train(place, "epochs=1")
-    return [done], scores(place) if done.returncode == 0 else None
+    done = train(place)
+    return [done], scores(place / "run") if done.returncode == 0 else None
 
 
 def of_cache(place):
-    done = patient("eval.py", place / "run", "--rescore")
-    return [done], None
+    return [patient("eval.py", place / "run", "--rescore")], None
 
 
 def of_video(place):
@@ -241,10 +232,14 @@ TARGETS = {  # name: (files that may be broken, what runs on them)
     "tree": ("tree/**/*.*", of_tree),
     "cache": ("cache/s4-*/*", of_cache),
     "run": ("run/**/*", of_run),
+    "half": ("half/**/*", of_half),
     "config": ("config.yaml", of_training),
     "weights": ("weights.safetensors", of_training),
     "video": ("video.mp4", of_video),
 }
+
+
+ANSWERS = {}  # {command: what it gives on the whole input}
 
 
 def case(source, place, draw):
@@ -254,9 +249,12 @@ def case(source, place, draw):
     relocate(source, place)
     target = draw.choice(list(TARGETS))
     pattern, command = TARGETS[target]
-    path = draw.choice(sorted(p for p in place.glob(pattern) if p.is_file()))
+    paths = sorted(p for p in place.glob(pattern) if p.is_file())
+    suffix = draw.choice(sorted({p.suffix for p in paths}))  # a tree has one table among pictures
+    path = draw.choice([p for p in paths if p.suffix == suffix])
     kind = draw.choice(KINDS)
-    whole_answer = answer_of(command, place, source)
+    if command not in ANSWERS:
+        ANSWERS[command] = command(place)[1]
     shutil.rmtree(place)
     shutil.copytree(source, place, symlinks=True)
     relocate(source, place)
@@ -271,25 +269,15 @@ def case(source, place, draw):
             return what, "traceback: " + (each.stderr.strip().splitlines() or ["?"])[-1]
     if answer == "pack refuses what check passes":
         return what, answer
-    if answer is not None and answer != whole_answer:
+    if answer is not None and answer != ANSWERS[command]:
         return what, "silent: other results, and no word of it"
     return what, None
 
 
-ANSWERS = {}
-
-
-def answer_of(command, place, source):
-    """What the command gives on the whole input, once."""
-    if command not in ANSWERS:
-        ANSWERS[command] = command(place)[1]
-    return ANSWERS[command]
-
-
 def relocate(source, place):
-    """The run's own config names the folder that it is in."""
-    path = place / "run" / "config.yaml"
-    path.write_text(path.read_text().replace(str(source), str(place)))
+    """The runs' own files name the folder that they are in."""
+    for path in (*place.glob("*/config.yaml"), *place.glob("*/results.json")):
+        path.write_text(path.read_text().replace(str(source), str(place)))
 
 
 def fuzz(count, seed, told=print):
@@ -309,7 +297,7 @@ def fuzz(count, seed, told=print):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", default="0")
     given = parser.parse_args()

@@ -344,7 +344,9 @@ def test_a_table_names_no_file_outside_the_stock(tmp_path):
         fill_stock(tmp_path / "stock", {"davis": tmp_path / "davis"})
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"images": [{}]}', '{"categories": [{"id": 1}]}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "[" * 10**5, '{"images": [{}]}', '{"categories": [{"id": 1}]}']
+)
 def test_a_broken_coco_file_is_named(tmp_path, text):
     made(tmp_path / "annotations" / "instances_val2017.json").write_text(text)
     with pytest.raises(AtlasError, match="instances_val2017.json is not COCO's"):

@@ -93,7 +93,7 @@ def test_every_shipped_config_loads_and_keeps_its_values():
         ("seed=010", "no leading zero"),
         ("seed=1:30", "whole number"),
         ("seed=1_0", "whole number"),
-        ("seed=100000000000000000000", "whole number"),
+        ("seed=100000000000000000000", "at most 4294967295"),
         ("seed=4294967296", "at most 4294967295"),
         ("seed=-1", "at least 0"),
         ("epochs=1e9", "whole number"),

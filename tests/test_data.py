@@ -160,6 +160,7 @@ def test_a_torn_cache_is_named_and_packed_anew(own, tmp_path, name):
         (whole[:-1], "damaged"),
         (whole + b"x", "damaged"),
         (b"", "the file is empty"),
+        (b"[" * 10**5, "damaged"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         (whole.replace(b'"test"', b'"val"'), "damaged"),
         (whole[:128].replace(b"(8, ", b"(7, ") + whole[128:], "damaged"),

@@ -120,7 +120,8 @@ def test_the_trace_shows_windows_consolidations_and_drifts(tmp_path):
     for step in range(4, 25, 4):
         window = {"step": step, "mean": 1 / step, "std": 0.1, "fired": step in (8, 16)}
         lines.append({"task": 1, "epoch": 1, "window": window})
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "log.jsonl").write_text(text + '{"task": 2, "epo')  # a kill tore the last line
     results = made(protocol="tfcl") | {"drifts": [8, 16]}
     figure = figures.run_figures(results, tmp_path)["trace"]
     for ax in figure.axes:

@@ -1,5 +1,6 @@
 """The folder of a run: its lock, files written whole, what a kill leaves."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from atlas import folder as folders
-from atlas.config import Config, as_dict
+from atlas.config import Config, as_dict, load_config
 from atlas.errors import AtlasError
 from atlas.folder import (
     checkpoints,
@@ -73,7 +74,7 @@ def test_resume_takes_a_new_folder_one_that_holds_nothing_or_the_same_config(fol
     (folder / ".config.yaml.tmp").touch()
     take_folder(folder, config, resume=True).close()
     (folder / "notes.txt").touch()
-    with pytest.raises(AtlasError, match="holds no config.yaml"):
+    with pytest.raises(AtlasError, match="cannot be resumed: config file.*choose another name"):
         take_folder(folder, config, resume=True)
 
 
@@ -83,6 +84,26 @@ def test_resume_refuses_another_config_by_its_keys(folder, config):
     other = replace(config, lr=0.5, heads=4)
     with pytest.raises(AtlasError, match=r"heads \(8 there, 4 here\), lr \(None there, 0.5 here"):
         take_folder(folder, other, resume=True)
+
+
+@pytest.mark.parametrize("text", [None, "", "version https://git-lfs\n", "seed: 0\nseed: 0\n"])
+def test_a_torn_config_is_written_anew_from_the_results(folder, config, text, capsys):
+    config = replace(config, width=64)
+    begun(folder, config)
+    (folder / "log.jsonl").touch()
+    path = folder / "config.yaml"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(AtlasError, match="cannot be resumed.*choose another name"):
+        take_folder(folder, config, resume=True)
+    found = {"schema": 1, "complete": False, "config": as_dict(config)}
+    found |= {"tasks": [], "matrix": {}, "seconds": {}}
+    (folder / "results.json").write_text(json.dumps(found))
+    with pytest.raises(AtlasError, match="cannot be resumed"):
+        take_folder(folder, replace(config, seed=3), resume=True)
+    capsys.readouterr()
+    take_folder(folder, config, resume=True).close()
+    assert "config.yaml is written anew from results.json" in capsys.readouterr().out
+    assert load_config([path]) == config
 
 
 def test_what_a_kill_left_of_a_checkpoint_is_removed(folder, config):
@@ -122,7 +143,7 @@ def test_checkpoints_are_counted_by_their_numbers(tmp_path):
     assert checkpoints(tmp_path) == [2, 10]
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"schema": 1}', "\xff", "[]"])
+@pytest.mark.parametrize("text", ["", "{", '{"schema": 1}', "\xff", "[]", "[" * 10**5])
 def test_damaged_results_are_said_and_not_used(tmp_path, capsys, text):
     assert read_or_none(tmp_path) is None
     assert capsys.readouterr().out == ""

@@ -1,5 +1,6 @@
 """A model with its method: precision, what may be anchored, checkpoints and what breaks them."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -138,8 +139,17 @@ def test_a_torn_file_of_a_checkpoint_is_named_with_the_remedy(spare, copied, nam
     assert "remove" in str(error.value) and "--resume" in str(error.value)
 
 
+def test_a_file_without_the_right_to_read_it_is_not_called_damaged(spare, copied, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(learners, "open", refuse, raising=False)
+    with pytest.raises(PermissionError):  # the scripts make a line of it
+        spare.load(copied)
+
+
 def test_no_checkpoint_is_one_line(spare, tmp_path):
-    with pytest.raises(AtlasError, match="damaged .it is missing."):
+    with pytest.raises(AtlasError, match="damaged .the file is missing."):
         spare.load(tmp_path / "task_07")
 
 

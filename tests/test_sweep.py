@@ -230,7 +230,7 @@ def test_a_finished_run_of_another_config_is_not_taken_for_this_one(tmp_path):
     assert not same.begun
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"complete": true}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"complete": true}', "\x00", "[" * 10**5])
 def test_a_damaged_result_is_left_to_resume(tmp_path, text):
     given = parse(f"out_dir={tmp_path}", "seed=0,1")
     Path(tmp_path, "cil_lra_seed0").mkdir()

@@ -178,7 +178,7 @@ def read_instances(file, class_of):
         return [
             (i["id"], i["file_name"], (i["width"], i["height"]), regions[i["id"]]) for i in images
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AtlasError(f"{file} is not COCO's instances json: {error!r}") from None
 
 

@@ -4,7 +4,6 @@ A figure is 3.3 in (a column) or 6.9 in (a page) wide. The colours are those of 
 viridis, which colour-blind readers tell apart.
 """
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -182,10 +181,9 @@ def bars(results):
 
 def windows(folder):
     """The loss windows of log.jsonl, [{"step", "mean", "std", "fired"}]; empty where none."""
-    path = Path(folder, "log.jsonl")
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = map(json.loads, text.splitlines())
-    return [line["window"] for line in lines if "window" in line]
+    from atlas.journal import Journal  # it comes with torch
+
+    return [line["window"] for line in Journal(folder).lines() if "window" in line]
 
 
 def trace(results, found):

@@ -22,7 +22,7 @@ def read_runs(path):
         flat = []
         for group in packed["groups"]:
             flat += [packed["shared"] | group["shared"] | own for own in group["runs"]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise AtlasError(
             f"{path} is no file of runs; give the folder of a run, or a file of eval.py --pack"
         ) from None
