@@ -31,6 +31,7 @@ from atlas.prepare.synth import CLASSES, synth_s4
 from atlas.runs import Run
 
 HANGS = 120  # seconds
+UNEQUAL = "pack refuses what check passes"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
 HUGE = {".csv": b'"' + b"x" * 300_000, ".yaml": b"seed: " + b"9" * 5000, ".json": b"[" * 100_000}
 
@@ -195,7 +196,7 @@ def of_tree(place):
     packed = patient("prepare_data.py", "pack", "--cfg", *where)
     warned = "warning" in found.stdout or found.returncode
     if packed.returncode and not warned:
-        return [found, packed], "pack refuses what check passes"
+        return [found, packed], UNEQUAL
     return [found, packed], None if packed.returncode or warned else cached(place)
 
 
@@ -244,20 +245,16 @@ ANSWERS = {}  # {command: what it gives on the whole input}
 
 def case(source, place, draw):
     """Break one file of a copy of `source` and run; (what was done, why it failed or None)."""
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(source, place, symlinks=True)
-    relocate(source, place)
+    fresh(source, place)
     target = draw.choice(list(TARGETS))
     pattern, command = TARGETS[target]
-    paths = sorted(p for p in place.glob(pattern) if p.is_file())
+    paths = sorted(p for p in place.glob(pattern) if p.is_file() and p.stat().st_size)
     suffix = draw.choice(sorted({p.suffix for p in paths}))  # a tree has one table among pictures
     path = draw.choice([p for p in paths if p.suffix == suffix])
     kind = draw.choice(KINDS)
     if command not in ANSWERS:
         ANSWERS[command] = command(place)[1]
-    shutil.rmtree(place)
-    shutil.copytree(source, place, symlinks=True)
-    relocate(source, place)
+        fresh(source, place)
     kind(path, draw)
     what = f"{target}: {kind.__name__} {path.relative_to(place)}"
     try:
@@ -267,15 +264,17 @@ def case(source, place, draw):
     for each in done:
         if "Traceback" in each.stderr + each.stdout or each.returncode < 0:
             return what, "traceback: " + (each.stderr.strip().splitlines() or ["?"])[-1]
-    if answer == "pack refuses what check passes":
+    if answer == UNEQUAL:
         return what, answer
     if answer is not None and answer != ANSWERS[command]:
         return what, "silent: other results, and no word of it"
     return what, None
 
 
-def relocate(source, place):
-    """The runs' own files name the folder that they are in."""
+def fresh(source, place):
+    """A copy of `source`, in which the runs' own files name the folder that they are in."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(source, place, symlinks=True)
     for path in (*place.glob("*/config.yaml"), *place.glob("*/results.json")):
         path.write_text(path.read_text().replace(str(source), str(place)))
 
@@ -286,8 +285,7 @@ def fuzz(count, seed, told=print):
     with tempfile.TemporaryDirectory() as folder:
         source = whole(Path(folder, "whole"))
         for number in range(count):
-            draw = random.Random(f"{seed}-{number}")
-            what, why = case(source, Path(folder, "broken"), draw)
+            what, why = case(source, Path(folder, "broken"), random.Random(f"{seed}-{number}"))
             kinds[what.split()[1]] += 1
             if why:
                 failures.append((number, what, why))
@@ -300,5 +298,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", default="0")
-    given = parser.parse_args()
-    sys.exit(bool(fuzz(given.count, given.seed)))
+    sys.exit(bool(fuzz(**vars(parser.parse_args()))))
