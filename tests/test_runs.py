@@ -329,7 +329,7 @@ def test_only_a_finetune_run_with_its_first_task_can_be_reused(place, learn, giv
     (copy / "task_01" / "model.safetensors").write_bytes(b"half of it")
     refused(copy, "model.safetensors is damaged")
     shutil.rmtree(copy / "task_01")
-    refused(copy, "it is missing")
+    refused(copy, "is missing")
     results = read_results(copy)
     for name in ("matrix", "val_matrix"):
         results[name] = {score: rows[:1] for score, rows in results[name].items()}
