@@ -60,6 +60,7 @@ class Config:
     stream_epochs: int = key(1, "TF-CL: uses of a batch before it is gone", low=1)
     stream_blur: float = key(0.5, "TF-CL: how far neighbouring segments mix; 0: sharp", high=2)
     stream_checkpoints: int = key(6, "TF-CL: segments of the stream, and checkpoints", low=2)
+    full_scores: str = key("every", "rows that have all scores, not J alone", "every last")
 
     # -- model
     visual: str = key("pvt_v2_b5", "frozen image encoder: a timm model with features_only")
@@ -86,9 +87,9 @@ class Config:
     lra_power: float = key(1.0, "exponent on the sensitivity; 1: Fisher, 0: plain L2")
     lra_scope: str = key("trainable", "anchor LoRA, or all that is trained", "lora trainable")
     lra_space: str = key("factors", "anchor A and B, or LoRA's update of a weight", "factors delta")
-    lra_trigger: str = key("boundary", "anchor at a task's end, or a plateau's", "boundary plateau")
-    lra_window: int = key(12, "plateau: steps in a window", low=2)
-    lra_peak: float = key(0.4, "plateau: the rise that ends it, in deviations of the loss")
+    lra_trigger: str = key("boundary", "anchor at a boundary, a plateau's end, every:N, or told")
+    lra_window: int = key(12, "TF-CL: steps in a window of the loss", low=2)
+    lra_peak: float = key(3.5, "plateau: the rise that ends it, in standard errors")
     lra_clips: int = key(0, "boundary: clips that measure the sensitivity; 0: all")
 
     # -- optim
@@ -235,8 +236,13 @@ def _fits(value, types):
 def conflicts(config):
     """What is wrong with the combination of keys, a line each."""
     method, entry = f"method={config.method}", METHODS[config.method]
-    tfcl, plateau = config.protocol == "tfcl", config.lra_trigger == "plateau"
-    untold = "protocol=tfcl" if tfcl else "lra_trigger=plateau" if plateau else None
+    tfcl, trigger = config.protocol == "tfcl", config.lra_trigger
+    online = trigger != "boundary"
+    untold = "protocol=tfcl" if tfcl else f"lra_trigger={trigger}" if online else None
+    if not re.fullmatch(r"boundary|plateau|told|every:[1-9]\d{0,8}", trigger):
+        yield f"lra_trigger={trigger}: take boundary, plateau, told or every:N (N steps)"
+    if trigger == "told" and not tfcl:
+        yield "lra_trigger=told is for protocol=tfcl; use lra_trigger=boundary"
     if config.width % config.heads or config.width % 8:
         yield f"width={config.width} must be a multiple of heads={config.heads} and of 8"
     if config.dataset == "ms3" and not tfcl:
@@ -245,16 +251,16 @@ def conflicts(config):
         yield "classify=true needs tasks of classes; protocol=tfcl has none"
     if entry.needs_boundaries and untold:
         yield f"{method} must be told where tasks begin and end; {untold} does not tell it"
-    if tfcl and not plateau and entry.where != METHODS["finetune"].where:
+    if tfcl and not online and entry.where != METHODS["finetune"].where:
         yield "protocol=tfcl has no boundaries to consolidate at; use lra_trigger=plateau"
     lora_alone = config.method == "lra" and config.lra_scope == "lora"
     if not config.lora_rank and (entry.needs_lora or lora_alone):
         yield f"{method} with lora_rank=0 has no LoRA; give a rank (or lra_scope=trainable to lra)"
-    if config.method == "lra" and config.lra_space == "delta" and plateau:
+    if config.method == "lra" and config.lra_space == "delta" and online:
         yield "lra_space=delta needs gradients of frozen weights; use lra_trigger=boundary"
     if config.method == "lra_plus" and (config.lra_scope == "lora" or config.lra_space == "delta"):
         yield "method=lra_plus keeps the whole model; use lra_scope=trainable lra_space=factors"
-    if config.method == "lra_plus" and config.protocol == "til" and plateau:
+    if config.method == "lra_plus" and config.protocol == "til" and online:
         yield "method=lra_plus in protocol=til must be told the task; use lra_trigger=boundary"
     if config.first_task and (untold or not entry.plain_start):
         yield f"{untold or method} shares no first task; leave first_task at null"

@@ -26,6 +26,9 @@ from atlas.model import build_model
 
 
 class Learner:
+    updates = None  # updates.Updates while a task is learned
+    drifts = ()  # steps at which a stream's segments begin; only lra_trigger=told asks for them
+
     def __init__(self, config, dims, classes=None):
         """dims: (D_a, D_u) of the audio encoder; classes: each task's, where there is a branch."""
         self.config = config
@@ -50,6 +53,17 @@ class Learner:
             shared = {n: p for n, p in groups["decoder"].items() if ".heads." not in n}
             groups |= {"decoder": shared, "classifier": {}}
         return groups
+
+    def flat_gradient(self, value, parameters):
+        """The gradient of a scalar over `parameters`, one flat fp32 vector; its graph is kept.
+
+        In fp16 the backward pass runs on the scaled value, as the loss does.
+        """
+        scale = self.updates.scaler.get_scale() if self.updates else 1.0
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        found = torch.autograd.grad(scale * value, parameters, **options)
+        flat = torch.cat([gradient.flatten() for gradient in found]).float() / scale
+        return flat.nan_to_num(0.0, 0.0, 0.0)  # the scaler skips a step that has overflowed
 
     def memory(self):
         """The method's memory: the bytes of its state."""

@@ -129,7 +129,7 @@ class Holding(Method):
 
     def __init__(self, run):
         super().__init__(run)
-        self.trigger = trigger_of(run.config)  # None where task boundaries are told
+        self.trigger = trigger_of(run)  # None where task boundaries are told
         self.armed = False  # no task is over yet
 
     def get_extra_state(self):

@@ -120,19 +120,21 @@ def histogram(scores, mask):
 
 
 @torch.inference_mode()
-def score(run, indices, listening=False):
-    """Scores of the clips `indices` with the head in use: MaskMeter's four, and
+def score(run, indices, full=False):
+    """Scores of the clips `indices` with the head in use. Those marked * need `full`, else None.
 
+    J, J_strict, F*, F_dataset*   see MaskMeter
+    J_source        J, averaged over the clips of a source first (a heard picture, or a video)
+    J_drawn         J over the clips whose masks people drew; None where no clip's table says so
+    J_swap*         J with the sound of the clip's partner (data.swap_partners) against its own mask
+    mute_area*      the mean predicted area when a zero waveform is heard
     class_accuracy  share of clips whose class has the largest logit among the competing ones; None
                     without a classifier, or where a class does not compete
     of_clips        for every clip of the cache the sum of J over its scored frames, and their
                     number, [2, n] float64
-    J_swap          with `listening`: J with the sound of the clip's partner (data.swap_partners)
-                    against the clip's own mask
-    mute_area       with `listening`: the mean predicted area when a zero waveform is heard
     """
     run.model.eval()
-    own = MaskMeter()
+    own = MaskMeter(with_F=full)
     swapped = MaskMeter(with_F=False)
     area = right = classified = 0.0  # summed over frames; over clips
     of_clips = torch.zeros(2, len(run.cache.clips), dtype=torch.float64)
@@ -152,19 +154,32 @@ def score(run, indices, listening=False):
             hits = (outputs["classes"].argmax(1).cpu() == labels).float()
             right += torch.where(labels < 0, torch.nan, hits).sum().item()
             classified += len(labels)
-        if listening:
+        if full:
             partners = sounds(run, [run.partners[i] for i in batch["index"]])
             swapped.update(segmented(run, features, batch | partners)["masks"], truth, annotated)
             mute = segmented(run, features, batch | sounds(run, [None] * len(batch["index"])))
             area += (mute["masks"] > 0)[annotated].flatten(1).float().mean(1).sum().item()
-    found = own.reduce().compute() | {"of_clips": parallel.summed(of_clips)}
+    found = own.reduce().compute()
+    found["of_clips"] = parallel.summed(of_clips)
+    found |= grouped_means(run.cache.clips, found["of_clips"])
     right, classified = parallel.summed(right), parallel.summed(classified)
     found["class_accuracy"] = right / classified if classified and not np.isnan(right) else None
-    if listening:
-        found["J_swap"] = swapped.reduce().compute()["J"]
-        area, frames = parallel.summed(area), own.sums["frames"]
-        found["mute_area"] = area / frames if frames else None
+    area, frames = parallel.summed(area), own.sums["frames"]
+    found["J_swap"] = swapped.reduce().compute()["J"]
+    found["mute_area"] = area / frames if full and frames else None
     return found
+
+
+def grouped_means(clips, of_clips):
+    """{"J_source", "J_drawn"} of the clips that were scored; of_clips: see `score`."""
+    of_sources, drawn = {}, []
+    for i in of_clips[1].nonzero()[:, 0].tolist():
+        J = (of_clips[0, i] / of_clips[1, i]).item()
+        of_sources.setdefault(clips[i]["source"], []).append(J)
+        if clips[i].get("mask") == "drawn":
+            drawn.append(J)
+    of_sources = [mean_of(values) for values in of_sources.values()]
+    return {"J_source": mean_of(of_sources), "J_drawn": mean_of(drawn)}
 
 
 def segmented(run, features, batch):
@@ -190,24 +205,28 @@ def sounds(run, clips):
 def score_tasks(run, learned):
     """One row of every matrix, over all tasks, past, present and future.
 
-    {"test": {score: [one a task]}, "val": [J of each task on validation clips], "classes": [J of
-    each of `class_names` on test clips]}. learned: tasks so far; the classes of later ones do not
-    compete. In TIL each task has its head; one not learned yet has the latest.
+    {"test": {score: [one a task], or None}, "val": [J of each task on validation clips], or None,
+    "classes": [J of each of `class_names` on test clips]}. None is what `full_scores: last` leaves
+    for the last row. learned: tasks so far; the classes of later ones do not compete. In TIL each
+    task has its head; one not learned yet has the latest.
     """
+    full = run.config.full_scores == "every" or learned == len(run.sequence)
     rows, val, classes = [], [], []
     with merged(run.model):
         for j, task in enumerate(tqdm(run.tasks, "scoring", leave=False, disable=parallel.quiet())):
             run.model.decoder.use_head(j)
             compete(run, j, learned)
-            rows.append(score(run, task.test, listening=True))
-            val.append(score(run, task.val)["J"])
+            rows.append(score(run, task.test, full))
+            val.append(score(run, task.val)["J"] if full else None)
     J, frames = sum(row.pop("of_clips") for row in rows)
     for name in class_names(run.cache, run.tasks) or ():
         clips = [i for i, clip in enumerate(run.cache.clips) if clip["category"] == name]
         total = frames[clips].sum()
         classes.append((J[clips].sum() / total).item() if total else None)
     test = {name: [row[name] for row in rows] for name in rows[0]}
-    return {"test": test, "val": val, "classes": classes}
+    if not full:
+        test |= dict.fromkeys(("F", "F_dataset", "J_swap", "mute_area"))
+    return {"test": test, "val": val if full else None, "classes": classes}
 
 
 def compete(run, j, learned):
@@ -233,7 +252,7 @@ def score_disjoint(run):
     test = [i for i, clip in enumerate(clips) if clip["split"] == "test"]
     chosen = [i for i in test if clips[i]["source"] not in trained]
     with merged(run.model):
-        found = score(run, chosen)
+        found = score(run, chosen, full=True)
     return {"J": found["J"], "F": found["F"], "clips": len(chosen)}
 
 

@@ -16,7 +16,8 @@ from atlas.config import as_dict
 from atlas.errors import AtlasError
 
 # class_accuracy is null without the class branch, and for classes that were not learned yet
-TEST_SCORES = ("J", "F", "J_strict", "F_dataset", "J_swap", "mute_area", "class_accuracy")
+TEST_SCORES = ("J", "F", "J_strict", "F_dataset", "J_source", "J_drawn", "J_swap", "mute_area",
+    "class_accuracy")  # fmt: skip
 METRICS = ("final", "incremental", "learning", "forgetting", "bwt", "fwt", "intransigence")
 NEEDED = {"complete": bool, "config": dict, "tasks": list, "matrix": dict, "seconds": dict}
 
@@ -39,7 +40,7 @@ def new_results(run):
         "environment": environment() | run.environment,
         "weights": run.weights,
         "tasks": tasks,
-        "drifts": drifts(run.tasks, config),
+        "drifts": run.drifts,
         "consolidations": [],
         "matrix": {name: [] for name in TEST_SCORES},
         "val_matrix": {"J": []},
@@ -54,8 +55,8 @@ def new_results(run):
 
 def add_scores(results, row):
     """Append a row of metrics.score_tasks, with its "seconds", to every matrix; None gives null."""
-    for name in TEST_SCORES:
-        results["matrix"][name].append(row and row["test"][name])
+    for name, rows in results["matrix"].items():  # an older version began with fewer
+        rows.append(row and row["test"][name])
     results["val_matrix"]["J"].append(row and row["val"])
     if results.get("class_matrix"):  # a run that an older version began has none
         results["class_matrix"]["J"].append(row and row["classes"])
@@ -82,8 +83,8 @@ def derived_metrics(results, joint=None):
                 total += value * task["clips"]["test"]
                 clips += task["clips"]["test"]
         metrics[score] = found | {"final_clips": total / clips if clips else None}
-    metrics["mute_area"] = mean_known(matrix["mute_area"][-1])
-    metrics["class_accuracy"] = mean_known(matrix["class_accuracy"][-1])
+    for name in ("J_source", "J_drawn", "mute_area", "class_accuracy"):
+        metrics[name] = mean_known(matrix[name][-1]) if name in matrix else None
     swapped = mean_known(matrix["J_swap"][-1])
     metrics["listening"] = None if swapped is None else metrics["J"]["final"] - swapped
     return metrics

@@ -54,6 +54,7 @@ class Run(Learner):
         self.partners = swap_partners(self.cache, self.tasks)
         self.is_stream = config.protocol == "tfcl" and config.method != "joint"
         classes = [task.classes for task in self.tasks] if config.classify else None
+        self.drifts = results.drifts(self.tasks, config)
         super().__init__(config, (self.cache.context_dim, self.cache.token_dim), classes)
         self.forward = compiled(self.model) if config.compile else self.model
         self.results = results.new_results(self)

@@ -1,51 +1,57 @@
-"""Task-free: where does a method consolidate, if nobody tells it where a task ends?
+"""Task-free: when does a method consolidate, if nobody calls `end_task`?
 
-A trigger sees the task loss of every step and nothing else. `watch(loss)` answers None within a
-window, and at a window's end a report {"step", "mean", "std", "fired", "reason"}.
+A trigger sees the task loss of every step. Losses are taken in windows of `length` steps, and at
+a window's end `watch(loss)` gives a report {"step", "mean", "std", "fired", "reason"}, else None.
 """
 
 import math
 import statistics
 
 
-def trigger_of(config):
-    """The trigger of a config; None where task boundaries are told."""
-    if config.lra_trigger == "plateau":
-        return Plateau(config.lra_window, config.lra_peak)
+def trigger_of(run):
+    """The trigger of a run (learner.Learner); None where task boundaries are told."""
+    kind, _, number = run.config.lra_trigger.partition(":")
+    if kind == "every":
+        return Clock(run.config.lra_window, range(int(number), 10**9, int(number)))
+    if kind == "told":
+        return Clock(run.config.lra_window, run.drifts)
+    if kind == "plateau":
+        return Plateau(run.config.lra_window, run.config.lra_peak)
     return None
 
 
 class Plateau:
-    """Fires where a plateau of the task loss has ended, by thresholds that scale with the losses.
+    """Fires where the loss has risen above its plateau, so that the data have likely changed.
 
-    Losses are taken in windows of `length` steps, with mean m and standard deviation s. `level` is
-    the lowest mean of the last `memory` windows, `noise` the running mean of s. The loss has left
-    its plateau, so that the data have likely drifted, when
+    With m the mean of the window, M that of the up to `memory` windows before it and s the standard
+    deviation within windows, it fires if
 
-        m > level + peak * noise
+        m > M + peak * s * sqrt(1 / length + 1 / (length * windows before))
 
-    and the windows are then counted anew from this one.
+    so `peak` is in standard errors of m - M. The windows are then counted anew from this one. A
+    loss that falls makes it slower to fire, never quicker.
     """
 
-    memory = 3
+    memory = 4
 
     def __init__(self, length, peak):
         self.length = length
         self.peak = peak
         self.step = 0
-        self.noise = math.nan
-        self.means = []
         self.losses = []
+        self.windows = []  # (mean, variance) of those before
 
     def state(self):
         """All that must survive a resume, as a list of floats."""
-        return [self.step, self.noise, len(self.means), *self.means, *self.losses]
+        before = [value for window in self.windows for value in window]
+        return [self.step, len(self.windows), *before, *self.losses]
 
     def restore(self, state):
         """Go on from a `state`."""
-        self.step, self.noise, count = int(state[0]), state[1], int(state[2])
-        self.means = list(state[3 : 3 + count])
-        self.losses = list(state[3 + count :])
+        self.step, count = int(state[0]), int(state[1])
+        values = list(state[2:])
+        self.windows = [tuple(values[2 * i : 2 * i + 2]) for i in range(count)]
+        self.losses = values[2 * count :]
 
     def watch(self, loss):
         """Take note of one step's loss; the report at the end of a window, else None."""
@@ -53,16 +59,39 @@ class Plateau:
         self.losses.append(loss)
         if len(self.losses) < self.length:
             return None
-        mean = statistics.fmean(self.losses)
-        std = statistics.stdev(self.losses)
+        mean, variance = statistics.fmean(self.losses), statistics.variance(self.losses)
         self.losses = []
-        fired = False
-        reason = ""
-        if self.means:
-            level = min(self.means)
-            fired = mean > level + self.peak * self.noise
-            sign = ">" if fired else "<="
-            reason = f"{mean:.3f} {sign} {level:.3f} + {self.peak:g} x {self.noise:.3f}"
-        self.means = [mean] if fired else [*self.means, mean][-self.memory :]
-        self.noise = std if math.isnan(self.noise) else (self.noise + std) / 2
+        fired, reason = self.decide(mean, variance)
+        self.windows = [] if fired else self.windows
+        self.windows = [*self.windows, (mean, variance)][-self.memory :]
+        std = math.sqrt(variance)
         return {"step": self.step, "mean": mean, "std": std, "fired": fired, "reason": reason}
+
+    def decide(self, mean, variance):
+        """(Does this window fire?, why), of its mean and variance."""
+        if not self.windows:
+            return False, ""
+        means, variances = zip(*self.windows)
+        M = statistics.fmean(means)
+        s2 = statistics.fmean([*variances, variance])
+        error = math.sqrt(s2 * (1 + 1 / len(means)) / self.length)
+        fired = mean > M + self.peak * error
+        return fired, f"{mean:.3f} {'>' if fired else '<='} {M:.3f} + {self.peak:g} x {error:.3f}"
+
+
+class Clock(Plateau):
+    """Fires at the end of the first window at or after each of `steps`, whatever the loss does.
+
+    `every:N` is the baseline that consolidates at fixed intervals. `told` is the upper bound that
+    knows the steps at which the segments of the stream begin: it is not task-free.
+    """
+
+    def __init__(self, length, steps):
+        super().__init__(length, 0.0)
+        self.steps = steps
+
+    def decide(self, mean, variance):
+        for step in range(self.step - self.length + 1, self.step + 1):
+            if step in self.steps:
+                return True, f"step {step} is due"
+        return False, ""

@@ -171,7 +171,7 @@ def test_score_swaps_and_mutes_the_sound_only(scored, monkeypatch):
     """
     run = scored
     test = [i for task in run.tasks for i in task.test]
-    both = score(run, test, listening=True)
+    both = score(run, test, full=True)
     smaller = SimpleNamespace(**vars(run), autocast=run.autocast)
     smaller.config = replace(run.config, batch_size=3)
     alone = score(smaller, test)

@@ -1,68 +1,97 @@
-"""The plateau trigger, by hand."""
+"""When a method consolidates on a stream: false alarms, detections, the clock, and resuming."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from atlas.config import load_config
-from atlas.trigger import Plateau, trigger_of
+from atlas.trigger import Clock, Plateau, trigger_of
+
+STEPS = 300
+SHAPES = {
+    "normal": lambda rng, n: rng.normal(0, 1, n),
+    "uniform": lambda rng, n: rng.uniform(0, 1, n),
+    "exponential": lambda rng, n: rng.exponential(1, n),
+    "lognormal": lambda rng, n: rng.lognormal(0, 0.5, n),
+    "student": lambda rng, n: rng.standard_t(4, n),
+}
 
 
-def fired(plateau, losses):
-    reports = [plateau.watch(loss) for loss in losses]
+def fired(trigger, losses):
+    reports = [trigger.watch(loss) for loss in losses]
     return [report["step"] for report in reports if report and report["fired"]]
 
 
-def wave(*levels, noise=0.1, length=40):
-    """`length` losses around each level, alternately `noise` above and below it.
-
-    In every window of an even length the mean is the level and the deviation about the noise.
-    """
-    return [level + noise * (-1) ** k for level in levels for k in range(length)]
+def of(*words, drifts=()):
+    return trigger_of(SimpleNamespace(config=load_config([], list(words)), drifts=drifts))
 
 
-def test_boundaries_need_no_trigger():
-    assert trigger_of(load_config([], [])) is None
-    plateau = trigger_of(load_config([], ["lra_trigger=plateau", "lra_window=7", "lra_peak=0.6"]))
-    assert plateau.length == 7 and plateau.peak == 0.6
+def test_the_config_chooses():
+    assert of() is None
+    plateau = of("lra_trigger=plateau", "lra_window=7", "lra_peak=3")
+    assert type(plateau) is Plateau and plateau.length == 7 and plateau.peak == 3
 
 
 def test_two_windows_by_hand():
-    plateau = Plateau(3, 0.5)
+    plateau = Plateau(3, 1.0)
     reports = [plateau.watch(loss) for loss in (1.0, 2.0, 3.0, 4.0, 4.0, 7.0)]
     assert [report is None for report in reports] == [True, True, False] * 2
     assert reports[2] == {"step": 3, "mean": 2.0, "std": 1.0, "fired": False, "reason": ""}
-    assert reports[5] == {
-        "step": 6,
-        "mean": 5.0,
-        "std": pytest.approx(math.sqrt(3.0)),
-        "fired": True,
-        "reason": "5.000 > 2.000 + 0.5 x 1.000",
-    }
-    assert plateau.means == [5.0]  # counted anew
-    assert plateau.noise == pytest.approx((1.0 + math.sqrt(3.0)) / 2)
+    error = math.sqrt((1.0 + 3.0) / 2 * (1 / 3 + 1 / 3))
+    why = f"5.000 > 2.000 + 1 x {error:.3f}"
+    spread = pytest.approx(math.sqrt(3.0))
+    assert reports[5] == {"step": 6, "mean": 5.0, "std": spread, "fired": True, "reason": why}
+    assert plateau.windows == [(5.0, pytest.approx(3.0))]  # counted anew
 
 
-def test_a_plateau_ends_where_the_loss_rises_and_not_where_it_falls():
-    """Falling, flat, up at step 120, flat, down at 200, up at 240 by less than the threshold (0.6
-    deviations of 0.105), up at 280."""
-    losses = wave(2.0, 1.0, 1.0, 1.5, 1.5, 0.5, 0.55, 0.65)
-    assert fired(Plateau(10, 0.6), losses) == [130, 290]
-    assert fired(Plateau(10, 0.3), losses) == [130, 250, 290]
-    assert fired(Plateau(10, 20.0), losses) == []
+@pytest.mark.parametrize("shape", SHAPES)
+def test_independent_losses_seldom_fire(shape):
+    """At most 0.1 firings in 300 steps of independent, identically distributed losses."""
+    rng = np.random.default_rng(0)
+    count = sum(len(fired(Plateau(12, 3.5), SHAPES[shape](rng, STEPS))) for _ in range(200))
+    assert count / 200 <= 0.1
 
 
-def test_a_slow_rise_over_three_windows_is_seen_whatever_the_scale_of_the_loss():
-    up = wave(1.0) + wave(1.03, 1.05, 1.07, 1.07, length=10)
-    assert fired(Plateau(10, 0.6), up) == [70]
-    assert fired(Plateau(10, 0.6), [10 * loss for loss in up]) == [70]
-    assert fired(Plateau(10, 0.6), wave(1.0, 1.05, 1.0, 1.05, noise=0.5)) == []
+@pytest.mark.parametrize("rise, least, most", [(0.5, 0.0, 0.2), (1.5, 0.4, 0.8), (2.5, 0.95, 1.0)])
+def test_detection_grows_with_the_drift(rise, least, most):
+    """A falling loss rises at step 150, by `rise` of its deviation: seen within three windows."""
+    rng = np.random.default_rng(0)
+    seen = 0
+    for _ in range(200):
+        losses = rng.normal(0, 1, STEPS) + np.linspace(1, 0, STEPS)
+        losses[150:] += rise
+        seen += any(150 < step <= 186 for step in fired(Plateau(12, 3.5), losses))
+    assert least <= seen / 200 <= most
 
 
-def test_windows_are_counted_anew_after_firing_and_the_state_survives():
-    losses = wave(1.0, 1.5, 1.5, 2.0)
-    assert fired(Plateau(10, 0.6), losses) == [50, 130]
-    first, second = Plateau(10, 0.6), Plateau(10, 0.6)
-    head = fired(first, losses[:77])
-    second.restore(first.state())
-    assert head + fired(second, losses[77:]) == [50, 130]
+def test_the_scale_and_the_level_of_the_loss_do_not_matter():
+    rng = np.random.default_rng(1)
+    losses = rng.normal(0, 1, STEPS)
+    losses[100:] += 3
+    steps = fired(Plateau(12, 3.5), losses)
+    assert steps == [108] or steps == [120]
+    assert fired(Plateau(12, 3.5), 10 * losses + 100) == steps
+
+
+def test_a_clock_fires_at_the_first_window_that_ends_at_or_after_a_step():
+    assert fired(of("lra_trigger=every:30", "lra_window=10"), [0.0] * 100) == [30, 60, 90]
+    assert fired(of("lra_trigger=every:25", "lra_window=10"), [0.0] * 100) == [30, 50, 80, 100]
+    told = of("protocol=tfcl", "lra_trigger=told", "lra_window=10", drifts=[33, 70])
+    assert type(told) is Clock
+    assert fired(told, [0.0] * 100) == [40, 70]
+
+
+def test_the_state_survives():
+    rng = np.random.default_rng(2)
+    losses = rng.normal(0, 1, STEPS)
+    losses[100:] += 3
+    losses[200:] += 3
+    whole = fired(Plateau(12, 3.5), losses)
+    assert len(whole) >= 2
+    for cut in (5, 77, 111, 200):
+        first, second = Plateau(12, 3.5), Plateau(12, 3.5)
+        head = fired(first, losses[:cut])
+        second.restore(first.state())
+        assert head + fired(second, losses[cut:]) == whole

@@ -34,7 +34,6 @@ from torch.func import functional_call
 from atlas import parallel
 from atlas.config import strength_of
 from atlas.lra import LowRankAnchoring
-from atlas.methods.mas import flat_gradient
 from atlas.model import clip_means
 
 CANDIDATES = 8  # sounds that the last model hears for each clip
@@ -119,7 +118,7 @@ class LraPlus(LowRankAnchoring):
         apart = self.disagreement(batch, outputs, last)
         distillation = self.listen * (apart + HEARING * self.misheard(batch, last))
         if self.trigger:
-            self.distilled = flat_gradient(distillation, self.anchored)
+            self.distilled = self.run.flat_gradient(distillation, self.anchored)
         return held + distillation
 
     def disagreement(self, batch, outputs, last):

@@ -1,7 +1,5 @@
 """Memory aware synapses (MAS)."""
 
-import torch
-
 from atlas import parallel
 from atlas.config import strength_of
 from atlas.lra import Anchor, per_clip_gradients
@@ -34,16 +32,8 @@ class MAS(Anchor):
 
     def penalty(self, batch=None, outputs=None):
         if self.trigger and self.strength:
-            self.slope = flat_gradient(self.squared_norm(outputs), self.anchored)
+            self.slope = self.run.flat_gradient(self.squared_norm(outputs), self.anchored)
         return super().penalty()
 
     def note(self, theta, clips):
         self.window.add_(parallel.summed(parallel.share(clips) * self.slope).abs())
-
-
-def flat_gradient(value, parameters):
-    """The gradient of a scalar over `parameters`, one flat vector; its graph is kept."""
-    found = torch.autograd.grad(
-        value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return torch.cat([gradient.flatten() for gradient in found]).float()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -49,7 +50,8 @@ class OLoRA(FrozenLoRA):
             setattr(self, f"A{i}", A)
             setattr(self, f"B{i}", torch.cat([getattr(self, f"B{i}"), pair.B.flatten(1)], 1))
             drawn = torch.empty(pair.A.shape)
-            generator = torch.Generator().manual_seed(len(A) * len(self.pairs) + i)
+            seeds = np.random.SeedSequence([self.run.config.seed, len(A), i])
+            generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)  # as PEFT does
             pair.A.copy_(drawn)
             pair.B.zero_()
@@ -57,6 +59,14 @@ class OLoRA(FrozenLoRA):
             pair.B.grad = None
         self.fold()
         self.armed = True
+
+    def observe(self, step):
+        report = super().observe(step)
+        if report and report["fired"]:  # Adam's moments are those of the folded pair
+            for pair in self.pairs:
+                self.run.updates.optimizer.state.pop(pair.A, None)
+                self.run.updates.optimizer.state.pop(pair.B, None)
+        return report
 
     def hold(self, pair):
         """The new pair learns."""
