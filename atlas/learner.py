@@ -54,17 +54,6 @@ class Learner:
             groups |= {"decoder": shared, "classifier": {}}
         return groups
 
-    def flat_gradient(self, value, parameters):
-        """The gradient of a scalar over `parameters`, one flat fp32 vector; its graph is kept.
-
-        In fp16 the backward pass runs on the scaled value, as the loss does.
-        """
-        scale = self.updates.scaler.get_scale() if self.updates else 1.0
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        found = torch.autograd.grad(scale * value, parameters, **options)
-        flat = torch.cat([gradient.flatten() for gradient in found]).float() / scale
-        return flat.nan_to_num(0.0, 0.0, 0.0)  # the scaler skips a step that has overflowed
-
     def memory(self):
         """The method's memory: the bytes of its state."""
         return sum(value.nbytes for value in self.method.state_dict().values())

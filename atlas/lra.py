@@ -232,6 +232,17 @@ class Anchor(Holding):
             gradient.addcmul_(self.importance, theta - self.anchor, value=-self.strength)
         return gradient
 
+    def slope(self, value):
+        """The gradient of a scalar over the anchored parameters, flat, fp32; its graph is kept.
+
+        In fp16 the backward pass runs on the scaled value, as the loss does.
+        """
+        scale = self.run.updates.scaler.get_scale() if self.run.updates else 1.0
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        found = torch.autograd.grad(scale * value, self.anchored, **options)
+        flat = torch.cat([gradient.flatten() for gradient in found]).float() / scale
+        return flat.nan_to_num(0.0, 0.0, 0.0)
+
     def absorb(self, S, theta):
         """Omega <- gamma Omega + gain(S), group by group; anchor <- theta. S and theta are flat.
 

@@ -17,7 +17,8 @@ def method_of(groups, name="lra", **keys):
     """The method `name` on `groups` {group: {name: parameter}}; its clips are their gradients."""
     words = [f"method={name}", *(f"{key}={value}" for key, value in keys.items())]
     config = load_config([], words)
-    run = SimpleNamespace(config=config, device="cpu", groups=lambda: groups, model=None)
+    names = {"device": "cpu", "model": None, "updates": None, "drifts": ()}
+    run = SimpleNamespace(config=config, groups=lambda: groups, **names)
     method = class_of(name)(run)
     method.measure = lambda clips: clips
     return method

@@ -1,5 +1,7 @@
 """frozen_lora, olora and inflora against what they promise of the subspaces of LoRA's pairs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import LIGHT, pair_of
@@ -137,10 +139,36 @@ def test_inflora_refuses_larger_convolutions(cache, config):
 def test_all_three_end_a_pair_task_free_where_a_plateau_ends(cache, config):
     keys = {"visual": LIGHT, "lra_trigger": "plateau", "lra_window": 2, "lra_peak": 0.5}
     for name in ("frozen_lora", "olora"):
-        method = learner_of(config, cache, method=name, **keys).method
+        learner = learner_of(config, cache, method=name, **keys)
+        learner.updates = SimpleNamespace(optimizer=SimpleNamespace(state={}))
+        method = learner.method
         assert isinstance(method, class_of("frozen_lora"))
         for loss in (1.0, 1.2, 0.9, 1.1):
             method.observe(Step(loss, 4, []))
         assert not method.armed
         method.observe(Step(9.0, 4, []))
         assert method.observe(Step(9.1, 4, []))["fired"] and method.armed
+
+
+def test_olora_draws_a_pair_of_its_own_for_each_seed(monkeypatch):
+    drawn = []
+    for seed in (0, 0, 1):
+        pair = pair_of()
+        on_pair(monkeypatch, pair, "olora", seed=seed).end_task(())
+        drawn.append(pair.A.detach().clone())
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_task_free_olora_forgets_adams_moments_of_the_folded_pair(monkeypatch):
+    """Without a gradient, the first step of the new pair must not move its B."""
+    pair = pair_of()
+    method = on_pair(monkeypatch, pair, "olora", lra_trigger="every:2", lra_window=2)
+    method.run.updates = SimpleNamespace(optimizer=torch.optim.AdamW([pair.A, pair.B], 0.01))
+    for _ in range(2):
+        give(pair)
+        report = method.observe(Step(0.0, 4, []))
+        method.run.updates.optimizer.step()
+    assert report["fired"] and pair.B.eq(0).all()
+    pair.B.grad = torch.zeros_like(pair.B)
+    method.run.updates.optimizer.step()
+    assert pair.B.eq(0).all()

@@ -1,5 +1,7 @@
 """Memory aware synapses against its equation, at boundaries and task-free."""
 
+from types import SimpleNamespace
+
 import torch
 from conftest import LIGHT
 from support import Clips, flat, learner_of, linear, method_of, moved, stirred, two
@@ -45,3 +47,16 @@ def test_task_free_it_differentiates_the_masks_of_the_batch():
         method.observe(Step(loss, 2, []))
     wanted = torch.stack([slope[0] + slope[1], slope[0] - slope[1]]).abs()
     torch.testing.assert_close(method.importance, wanted)
+
+
+def test_in_fp16_the_slope_is_taken_of_the_scaled_value():
+    """1e-4 x 1e-5: the second factor's gradient is zero in fp16, unless the value is scaled."""
+    a = torch.nn.Parameter(torch.ones(1))
+    method = method_of({"lora": {"a": a}}, "mas")
+
+    def slope():
+        return method.slope(((a.half() * 1e-3).float() * 1e-8).sum()).item()
+
+    assert slope() == 0
+    method.run.updates = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 2.0**16))
+    assert abs(slope() / 1e-11 - 1) < 0.01

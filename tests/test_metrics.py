@@ -16,10 +16,12 @@ from atlas.metrics import (
     compete,
     continual_metrics,
     f_curves,
+    grouped_means,
     score,
     score_disjoint,
     score_tasks,
 )
+from atlas.results import TEST_SCORES
 from atlas.runs import Run
 
 ALL = torch.ones(1, 1, dtype=torch.bool)
@@ -174,7 +176,7 @@ def test_score_swaps_and_mutes_the_sound_only(scored, monkeypatch):
     both = score(run, test, full=True)
     smaller = SimpleNamespace(**vars(run), autocast=run.autocast)
     smaller.config = replace(run.config, batch_size=3)
-    alone = score(smaller, test)
+    alone = score(smaller, test, full=True)
     assert both["J"] == pytest.approx(alone["J"], abs=1e-6)
     assert both["F"] == pytest.approx(alone["F"], abs=1e-6)
     assert both["of_clips"][1, test].tolist() == [5] * len(test)
@@ -213,14 +215,35 @@ def test_a_row_scores_every_task_and_every_class(scored):
     for j, task in enumerate(run.tasks):
         assert row["test"]["J"][j] == pytest.approx(score(run, task.test)["J"], abs=1e-6)
         assert row["val"][j] == pytest.approx(score(run, task.val)["J"], abs=1e-6)
-    assert set(row["test"]) == {
-        *("J", "J_strict", "F", "F_dataset", "J_swap", "mute_area", "class_accuracy")
-    }
+    assert set(row["test"]) == set(TEST_SCORES)
     of_class = dict(zip(run.class_names, row["classes"]))
     for j, task in enumerate(run.tasks):  # two test clips of each class
         mean = np.mean([of_class[name] for name in task.classes])
         assert row["test"]["J"][j] == pytest.approx(mean, abs=1e-9)
     assert len(set(row["classes"])) > 1
+
+
+def test_rows_before_the_last_have_J_alone_where_the_config_says_so(config):
+    run = opened(config, full_scores="last")
+    every = opened(config)
+    for learned in (0, len(run.tasks)):
+        row, whole = score_tasks(run, learned), score_tasks(every, learned)
+        for name in ("J", "J_strict", "J_source", "J_drawn"):
+            assert row["test"][name] == whole["test"][name]
+        last = learned == len(run.tasks)
+        for name in ("F", "F_dataset", "J_swap", "mute_area"):
+            assert row["test"][name] == (whole["test"][name] if last else None)
+        assert row["val"] == (whole["val"] if last else None)
+
+
+def test_sources_weigh_alike_and_only_drawn_masks_count():
+    """Clips a, a, b of J .2, .4 and .9, where b's masks are made: J_source .6, J_drawn .3."""
+    clips = [{"source": "a", "mask": "drawn"}] * 2 + [{"source": "b", "mask": "made"}] * 2
+    of_clips = torch.tensor([[1.0, 2.0, 4.5, 0.0], [5.0, 5.0, 5.0, 0.0]], dtype=torch.float64)
+    found = grouped_means(clips, of_clips)  # the last clip was not scored
+    assert found == {"J_source": pytest.approx(0.6), "J_drawn": pytest.approx(0.3)}
+    unnamed = [{"source": clip["source"]} for clip in clips]
+    assert grouped_means(unnamed, of_clips)["J_drawn"] is None
 
 
 def test_til_scores_each_task_with_its_own_head(config):

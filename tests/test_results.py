@@ -42,6 +42,7 @@ def a_run(**keys):
             "visual": {"source": "random", "sha256": "0"},
             "audio": {"source": "none needed", "sha256": "1"},
         },
+        drifts=[2, 4],
         environment={"device": "cpu", "threads": 1, "amp": "off"},
     )
 

@@ -75,6 +75,11 @@ METHODS = {
         "LoRA learns the first task and is held from then on",
         needs_lora=True,
     ),
+    "replay": Entry(
+        "atlas.methods.replay:Replay",
+        "NOT exemplar-free: learns stored clips again, a reference",
+        strength=1.0,
+    ),
     "lra_plus": Entry(
         "atlas.methods.lra_plus:LraPlus",
         "ours: lra that distils over sounds like those of past classes",

@@ -118,7 +118,7 @@ class LraPlus(LowRankAnchoring):
         apart = self.disagreement(batch, outputs, last)
         distillation = self.listen * (apart + HEARING * self.misheard(batch, last))
         if self.trigger:
-            self.distilled = self.run.flat_gradient(distillation, self.anchored)
+            self.distilled = self.slope(distillation)
         return held + distillation
 
     def disagreement(self, batch, outputs, last):

@@ -32,8 +32,8 @@ class MAS(Anchor):
 
     def penalty(self, batch=None, outputs=None):
         if self.trigger and self.strength:
-            self.slope = self.run.flat_gradient(self.squared_norm(outputs), self.anchored)
+            self.found = self.slope(self.squared_norm(outputs))
         return super().penalty()
 
     def note(self, theta, clips):
-        self.window.add_(parallel.summed(parallel.share(clips) * self.slope).abs())
+        self.window.add_(parallel.summed(parallel.share(clips) * self.found).abs())
