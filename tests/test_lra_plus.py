@@ -9,14 +9,10 @@ from support import Clips, flat, learner_of, stirred
 from atlas.data import ClipDataset, loader
 from atlas.lra import Step
 from atlas.methods.lra_plus import (
-    CANDIDATES,
-    DIRECTIONS,
     HEARING,
     Ears,
     distance,
-    joined,
     most_heard,
-    sketch,
     sounds_of,
 )
 
@@ -45,40 +41,20 @@ def drawn_sounds(asked):
 # ---- what is remembered ------------------------------------------------------------------------
 
 
-def test_it_remembers_a_sketch_of_the_sounds_of_each_class_and_nothing_else(config, cache, tasks):
+def test_it_remembers_the_mean_sound_of_each_class_and_nothing_else(config, cache, tasks):
     model, method, _ = begun(config, cache, tasks)
     categories = dict.fromkeys(cache.clips[i]["category"] for i in tasks[0].train)
-    for category, (m, *d) in zip(categories, method.sounds, strict=True):
+    for category, mean in zip(categories, method.sounds, strict=True):
         rows = []
         for i in tasks[0].train:
             if cache.clips[i]["category"] == category:
                 context, tokens = (cache[i][name].float().mean(0) for name in ("context", "tokens"))
                 rows.append(torch.cat([context, tokens.flatten()]))
-        x = torch.stack(rows)
-        torch.testing.assert_close(m, x.mean(0), rtol=1e-4, atol=1e-4)
-        d = torch.stack(d)  # four clips have three directions, so nothing is left out
-        wanted = torch.cov(x.T, correction=0)
-        torch.testing.assert_close(d.T @ d, wanted, rtol=1e-3, atol=1e-4 * x.var().item())
-    assert method.sounds.shape == (2, 1 + DIRECTIONS, x.shape[1])
+        torch.testing.assert_close(mean, torch.stack(rows).mean(0), rtol=1e-4, atol=1e-4)
     kept = sum(v.numel() for v in method.state_dict().values())
     assert kept == method.sounds.numel() + 2 + 2 * method.anchor.numel() + 1
-
-
-def test_a_sketch_is_the_same_however_its_sounds_came_and_keeps_the_largest_directions():
-    scales = torch.tensor([9.0, 7, 5, 4, 3] + 25 * [0.0])
-    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * scales + 2
-    whole = sketch(x)
-    parts = joined(joined(None, sketch(x[:3])), joined(sketch(x[3:31]), sketch(x[31:])))
-    apart = x - x.mean(0)
-    for found in (whole, parts):
-        assert found[0, -1] == 40 and not found[1:, -1].any()
-        torch.testing.assert_close(found[0, :-1], x.mean(0))
-        rows = found[1:, :-1]
-        torch.testing.assert_close(rows.T @ rows, apart.T @ apart, rtol=1e-4, atol=1e-2)
-    wide = torch.randn(40, 30, generator=torch.Generator().manual_seed(1))
-    kept = torch.linalg.svdvals(wide - wide.mean(0))[:DIRECTIONS]
-    torch.testing.assert_close(sketch(wide)[1:, :-1].norm(dim=1), kept)
-    assert joined(None, whole) is whole
+    raw = sum(cache[i][name].numel() for i in tasks[0].train for name in ("context", "tokens"))
+    assert method.sounds.numel() <= raw / 10
 
 
 def test_without_either_strength_nothing_is_kept(config, cache, tasks):
@@ -97,25 +73,8 @@ def test_every_clip_is_asked_for_remembered_sounds_in_every_second(config, cache
         assert asked[name].shape[1:] == batch[name].shape
     sounds = drawn_sounds(asked)
     assert (sounds == sounds[:, :, :1]).all()
-    apart = sounds[:, :, 0].flatten(0, 1)[:, None] - method.sounds[:, 0]  # of each mean [R B, K, S]
-    spread = method.sounds[:, 1:].transpose(1, 2)  # [K, S, r]
-    inside = spread @ torch.linalg.pinv(spread) @ apart.unsqueeze(-1)
-    rest = (apart - inside[..., 0]).norm(dim=2)  # what the directions of each class do not explain
-    assert rest.min(1)[0].max() < 1e-3 * apart.norm(dim=2).max()
-    assert set(rest.argmin(1).tolist()) == {0, 1}
-
-
-def test_the_sounds_drawn_have_the_mean_and_the_spread_of_the_sketch(config, cache, tasks):
-    torch.manual_seed(0)
-    _, method, batch = begun(config, cache, tasks)
-    method.sounds = method.sounds[:1]
-    drawn = [drawn_sounds(method.ask(batch))[:, :, 0].flatten(0, 1) for _ in range(200)]
-    drawn = torch.cat(drawn)
-    assert len(drawn) == 200 * CANDIDATES * 3
-    m, d = method.sounds[0, 0], method.sounds[0, 1:]
-    e = (drawn - m) @ torch.linalg.pinv(d[:3])
-    torch.testing.assert_close(e.mean(0), torch.zeros(3), rtol=0, atol=0.1)
-    torch.testing.assert_close(torch.cov(e.T), torch.eye(3), rtol=0, atol=0.15)
+    asked = sounds[:, :, 0].flatten(0, 1)
+    assert {tuple(x.tolist()) for x in asked} == {tuple(x.tolist()) for x in method.sounds}
 
 
 def test_of_the_answers_those_that_mask_most_are_taken():
@@ -143,8 +102,7 @@ def test_at_the_last_model_the_distillation_is_least_and_elsewhere_it_is_its_for
     value = method.penalty(batch, model(batch))
     gradients = torch.autograd.grad(value, method.anchored, allow_unused=True)
     assert max(g.abs().max() for g in gradients if g is not None) < 1e-5
-    method.sounds = method.sounds[:1].clone()
-    method.sounds[:, 1:] = 0  # one sound, so that nothing is drawn
+    method.sounds = method.sounds[:1].clone()  # one sound, so that there is no choice
     context, tokens = (sounds[0] for sounds in method.ask(batch).values())
     heard = batch | {"context": context, "tokens": tokens}
     y = model(heard)["masks"].detach().sigmoid().flatten(1)
@@ -213,9 +171,9 @@ def test_task_free_it_remembers_the_sounds_of_the_steps_before_the_last_window(
         steps.append(sounds_of(batch))
     before, after = torch.cat(steps[:4]), torch.cat(steps[4:])
     assert report["fired"] and len(method.sounds) == 1 and not len(method.heard)
-    assert method.last_heard[0, -1] == len(after)
-    torch.testing.assert_close(method.sounds[0, 0], before.mean(0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(method.last_heard[0, :-1], after.mean(0), rtol=1e-4, atol=1e-4)
+    assert method.last_heard[-1] == len(after)
+    torch.testing.assert_close(method.sounds[0], before.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(method.last_heard[:-1], after.sum(0), rtol=1e-4, atol=1e-4)
     again = plus(config, cache, **PLATEAU).method
     again.load_state_dict(method.state_dict())
     for name, value in method.state_dict().items():

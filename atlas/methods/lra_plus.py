@@ -10,21 +10,18 @@ p = sigmoid(z),
     D = mean over sounds and frames of BCE(y, z) + 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1)
     H = mean over scales and over gate, keys, values of  mean (h - h_last)^2 / (var h_last + 1e-6)
 
-The sums of D are over a frame's pixels; both its terms are least at p = y. h is what of a sound of
-each past class reaches the frames, so H needs no frame. Its mean and variance are over sounds and
-channels.
+The sums of D are over a frame's pixels; both its terms are least at p = y. h is what of the sound
+of each past class reaches the frames, so H needs no frame. Its mean and variance are over sounds
+and channels.
 
 The last model is LRA's own anchor, run on the batch without gradients. Visual features are those
 of the step itself, so only fusion and decoder run again with gradients. What is kept of a class is
-a sketch of its sounds x (of a clip, the mean over seconds of the frozen audio encoder's features,
-S = D_a + N D_u numbers): their mean m and the r = DIRECTIONS largest principal directions d_k,
-from which sounds are drawn as  x = m + sum_k e_k d_k,  e_k ~ N(0, 1). No clip, no frame and no
-sound that could be played is kept. The sketch is of the clips whose gradients are measured
-(`lra_clips`). Task-free, where no class is told, it is one sketch a consolidation.
+the mean of its sounds: S = D_a + N D_u numbers, the mean over clips and seconds of the frozen
+audio encoder's features. No clip, no frame and no sound that could be played is kept. Task-free,
+where no class is told, it is one mean a consolidation.
 
 Sources: distillation: Li & Hoiem 2016 (arXiv 1606.09282), here on inputs that they do not have; the
-mean of a class instead of exemplars: PASS (Zhu et al. 2021, CVPR); directions updated clip by clip
-without the clips: Ross et al. 2008 (incremental principal components).
+mean of a class instead of exemplars: PASS (Zhu et al. 2021, CVPR).
 """
 
 import torch
@@ -38,7 +35,6 @@ from atlas.model import clip_means
 
 CANDIDATES = 8  # sounds that the last model hears for each clip
 DISTILLED = 2  # of those, the ones that the present model hears too
-DIRECTIONS = 5  # r
 HEARING = 10.0  # the weight of H beside D
 
 
@@ -52,8 +48,8 @@ class LraPlus(LowRankAnchoring):
         self.idle = not (self.strength or self.listen)
         self.til = run.config.protocol == "til"
         self.distilled = 0.0  # task-free: the gradient of the distillation
-        # sounds [K, 1 + r, S]: m and the directions; head [K]: whose (TIL); heard and last_heard:
-        # task-free, the sketches of this window and of those since the last consolidation
+        # sounds [K, S]; head [K]: whose (TIL); heard, last_heard [S + 1], task-free: the sum of the
+        # sounds, and their number, of this window and since the last consolidation
         for name in ("sounds", "head", "heard", "last_heard"):
             self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
 
@@ -62,30 +58,28 @@ class LraPlus(LowRankAnchoring):
     def end_task(self, clips):
         noted = {}
         report = super().end_task(noting(clips, noted))
-        classes = {}
+        totals = {}
         for of_process in parallel.gathered(noted):
-            for category, found in of_process.items():
-                classes[category] = joined(classes.get(category), found)
-        for found in classes.values():
-            self.remember(found.to(self.anchor.device))
+            for category, total in of_process.items():
+                totals[category] = total + totals.get(category, 0)
+        for total in totals.values():
+            self.remember(total.to(self.anchor.device))
         return report
 
-    def remember(self, sketched):
-        """Add the sounds of a sketch."""
-        directions = sketched[1:, :-1] / sketched[0, -1].sqrt()
-        sounds = torch.cat([sketched[:1, :-1], directions])[None]
-        self.sounds = torch.cat([self.sounds.view(-1, *sounds.shape[1:]), sounds])
+    def remember(self, total):
+        """Add the mean of some sounds; total: see `total_of`."""
+        mean = total[None, :-1] / total[-1]
+        self.sounds = torch.cat([self.sounds.view(-1, mean.shape[1]), mean])
         active = self.run.model.decoder.active
         self.head = torch.cat([self.head, self.head.new_tensor([active])])
 
     def observe(self, step):
         report = super().observe(step)
         if report:
-            before = self.last_heard if len(self.last_heard) else None
-            if report["fired"] and before is not None:
-                self.remember(before)
-                before = None
-            self.last_heard = joined(before, self.heard)
+            if report["fired"] and len(self.last_heard):
+                self.remember(self.last_heard)
+                self.last_heard = self.last_heard[:0]
+            self.last_heard = added(self.last_heard, self.heard)
             self.heard = self.heard[:0]
         return report
 
@@ -97,20 +91,12 @@ class LraPlus(LowRankAnchoring):
         """The distillation's own gradient is taken off, as the anchor's is."""
         return super().task_gradient(theta) - self.distilled
 
-    def note_sounds(self, batch):
-        """Task-free: sketch the sounds of the whole batch."""
-        heard = {}
-        for of_process in parallel.gathered(dict(zip(batch["index"], sounds_of(batch).cpu()))):
-            heard |= of_process
-        new = sketch(torch.stack(list(heard.values())).to(self.anchor.device))
-        self.heard = joined(self.heard if len(self.heard) else None, new)
-
     # ---- the penalty -------------------------------------------------------------------------
 
     def penalty(self, batch=None, outputs=None):
         held = super().penalty(batch, outputs)
         if self.trigger and self.listen:
-            self.note_sounds(batch)
+            self.heard = added(self.heard, parallel.summed(total_of(sounds_of(batch))))
             self.distilled = torch.zeros_like(self.anchor)
         if not len(self.sounds) or not self.listen:
             return held
@@ -144,8 +130,8 @@ class LraPlus(LowRankAnchoring):
         return apart
 
     def misheard(self, batch, last):
-        """H, on a sound drawn of each class remembered."""
-        sounds = split_sounds(draw(self.sounds), batch)
+        """H, on the sound of each class remembered."""
+        sounds = split_sounds(self.sounds, batch)
         ears = Ears(self.run.model)
         with torch.no_grad():
             before = functional_call(ears, last, sounds)
@@ -166,8 +152,7 @@ class LraPlus(LowRankAnchoring):
             head = {"head": self.head[torch.randint(len(known), (1,))]}
             known = (self.head == head["head"]).nonzero()[:, 0].cpu()
         chosen = self.sounds[known[torch.randint(len(known), (CANDIDATES, B))]]
-        drawn = draw(chosen)[:, :, None].expand(-1, -1, seconds, -1)
-        context, tokens = split_sounds(drawn, batch)
+        context, tokens = split_sounds(chosen[:, :, None].expand(-1, -1, seconds, -1), batch)
         return {"context": context, "tokens": tokens} | head
 
 
@@ -209,7 +194,7 @@ class Ears(torch.nn.Module):
 
 
 def noting(clips, noted):
-    """The same `clips`; as they pass, `noted` fills with a sketch of each class's sounds."""
+    """The same `clips`; as they pass, `noted` fills with the total of each class's sounds."""
 
     class Noting:
         loss = staticmethod(clips.loss)
@@ -217,7 +202,7 @@ def noting(clips, noted):
         def __iter__(self):
             for batch in clips:
                 for category, sound in zip(batch["category"], sounds_of(batch).cpu()):
-                    noted[category] = joined(noted.get(category), sketch(sound[None]))
+                    noted[category] = total_of(sound[None]) + noted.get(category, 0)
                 yield batch
 
     return Noting()
@@ -243,7 +228,7 @@ def distance(z, y):
     return F.binary_cross_entropy_with_logits(z, y) + dice.mean()
 
 
-# ---- sounds and their sketches ---------------------------------------------------------------
+# ---- sounds ------------------------------------------------------------------------------
 
 
 def sounds_of(batch):
@@ -257,38 +242,11 @@ def split_sounds(sounds, batch):
     return sounds[..., :D], sounds[..., D:].unflatten(-1, batch["tokens"].shape[2:])
 
 
-def draw(sounds):
-    """A sound of each sketch: m and d_k [..., 1 + r, S] -> [..., S]."""
-    e = torch.randn(*sounds.shape[:-2], 1, sounds.shape[-2] - 1).to(sounds)
-    return (sounds[..., :1, :] + e @ sounds[..., 1:, :])[..., 0, :]
+def total_of(sounds):
+    """Sounds [n, S] -> their sum and their number [S + 1]."""
+    return torch.cat([sounds.sum(0), sounds.new_tensor([len(sounds)])])
 
 
-def sketch(x):
-    """n sounds x [n, S] -> their sketch [1 + r, S + 1].
-
-    The first row is their mean and n. The others (with 0) are directions whose outer products add
-    up to sum (x - m)(x - m)^T, as far as r directions can.
-    """
-    m = x.mean(0)
-    return packed(m, float(len(x)), x - m)
-
-
-def joined(a, b):
-    """The sketch of the sounds of two sketches; either may be None, of nothing."""
-    if a is None or b is None:
-        return a if b is None else b
-    n, k = a[0, -1], b[0, -1]
-    between = ((n * k / (n + k)).sqrt() * (a[0, :-1] - b[0, :-1]))[None]
-    mean = (n * a[0, :-1] + k * b[0, :-1]) / (n + k)
-    return packed(mean, n + k, torch.cat([a[1:, :-1], b[1:, :-1], between]))
-
-
-def packed(m, n, rows):
-    """The largest principal directions of `rows` [k, S], which add up as they do, below m and n."""
-    _, size, direction = torch.linalg.svd(rows, full_matrices=False)
-    out = m.new_zeros(1 + DIRECTIONS, len(m) + 1)
-    out[0, :-1] = m
-    out[0, -1] = n
-    kept = min(DIRECTIONS, len(size))
-    out[1 : 1 + kept, :-1] = size[:kept, None] * direction[:kept]
-    return out
+def added(total, other):
+    """The sum of two totals, of which the first may be empty."""
+    return total + other if len(total) else other
