@@ -11,22 +11,20 @@ While the next task is learned:  L = L_task + (lambda / 2) sum_i Omega_i (theta_
 
 The mean runs over the parameters of a group that received a gradient. lambda = 0 is plain
 sequential LoRA. `lra_space: factors` takes theta = {A, B}. `delta` takes the update itself,
-theta = (alpha / r) B A, whose gradient is the frozen weight's; its penalty is the same for the same
-update (B R, R^-1 A), and its buffers are as large as the adapted weights.
+theta = (alpha / r) B A, whose gradient is the frozen weight's.
 
 Source: arXiv 2603.08967 names the method, but its exact equations are not public. This form is our
 choice: online EWC (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018) on {A, B}, with
 the gradient at the true label, normalised.
 
-Task-free (`lra_trigger: plateau`), nobody says where a task ends. The method then watches windows
-of the task loss and consolidates where a plateau ends (atlas/trigger.py). It takes theta as it was
-at the end of the window before the rise. The sensitivity is gathered online over that window:
+Task-free, nobody says where a task ends. The method watches windows of the task loss and
+consolidates where a trigger fires (atlas/trigger.py). It takes theta as it was at the end of the
+window before. The sensitivity is gathered online over that window:
 
     S_i = mean over the window's steps of B (d l_batch / d theta_i)^2
 
 with l_batch the mean task loss of the batch's B clips, unscaled and unclipped. This equals the
-per-clip form where the mean gradient vanishes. No clip is kept. (Aljundi et al. 2019,
-arXiv 1812.03596, keep a buffer of clips, and consolidate when a plateau begins.)
+per-clip form where the mean gradient vanishes. No clip is kept.
 """
 
 from dataclasses import dataclass
@@ -56,8 +54,8 @@ class Step:
 class Method(nn.Module):
     """A continual-learning method. Every verb does nothing here: this is sequential finetuning.
 
-    All that must survive a resume is kept in buffers; their bytes are the method's memory. On a
-    stream `begin_task` and `end_task` are never called, so no boundary can leak to a method.
+    What must survive a resume is kept in buffers; their bytes are the method's memory. On a stream
+    `begin_task` and `end_task` are never called, so no boundary can leak.
     """
 
     unit = 1.0  # the penalty is divided by this for its raw value in the log
@@ -68,21 +66,20 @@ class Method(nn.Module):
         self.run = run
 
     def begin_task(self, clips):
-        """Before a task is learned. clips: see `end_task`."""
+        """Called before a task is learned; clips: see `end_task`."""
 
     def penalty(self, batch, outputs):
         """A scalar that is added to the task loss of `batch`; outputs: the model's for it."""
         return torch.zeros((), device=outputs["masks"].device)
 
     def observe(self, step):
-        """After backward, before the update; may drop a gradient. Returns None or a dict to log."""
+        """Called between backward and update; may drop gradients. Returns None or a dict to log."""
 
     def end_task(self, clips):
-        """After a task is learned. Returns None, or a dict to log.
+        """Called after a task is learned. Returns None or a dict to log.
 
-        Iterating over `clips` gives batches of the task's train clips, with the model in eval
-        mode; all clips of a batch have equally many frames. clips.loss(outputs, batch) is their
-        mean task loss.
+        `clips` gives batches of the task's train clips in eval mode, those of a batch with equally
+        many frames. clips.loss(outputs, batch) is their mean task loss.
         """
 
     def adapters(self):
@@ -90,7 +87,7 @@ class Method(nn.Module):
         return {}
 
     def load_state_dict(self, state, strict=True):
-        """Take over a state. Buffers get the sizes that they have there, so they may grow."""
+        """Take over a state, whose buffers may have grown."""
         for name, value in self._buffers.items():
             if name in state:
                 self._buffers[name] = state[name].to(value.device, value.dtype, copy=True)
@@ -145,8 +142,7 @@ class Holding(Method):
 class Anchor(Holding):
     """(strength / 2) sum_i Omega_i (theta_i - anchor_i)^2, and the gathering of Omega.
 
-    `anchor` and `importance` are flat fp32 buffers over all anchored parameters: one copy each,
-    whatever the number of tasks.
+    `anchor` and `importance` are flat fp32 buffers, one copy each whatever the number of tasks.
     """
 
     gamma = 1.0  # decay of Omega at each consolidation
@@ -177,7 +173,7 @@ class Anchor(Holding):
         return [part.view_as(p) for part, p in zip(flat.split(self.sizes), self.anchored)]
 
     def penalty(self, batch=None, outputs=None):
-        """A scalar, whose gradient is lambda Omega (theta - anchor). Neither argument matters."""
+        """A scalar with the gradient lambda Omega (theta - anchor); it needs no argument."""
         if not self.armed or not self.strength:
             return torch.zeros((), device=self.anchor.device)
         return self.strength / 2 * (self.importance * (self.theta() - self.anchor).square()).sum()
@@ -196,11 +192,9 @@ class Anchor(Holding):
         return {"clips": count} | self.absorb(S, self.theta().detach())
 
     def measure(self, clips):
-        """See `per_clip_gradients`."""
         return per_clip_gradients(self.run.model, self.anchored, clips, clips.loss)
 
     def importance_of(self, gradient):
-        """What is averaged over the clips: the squared gradient."""
         return gradient.square()
 
     def observe(self, step):
@@ -219,7 +213,6 @@ class Anchor(Holding):
         return report
 
     def note(self, theta, clips):
-        """Add a step's share of the window's sensitivity."""
         gradient = self.task_gradient(theta)
         self.window.addcmul_(gradient, gradient, value=clips)
 
@@ -244,10 +237,7 @@ class Anchor(Holding):
         return flat.nan_to_num(0.0, 0.0, 0.0)
 
     def absorb(self, S, theta):
-        """Omega <- gamma Omega + gain(S), group by group; anchor <- theta. S and theta are flat.
-
-        The report has the mean of S over the parameters of each group that received a gradient.
-        """
+        """Omega <- gamma Omega + gain(S), group by group; anchor <- theta. S and theta are flat."""
         means = {}
         gains = []
         parts = iter(S.split(self.sizes))
@@ -290,11 +280,10 @@ class LowRankAnchoring(Anchor):
 
 
 def per_clip_gradients(model, parameters, batches, loss):
-    """Exact gradients of single clips, vectorised, with the model as it stands, in fp32.
+    """Exact gradients of single clips, vectorised, in fp32, with the model as it stands.
 
-    For each batch of n clips, cut up where they are many, it yields the list of [n, *shape] over
-    `parameters` (a list, of the model's), zero where a parameter is unused. The clips of a batch
-    are annotated in equally many frames. loss(outputs, batch) is a scalar of a batch of one clip.
+    For each batch of n clips, cut up where they are many, it yields a list of [n, *shape] over
+    `parameters`, zero where one is unused. loss(outputs, batch) is a scalar of a batch of one clip.
     """
 
     def of_one(values, clip):

@@ -30,17 +30,13 @@ class MaskMeter:
     """
 
     def __init__(self, with_F=True):
-        """with_F=False leaves F and F_dataset out (None), which is faster."""
         self.with_F = with_F
         names = ("J", "J_strict", "frames", "F", "sounding_clips", "sounding_frames")
         self.sums = dict.fromkeys(names, 0.0)
         self.sums["curve"] = torch.zeros(THRESHOLDS, dtype=torch.float64)
 
     def update(self, logits, masks, annotated):
-        """logits and masks [B, T, H, W] (masks bool, or 1 and 0), annotated [B, T] bool.
-
-        Returns J of each annotated frame, and the number of the clip that it is of, both [M].
-        """
+        """logits and masks [B, T, H, W], annotated [B, T] bool -> J and the clip of each frame [M]."""
         clip = annotated.nonzero()[:, 0]  # [M]
         x = logits[annotated].flatten(1).float()  # [M, HW]
         g = masks[annotated].flatten(1).bool()
@@ -68,29 +64,28 @@ class MaskMeter:
         return J, clip
 
     def reduce(self):
-        """Sum over the processes that each met a share of the clips."""
         self.sums = {name: parallel.summed(value) for name, value in self.sums.items()}
         return self
 
     def compute(self):
         """{"J", "J_strict", "F", "F_dataset"}; a score with nothing to average is None."""
         sums = self.sums
-        scores = dict.fromkeys(("J", "J_strict", "F", "F_dataset"))
-        if sums["frames"]:
-            scores["J"] = sums["J"] / sums["frames"]
-            scores["J_strict"] = sums["J_strict"] / sums["frames"]
-        if sums["sounding_clips"]:
-            scores["F"] = sums["F"] / sums["sounding_clips"]
-            scores["F_dataset"] = (sums["curve"] / sums["sounding_frames"]).max().item()
-        return scores
+        frames, clips = sums["frames"], sums["sounding_clips"]
+        curve = sums["curve"] / max(sums["sounding_frames"], 1)
+        return {
+            "J": sums["J"] / frames if frames else None,
+            "J_strict": sums["J_strict"] / frames if frames else None,
+            "F": sums["F"] / clips if clips else None,
+            "F_dataset": curve.max().item() if clips else None,
+        }
 
 
 def f_curves(scores, masks):
     """F at the thresholds k / 254, k = 0 .. 254, of each frame.
 
     scores [M, HW] fp32 in [0, 1], masks [M, HW] bool -> [M, 255] float64. A score counts at a
-    threshold when it is >= it: F = 1.3 p r / (0.3 p + r), and 0 where that is 0 / 0. A histogram of
-    scores, object and background apart, is summed from the top: one pass instead of 255.
+    threshold when it is >= it: F = 1.3 p r / (0.3 p + r), and 0 where that is 0 / 0. One histogram,
+    summed from the top, replaces 255 passes.
     """
     if not len(scores):
         return torch.zeros(0, THRESHOLDS, dtype=torch.float64, device=scores.device)
@@ -104,11 +99,11 @@ def f_curves(scores, masks):
 
 
 def histogram(scores, mask):
-    """Numbers of pixels [2, 255] of one frame (it fits into a CPU's cache), background and object.
+    """Numbers of pixels [2, 255] of one frame, background and object.
 
     A pixel counts at the last threshold that is <= its score. A threshold is k / 254 rounded to
-    fp32, at most half a unit in the last place away from k / 254. With half a unit added to the
-    score (in fp64, by its bits), score >= threshold just where 254 score >= k.
+    fp32. With half a unit in the last place added to the score (in fp64, by its bits), score >=
+    threshold just where 254 score >= k.
     """
     x = scores.double()
     x.view(torch.int64).add_(1 << 28)
@@ -183,7 +178,7 @@ def grouped_means(clips, of_clips):
 
 
 def segmented(run, features, batch):
-    """Outputs of the model on a batch's features, the masks as [B, T, H, W] float32."""
+    """Outputs of the model on features, the masks as [B, T, H, W] float32."""
     with run.autocast():
         outputs = run.model.segment(features, batch)
     return outputs | {"masks": padded(outputs["masks"].float(), batch)}
@@ -230,7 +225,7 @@ def score_tasks(run, learned):
 
 
 def compete(run, j, learned):
-    """Which classes compete when task j (from 0) is scored after `learned` tasks."""
+    """Choose the classes that compete when task j (from 0) is scored after `learned` tasks."""
     if run.config.method == "joint" and learned:
         learned = len(run.tasks)
     if run.model.classifier and run.config.protocol == "til":

@@ -10,10 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atlas.clips import DOMAINS
+from atlas.clips import DOMAINS as AVSBENCH
 from atlas.errors import AtlasError
 
 SPLITS = ("train", "val", "test")
+OPENAVS = {
+    "human": ("person",),
+    "animal": ("bird", "cat", "cow", "dog", "elephant", "horse", "rooster", "sheep"),
+    "instrument": ("guitar", "saxophone"),
+    "vehicle": ("aeroplane", "bus", "car", "helicopter", "motorbike", "train"),
+    "tool": ("clock",),
+}
+DOMAINS = {name: dict.fromkeys(AVSBENCH[name] + OPENAVS[name]) for name in AVSBENCH}
 CHUNK = 20  # batches of a stream between two points to resume from
 
 
@@ -21,8 +29,8 @@ CHUNK = 20  # batches of a stream between two points to resume from
 class Task:
     """`train`, `val` and `test` are indices into the cache, `classes` category names.
 
-    On a stream (TF-CL) `train` is what is learned up to a checkpoint, in the stream's order, `val`
-    and `test` are the clips of a segment, and `classes` is empty.
+    On a stream `train` is what is learned up to a checkpoint, in order; `val` and `test` are the
+    clips of a segment.
     """
 
     name: str
@@ -50,15 +58,18 @@ def class_incremental(cache, config):
 def domain_incremental(cache, config):
     """DIL: one domain of classes after the other, and no task id at test time.
 
-    config.domains: null = clips.DOMAINS, a list = their order, or {domain: its classes}.
+    config.domains: null = DOMAINS in an order drawn from `seed`, a list = their
+    order, or {domain: its classes}.
     """
     domains = config.domains
+    if domains is None:
+        domains = np.random.default_rng(config.seed).permutation(list(DOMAINS)).tolist()
     if not isinstance(domains, dict):
-        unknown = sorted(set(domains or ()) - set(DOMAINS))
+        unknown = sorted(set(domains) - set(DOMAINS))
         if unknown:
             known = ", ".join(DOMAINS)
             raise AtlasError(f"domains has `{unknown[0]}`; choose from {known}, or give a mapping")
-        domains = {name: DOMAINS[name] for name in domains or DOMAINS}
+        domains = {name: DOMAINS[name] for name in domains}
     categories = {clip["category"] for clip in cache.clips}
     named = [str(name) for classes in domains.values() for name in classes]
     each_once("domains", named, categories, or_more=True)
@@ -93,7 +104,6 @@ def each_once(key, names, categories, or_more=False):
 
 
 def task_of(cache, classes, name=None):
-    """The Task of some classes, with all their clips."""
     if name is None:
         name = classes[0] if len(classes) == 1 else f"{classes[0]}+{len(classes) - 1}"
     splits = [tuple(cache.select(split, classes)) for split in SPLITS]
@@ -101,7 +111,7 @@ def task_of(cache, classes, name=None):
 
 
 def checked(tasks, cache):
-    """Every class is in exactly one task, no train clip in two; no split of a task is empty."""
+    """The tasks, if each class is in one of them, no train clip in two, and no split empty."""
     names = sorted(name for task in tasks for name in task.classes)
     trained = [i for task in tasks for i in task.train]
     classes = sorted({clip["category"] for clip in cache.clips})
@@ -120,11 +130,10 @@ def checked(tasks, cache):
 def drifting_stream(cache, config):
     """TF-CL: every train clip once, in an order that drifts through `stream_checkpoints` segments.
 
-    A segment is a cluster of what clips sound like (`audio_segments`), since MS3 has no
-    categories. The stream visits the segments in an order drawn from `seed`. Clips up to half of
-    `stream_blur` segments before and after a drift are mixed. Task i is what is learned between
-    checkpoints i - 1 and i, an equal part of the stream; column i of R holds the val and test clips
-    of the i-th segment visited.
+    A segment is a cluster of what clips sound like (`audio_segments`), since MS3 has no categories.
+    The stream visits them in an order drawn from `seed` and mixes clips up to half of `stream_blur`
+    segments around a drift. Task i is the i-th equal part of the stream; column i of R holds the
+    val and test clips of the i-th segment visited.
     """
     k = config.stream_checkpoints
     rng = np.random.default_rng([config.seed, 0])
@@ -155,9 +164,9 @@ def drifting_stream(cache, config):
 def audio_segments(features, clips, k):
     """The segment of every clip, [n] in 0 to k - 1, by balanced k-means from a fixed seed.
 
-    features [n, D]: what clips sound like, standardised here over the train clips. What is
-    clustered are source videos, each by the mean over its train clips. A cluster holds at most
-    about 1 / k of the train clips. A source without train clips goes to the nearest cluster.
+    features [n, D] are standardised over the train clips. What is clustered are source videos, each
+    by the mean over its train clips. A cluster holds at most about 1 / k of the train clips. A
+    source without train clips goes to the nearest cluster.
     """
     rng = np.random.default_rng(0)
     is_train = np.array([clip["split"] == "train" for clip in clips])
@@ -200,10 +209,9 @@ def first_centres(means, weight, k, rng):
 
 
 def balanced(distance, weight, k):
-    """The cluster of each source, the nearest one that has room left for its train clips.
+    """The cluster of each source, the nearest with room left for its train clips; [sources, k] in.
 
-    Sources that have most to lose choose first: those whose nearest centre is much nearer than the
-    second nearest. distance: [sources, k].
+    Sources choose first whose nearest centre is much nearer than the second nearest.
     """
     items = np.flatnonzero(weight)
     two = np.sort(distance[items], 1)[:, :2]
@@ -260,11 +268,7 @@ class Plan:
 
 
 def plan_of(sequence, t, config):
-    """The Plan of task t of `sequence`, counted from 1.
-
-    A task is learned in `epochs` shuffled passes. A stream is passed once, in its order. For
-    `joint`, a stream is `stream_epochs` shuffled passes.
-    """
+    """The Plan of task t, from 1: shuffled passes, or one pass of a stream in its order."""
     clips = sequence[t - 1].train
     size = config.batch_size
     if config.protocol == "tfcl" and config.method != "joint":
