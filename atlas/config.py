@@ -1,7 +1,7 @@
 """The config: flat keys, each with its default, meaning and allowed values, in one table.
 
-YAML files overlay left to right, then `key=value` from the command line, which wins. A key's type
-says how its text is read: `name: 010`, `amp: off` and `lr: 1e-4` mean what they look like.
+A key's type says how its text is read: `name: 010`, `amp: off` and `lr: 1e-4` mean what they look
+like.
 """
 
 import difflib
@@ -26,7 +26,7 @@ KINDS |= {list: "a list of words such as [a, b]", dict: "a mapping such as {a: [
 
 
 def key(default, help, choices="", low=0, high=None):
-    """One key of the config. It takes one of `choices`, or a number from `low` to `high`."""
+    """A key takes one of `choices`, or a number from `low` to `high`."""
     meta = {"help": help, "choices": choices.split(), "low": low, "high": high}
     return field(default=default, metadata=meta)
 
@@ -34,99 +34,89 @@ def key(default, help, choices="", low=0, high=None):
 @dataclass(frozen=True)
 class Config:
     # -- run
-    name: str | None = key(None, "run folder in out_dir; null: PROTOCOL_METHOD_seedSEED")
-    out_dir: str = key("runs", "where run folders go")
+    name: str | None = key(None, "of the run's folder; null: PROTOCOL_METHOD_seedSEED")
+    out_dir: str = key("runs", "folder of the runs")
     seed: int = key(0, "of class order, initial weights and batches", high=2**32 - 1)
-    device: str = key("auto", "auto: a GPU where there is one", "auto cpu cuda")
-    amp: str = key("auto", "precision; auto: bf16 or fp16 on a GPU, else off", "auto bf16 fp16 off")
-    compile: bool = key(False, "torch.compile; needs a GPU or a C++ compiler")
-    workers: int = key(0, "loader processes; 0: load in the main process", high=256)
-
+    device: str = key("auto", "auto: a GPU if there is one", "auto cpu cuda")
+    amp: str = key("auto", "auto: bf16 or fp16 on a GPU, else off", "auto bf16 fp16 off")
+    compile: bool = key(False, "needs a GPU or a C++ compiler")
+    workers: int = key(0, "loader processes; 0: the main one", high=256)
     # -- data
     dataset: str = key("s4", "AVSBench's single-source or multi-source set", "s4 ms3")
     data_root: str = key("data/AVSBench", "the folder of Single-source/ or Multi-sources/")
-    synth: bool = key(False, "make the synthetic set in data_root on first use")
-    image_size: int = key(224, "pixels a side, of input, masks and scores", low=32, high=4096)
-    augment: bool = key(False, "random flip, crop and colour, once per clip and epoch")
-    cache_dir: str = key("cache", "where packed caches go")
-
+    synth: bool = key(False, "make the synthetic set on first use")
+    image_size: int = key(224, "pixels a side", low=32, high=4096)
+    augment: bool = key(False, "random flip, crop and colour")
+    cache_dir: str = key("cache", "folder of packed clips")
     # -- protocol
     protocol: str = key("cil", "task-, class-, domain-incremental; task-free", "til cil dil tfcl")
     base: int = key(11, "TIL, CIL: classes of the first task", low=1)
-    step: int = key(2, "TIL, CIL: classes of each later task", low=1)
-    class_order: list | None = key(None, "TIL, CIL: a list of classes; null: drawn from seed")
-    first_task: str | None = key(None, "a run whose first task is taken over; null: learn it")
+    step: int = key(2, "TIL, CIL: of each later task", low=1)
+    class_order: list | None = key(None, "TIL, CIL: a list; null: drawn from seed")
+    first_task: str | None = key(None, "a run whose first task is reused")
     domains: dict | list | None = key(None, "DIL: their order, or {domain: [classes]}; null: ours")
     stream_epochs: int = key(1, "TF-CL: uses of a batch before it is gone", low=1)
-    stream_blur: float = key(0.5, "TF-CL: how far neighbouring segments mix; 0: sharp", high=2)
-    stream_checkpoints: int = key(6, "TF-CL: segments of the stream, and checkpoints", low=2)
-
+    stream_blur: float = key(0.5, "TF-CL: how far segments mix; 0: sharp", high=2)
+    stream_checkpoints: int = key(6, "TF-CL: segments, and checkpoints", low=2)
     # -- model
-    visual: str = key("pvt_v2_b5", "frozen image encoder: a timm model with features_only")
+    visual: str = key("pvt_v2_b5", "a timm model with features_only")
     visual_weights: bool | str = key(True, "a file, a timm tag, true: timm's hub, false: random")
     visual_norm: str = key("timm", "timm: the model's mean and std; half: x/127.5 - 1", "timm half")
-    visual_pad: str = key("default", "padding of timm's convolutions", "default same")
-    audio: str = key("vggish", "frozen audio encoder", "vggish yamnet audiomae logmel")
+    visual_pad: str = key("default", "padding of convolutions", "default same")
+    audio: str = key("vggish", "its encoder, frozen", "vggish yamnet audiomae logmel")
     audio_weights: bool | str = key(True, "a file, true: published ones, false: random")
-    width: int = key(256, "D, width of fusion and decoder", low=8, high=8192)
+    width: int = key(256, "D, of fusion and decoder", low=8, high=8192)
     heads: int = key(8, "attention heads; divides width", low=1)
-    conditioning: str = key("gate", "gate: the sound gates visual features", "gate none")
-    classify: bool = key(False, "also train a classifier of the clips")
+    conditioning: str = key("gate", "does sound gate visual features?", "gate none")
+    classify: bool = key(False, "also classify the clips")
     lora_rank: int = key(16, "r; 0: no LoRA", high=8192)
     lora_alpha: float = key(16.0, "alpha; the update is (alpha / r) B A")
-    lora_dropout: float = key(0.0, "dropout on LoRA's input; 0: off", high=0.99)
-    lora_targets: str = key("auto", "auto: linear and 1x1 convolution layers; else a regex")
-
+    lora_dropout: float = key(0.0, "dropout on LoRA's input", high=0.99)
+    lora_targets: str = key("auto", "auto: linear, 1x1 convolution; or a regex")
     # -- method
     method: str = key("lra", "what acts against forgetting:", " ".join(METHODS))
-    strength: float | None = key(None, "factor of the penalty; null: its default above")
-    joint_run: str | None = key(None, "folder of a joint run, for intransigence; null: none")
+    strength: float | None = key(None, "of its penalty; null: as above")
+    joint_run: str | None = key(None, "a joint run, for intransigence")
     lra_lambda: float = key(0.1, "lambda in (lambda / 2) sum Omega (theta - anchor)^2")
-    lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none")
+    lra_gamma: float = key(1.0, "decay of Omega; 1: none")
     lra_power: float = key(1.0, "exponent on the sensitivity; 1: Fisher, 0: plain L2")
     lra_scope: str = key("trainable", "anchor LoRA, or all that is trained", "lora trainable")
-    lra_space: str = key("factors", "anchor A and B, or LoRA's update of a weight", "factors delta")
+    lra_space: str = key("factors", "anchor A and B, or LoRA's update", "factors delta")
     lra_trigger: str = key("boundary", "anchor at a task's end, or a plateau's", "boundary plateau")
     lra_window: int = key(12, "plateau: steps in a window", low=2)
-    lra_peak: float = key(0.4, "plateau: the rise that ends it, in deviations of the loss")
-    lra_clips: int = key(0, "boundary: clips that measure the sensitivity; 0: all")
-
+    lra_peak: float = key(0.4, "plateau: the rise that ends it, in deviations")
+    lra_clips: int = key(0, "boundary: clips to measure; 0: all")
     # -- optim
-    epochs_first: int = key(15, "epochs of the first task", high=10_000)
-    epochs: int = key(15, "epochs of each later task", high=10_000)
+    epochs_first: int = key(15, "epochs of the first task")
+    epochs: int = key(15, "epochs of each later task")
     batch_size: int = key(4, "clips", low=1)
-    lr_first: float = key(1e-4, "peak rate of the first task; TF-CL: of the stream")
-    lr: float | None = key(None, "peak rate of later tasks; null: the method's own, or lr_first")
-    weight_decay: float = key(0.01, "AdamW's weight decay; 0: off")
-    warmup: float = key(0.05, "share of the steps that warm the rate up; 0: off", high=1)
+    lr_first: float = key(1e-4, "peak rate of the first task, or of the stream")
+    lr: float | None = key(None, "of later tasks; null: the method's own, or lr_first")
+    weight_decay: float = key(0.01, "AdamW's weight decay")
+    warmup: float = key(0.05, "share of the steps", high=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: off")
     w_bce: float = key(1.0, "weight of binary cross-entropy")
-    w_dice: float = key(1.0, "weight of the Dice loss; 0: off")
-    w_class: float = key(1.0, "classify: weight of cross-entropy over classes")
+    w_dice: float = key(1.0, "weight of Dice")
+    w_class: float = key(1.0, "classify: weight of cross-entropy")
 
 
 FIELDS = {f.name: f for f in fields(Config)}
 TYPES = {name: get_args(f.type) or (f.type,) for name, f in FIELDS.items()}
-
-
-def as_dict(config):
-    """All keys with their values, for config.yaml and results.json."""
-    return asdict(config)
+as_dict = asdict  # all keys with their values, for config.yaml and results.json
 
 
 def run_name(config):
-    """The name of the run's folder."""
     return config.name or f"{config.protocol}_{config.method}_seed{config.seed}"
 
 
 def strength_of(config):
-    """The factor of the method's penalty: `strength`, else its own; 0.0 where it has none."""
+    """The factor of the method's penalty; 0.0 where it has none."""
     own = config.lra_lambda if config.method == "lra" else METHODS[config.method].strength
     return (own or 0.0) if config.strength is None else config.strength
 
 
 def rate_of(config):
-    """The peak rate of the later tasks: `lr`, else the method's own default, else `lr_first`."""
+    """The peak rate of the later tasks."""
     own = METHODS[config.method].lr if config.lr is None else config.lr
     return config.lr_first if own is None else own
 
@@ -147,22 +137,23 @@ def load_config(files=(), overrides=()):
         values[name] = _typed(name, text, "on the command line")
     for name, value in values.items():
         if isinstance(value, str):
-            values[name] = value.replace("{seed}", str(values.get("seed", 0)))
-        if isinstance(value, str) and name in PATHS:
-            values[name] = os.path.expanduser(os.path.expandvars(values[name]))
-            if re.search(r"^~|\$(\w|{)", values[name]):
-                raise AtlasError(f"{name}={value} names a home or variable that does not exist")
-    name = values.get("name") or ""
-    if name in (".", "..") or "/" in name or len(name.encode()) > 200:
-        raise AtlasError(f"name={name} cannot name a folder; use at most 200 bytes and no slash")
+            value = value.replace("{seed}", str(values.get("seed", 0)))
+            values[name] = _expanded(name, value) if name in PATHS else value
     config = Config(**values)
     for message in conflicts(config):
         raise AtlasError(message)
     return config
 
 
+def _expanded(name, path):
+    path = os.path.expanduser(os.path.expandvars(path))
+    if re.search(r"^~|\$(\w|{)", path):
+        raise AtlasError(f"{name}={path} names a home or variable that does not exist")
+    return path
+
+
 def split_word(word):
-    """(key, text) of a `key=value` of the command line, without blanks around either."""
+    """(key, text) of a `key=value` of the command line."""
     name, equals, text = word.partition("=")
     if not equals or not name.strip():
         raise AtlasError(f"`{word}` is no key=value; write it in one word, without blanks around =")
@@ -173,17 +164,18 @@ class _Texts(yaml.BaseLoader):
     """YAML whose values all stay text, and whose keys may stand once."""
 
     def construct_mapping(self, node, deep=False):
-        seen = {}
+        lines = {}
         for key, _ in node.value:
-            first = seen.setdefault(str(key.value), key)
-            if first is not key:
-                lines = f"lines {first.start_mark.line + 1} and {key.start_mark.line + 1}"
-                raise yaml.YAMLError(f"key `{key.value}` stands twice, in {lines}; delete one")
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                where = f"lines {lines[name]} and {line}"
+                raise yaml.YAMLError(f"key `{name}` stands twice, in {where}; delete one")
+            lines[name] = line
         return super().construct_mapping(node, deep)
 
 
 def _yaml(where, text=None):
-    """The texts, lists and mappings in the YAML file `where`, or in a `text` from there."""
+    """What is in the YAML file `where`, or in a `text` from there."""
     try:
         return yaml.load(Path(where).read_bytes() if text is None else text, _Texts)
     except OSError as error:
@@ -193,26 +185,26 @@ def _yaml(where, text=None):
 
 
 def _typed(name, given, where):
-    """The value of key `name`, written as `given` in a place `where`."""
+    """The value of a key, `given` as text, list or mapping."""
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.0)[0]
         raise AtlasError(f"unknown key `{name}` {where}; the nearest is `{near}`")
     types, meta = TYPES[name], FIELDS[name].metadata
-    shown = f"key `{name}` {where} is `{given}`"
     value = _value(given, types) if isinstance(given, str) else given
+    high = meta["high"] or (10**6 if int in types else 1e30)
+    wrong = None
     if not _fits(value, types):
-        raise AtlasError(f"{shown}; it must be {' or '.join(KINDS[kind] for kind in types)}")
-    if meta["choices"] and value not in meta["choices"]:
-        raise AtlasError(f"{shown}; choose from {', '.join(meta['choices'])}")
-    if type(value) in (int, float):
-        most = meta["high"] or (10**6 if int in types else 1e30)
-        if not meta["low"] <= value <= most:
-            raise AtlasError(f"{shown}; it must be at least {meta['low']} and at most {most}")
+        wrong = f"it must be {' or '.join(KINDS[kind] for kind in types)}"
+    elif meta["choices"] and value not in meta["choices"]:
+        wrong = f"choose from {', '.join(meta['choices'])}"
+    elif type(value) in (int, float) and not meta["low"] <= value <= high:
+        wrong = f"it must be at least {meta['low']} and at most {high}"
+    if wrong:
+        raise AtlasError(f"key `{name}` {where} is `{given}`; {wrong}")
     return value
 
 
 def _value(text, types):
-    """What a text means as one of `types`; the text itself where it fits none."""
     if type(None) in types and text.lower() in ("", "null", "~"):
         return None
     if bool in types and text.lower() in BOOLS:
@@ -224,8 +216,7 @@ def _value(text, types):
 
 
 def _fits(value, types):
-    """Whether a value is of one of `types`. Lists hold words, and mappings lists of words."""
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # of lists of words
         return dict in types and all(_fits(words, [list]) for words in value.values())
     if isinstance(value, list):
         return list in types and all(isinstance(word, str) for word in value)
@@ -233,10 +224,14 @@ def _fits(value, types):
 
 
 def conflicts(config):
-    """What is wrong with the combination of keys, a line each."""
-    method, entry = f"method={config.method}", METHODS[config.method]
+    """What is wrong with the values together, a line each."""
+    method, entry, name = f"method={config.method}", METHODS[config.method], config.name or ""
+    lra, plus = config.method == "lra", config.method == "lra_plus"
+    scope, delta = config.lra_scope == "lora", config.lra_space == "delta"
     tfcl, plateau = config.protocol == "tfcl", config.lra_trigger == "plateau"
     untold = "protocol=tfcl" if tfcl else "lra_trigger=plateau" if plateau else None
+    if name in (".", "..") or "/" in name or len(name.encode()) > 200:
+        yield f"name={name} cannot name a folder; use at most 200 bytes and no slash"
     if config.width % config.heads or config.width % 8:
         yield f"width={config.width} must be a multiple of heads={config.heads} and of 8"
     if config.dataset == "ms3" and not tfcl:
@@ -247,15 +242,14 @@ def conflicts(config):
         yield f"{method} must be told where tasks begin and end; {untold} does not tell it"
     if tfcl and not plateau and entry.where != METHODS["finetune"].where:
         yield "protocol=tfcl has no boundaries to consolidate at; use lra_trigger=plateau"
-    lora_alone = config.method == "lra" and config.lra_scope == "lora"
-    if not config.lora_rank and (entry.needs_lora or lora_alone):
-        yield f"{method} with lora_rank=0 has no LoRA; give a rank (or lra_scope=trainable to lra)"
-    if config.method == "lra" and config.lra_space == "delta" and plateau:
+    if not config.lora_rank and (entry.needs_lora or (lra and scope)):
+        yield f"{method} with lora_rank=0 has no LoRA; give a rank (lra: or lra_scope=trainable)"
+    if lra and delta and plateau:
         yield "lra_space=delta needs gradients of frozen weights; use lra_trigger=boundary"
-    if config.method == "lra_plus" and (config.lra_scope == "lora" or config.lra_space == "delta"):
-        yield "method=lra_plus keeps the whole model; use lra_scope=trainable lra_space=factors"
-    if config.method == "lra_plus" and config.protocol == "til" and plateau:
-        yield "method=lra_plus in protocol=til must be told the task; use lra_trigger=boundary"
+    if plus and (scope or delta):
+        yield f"{method} keeps the whole model; use lra_scope=trainable lra_space=factors"
+    if plus and plateau and config.protocol == "til":
+        yield f"{method} must be told TIL's tasks; use lra_trigger=boundary"
     if config.first_task and (untold or not entry.plain_start):
         yield f"{untold or method} shares no first task; leave first_task at null"
     if config.strength is not None and entry.strength is None:

@@ -13,7 +13,6 @@ from atlas.config import Config, as_dict, load_config
 from atlas.errors import AtlasError
 from atlas.folder import (
     checkpoints,
-    first_rows,
     read_or_none,
     read_progress,
     refuse_used_folder,
@@ -166,20 +165,3 @@ def test_damaged_progress_is_said_and_not_used(tmp_path, capsys):
         assert read_progress(path) is None
         (line,) = capsys.readouterr().out.splitlines()
         assert "progress.pt is damaged" in line and "not used" in line
-
-
-def test_first_rows_cut_every_matrix_and_what_they_took():
-    found = {
-        "matrix": {"J": [[0], [1], [2], None], "F": [[0], [1], [2], [3]]},
-        "val_matrix": {"J": [[0], [1], [2], [3]]},
-        "class_matrix": {"classes": ["a"], "J": [[0], [1], [2], [3]]},
-        "seconds": {"train": [1, 2, 3], "consolidate": [4, 5, 6], "evaluate": [0, 7, 8, 9]},
-    }
-    rows = first_rows(found, 2)
-    assert rows == {
-        "matrix": {"J": [[0], [1]], "F": [[0], [1]]},
-        "val_matrix": {"J": [[0], [1]]},
-        "class_matrix": {"classes": ["a"], "J": [[0], [1]]},
-        "seconds": {"train": [1], "consolidate": [4], "evaluate": [0, 7]},
-    }
-    assert first_rows(found | {"class_matrix": None}, 2)["class_matrix"] is None
