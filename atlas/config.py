@@ -164,13 +164,11 @@ class _Texts(yaml.BaseLoader):
     """YAML whose values all stay text, and whose keys may stand once."""
 
     def construct_mapping(self, node, deep=False):
-        lines = {}
-        for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                where = f"lines {lines[name]} and {line}"
-                raise yaml.YAMLError(f"key `{name}` stands twice, in {where}; delete one")
-            lines[name] = line
+        keys = [str(key.value) for key, _ in node.value]
+        for name in keys:
+            if keys.count(name) > 1:
+                lines = [k.start_mark.line + 1 for k, _ in node.value if str(k.value) == name]
+                raise yaml.YAMLError(f"key `{name}` stands twice, in lines {lines}; delete one")
         return super().construct_mapping(node, deep)
 
 

@@ -15,18 +15,14 @@ from atlas.learner import writing
 
 
 @parallel.first_only
-def write_text(path, text):
-    """Beside its place first: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-@parallel.first_only
-def save_torch(path, state):
+def write(path, content):
+    """A text, or what torch saves; beside its place first: a reader never sees half a file."""
     beside = path.with_name(f".{path.name}.tmp")
     with writing(path.parent):
-        torch.save(state, beside)
+        if isinstance(content, str):
+            beside.write_text(content, encoding="utf-8")
+        else:
+            torch.save(content, beside)
         os.replace(beside, path)
 
 
@@ -83,7 +79,7 @@ def differing(old, new):
 
 def write_config(folder, config):
     text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
-    write_text(folder / "config.yaml", text)
+    write(folder / "config.yaml", text)
 
 
 def checkpoints(folder):
@@ -103,7 +99,7 @@ def read_or_none(folder):
 
 
 def read_progress(path):
-    """The state in a file of `save_torch`; None where it is missing, or, with a line, damaged."""
+    """The state in a file of torch's; None where it is missing, or, with a line, damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
     except Exception as error:  # whatever a broken file makes torch raise

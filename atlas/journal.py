@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from atlas import parallel
-from atlas.folder import write_text
+from atlas.folder import write
 from atlas.model import weighted
 
 
@@ -39,7 +39,7 @@ class Journal:
         """Drop what a resumed run writes again."""
         if self.path.is_file():
             kept = until(self.lines(), task, epoch)
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def consolidations(self):
         """Where a task-free method consolidated, as results.json has it."""

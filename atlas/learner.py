@@ -77,18 +77,15 @@ class Learner:
         method = read_state(folder / "method.safetensors")
         while f"decoder.heads.{len(self.model.decoder.heads)}.weight" in state:
             self.model.decoder.add_head()
-        wrong, encoder = [], self.model.encoder
+        if isinstance(self.model.encoder, peft.PeftModel):
+            past = len(method.get("A0", ()))  # the rank of what `widen_adapter` put first
+            for name, value in read_state(folder / "adapter_model.safetensors").items():
+                own = value[:, past:] if "lora_B" in name else value[past:]
+                state["encoder." + name.replace(".weight", ".default.weight")] = own
         try:
-            if isinstance(encoder, peft.PeftModel):
-                past = len(method.get("A0", ()))  # the rank of what `widen_adapter` put first
-                own = {}
-                for name, value in read_state(folder / "adapter_model.safetensors").items():
-                    own[name] = value[:, past:] if "lora_B" in name else value[past:]
-                found = peft.set_peft_model_state_dict(encoder, own)
-                wrong = found.unexpected_keys + [n for n in found.missing_keys if "lora_" in n]
             found = self.model.load_state_dict(state, strict=False)
-            wrong += found.unexpected_keys
-            wrong += [name for name in found.missing_keys if not name.startswith("encoder.")]
+            learned = [n for n in found.missing_keys if n[:8] != "encoder." or "lora_" in n]
+            wrong = found.unexpected_keys + learned
             if with_method:
                 self.method.load_state_dict(method)
         except (RuntimeError, KeyError) as error:  # shapes or names that differ

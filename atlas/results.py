@@ -29,9 +29,7 @@ def new_results(config, tasks, classes=None):
     return {
         "schema": 1,
         "complete": False,
-        "method": config.method,
-        "protocol": config.protocol,
-        "seed": config.seed,
+        **{name: getattr(config, name) for name in ("method", "protocol", "seed")},
         "config": as_dict(config),
         **commit(),
         "tasks": told,
@@ -40,10 +38,8 @@ def new_results(config, tasks, classes=None):
         "matrix": {name: [] for name in TEST_SCORES},
         "val_matrix": {"J": []},
         "class_matrix": {"classes": classes, "J": []} if classes else None,
-        "metrics": None,
-        "method_memory_bytes": None,
         "seconds": {"train": [], "consolidate": [], "evaluate": []},
-        "peak_memory_mb": None,
+        **dict.fromkeys(("metrics", "method_memory_bytes", "peak_memory_mb")),
     }
 
 

@@ -30,7 +30,7 @@ SENSITIVITY_BATCH = 8  # clips whose gradients are formed side by side; S does n
 
 
 class Run(Learner):
-    """A Learner with data, tasks, results and a folder. Nothing of it is on disk before `open`."""
+    """A Learner with data, tasks, results and a folder; nothing is on disk before `open`."""
 
     def __init__(self, config):
         parallel.start(pick_device(config))
@@ -46,8 +46,8 @@ class Run(Learner):
         self.forward = compiled(self.model) if config.compile else self.model
         names = class_names(self.cache, self.tasks)
         self.results = results.new_results(config, self.tasks, names) | self.about()
-        self.learned = 0  # tasks that are learned, and whose checkpoints are written
-        self.reused = 0  # of them, taken over from config.first_task
+        self.learned = 0  # tasks whose checkpoints are written
+        self.reused = 0  # tasks taken over from config.first_task
 
     def about(self):
         """What results.json says of the machine, the frozen encoders and the model."""
@@ -71,11 +71,8 @@ class Run(Learner):
             "parameters": count_parameters(self.model),
         }
 
-    # ---- the folder ------------------------------------------------------------------------------
-
     def open(self, resume=False):
-        """Take the folder, which is not made where something is wrong; with `resume`, go on from
-        what it holds."""
+        """Take the folder, once nothing is wrong; with `resume`, go on from what it holds."""
         begun = resume and folders.is_used(self.folder)
         results.read_joint(self.config.joint_run, self.results["tasks"])
         first = None if begun else folders.first_task(self)
@@ -133,7 +130,7 @@ class Run(Learner):
 
     def write_results(self):
         text = json.dumps(self.results, indent=1, allow_nan=False) + "\n"
-        folders.write_text(self.folder / "results.json", text)
+        folders.write(self.folder / "results.json", text)
 
     def finish(self):
         """Add what derives from the matrices, and mark the run as complete."""
@@ -149,15 +146,28 @@ class Run(Learner):
         if not parallel.rank():
             (self.folder / "progress.pt").unlink(missing_ok=True)
 
-    # ---- learning a task -------------------------------------------------------------------------
-
     def begin(self, t):
         """Heads, optimiser and schedule for task t; where it was begun, as it was then. Returns its
-        Plan and the number of its epochs (or chunks) that are done."""
+        Plan and the number of its epochs (or chunks) that are done.
+
+        Without progress.pt it begins anew from the checkpoint before it, on a stream with the
+        optimiser of that one.
+        """
         self.choose_heads(t)
         plan = self.plan = plan_of(self.sequence, t, self.config)
-        self.updates = Updates(self, t, plan.steps)
-        done = self.load_progress(t)
+        self.updates, done = Updates(self, t, plan.steps), 0
+        state = folders.read_progress(self.folder / "progress.pt")
+        if state and state["task"] == t:
+            self.model.load_state_dict(state["weights"], strict=False)
+            self.method.load_state_dict(state["method"])
+            self.updates.load_state_dict(state["updates"])
+            done = state["epoch"]
+        elif self.is_stream and t > 1:
+            path = self.task_folder(t - 1) / "updates.pt"
+            before = folders.read_progress(path)
+            if not before:
+                raise AtlasError(f"{path} is damaged; remove {path.parent}, then --resume again")
+            self.updates.load_state_dict(before)
         self.updates.done = plan.steps_before(done + 1)
         self.journal.forget_after(t, done)
         self.results["consolidations"] = until(self.results["consolidations"], t, done)
@@ -166,21 +176,19 @@ class Run(Learner):
         return plan, done
 
     def choose_heads(self, t):
-        """Use the heads that learn task t: TIL's own mask head, and the classes that compete."""
-        til = self.config.protocol == "til" and self.config.method != "joint"
+        """Use what learns task t: TIL's own mask head, and the classes that compete."""
+        joint = self.config.method == "joint"
+        til = self.config.protocol == "til" and not joint
         decoder, classifier = self.model.decoder, self.model.classifier
         if til and len(decoder.heads) < t:
             decoder.add_head()
         decoder.use_head(t - 1)
         if classifier:
-            last = len(classifier.heads) if self.config.method == "joint" else t
-            classifier.compete(t - 1 if til else 0, last)
+            classifier.compete(t - 1 if til else 0, len(classifier.heads) if joint else t)
 
     def batches(self, plan, epoch):
-        """The batches of an epoch (or chunk), of each this process's part, on the device.
-
-        batch["whole"] are the clips of the whole batch, batch["share"] this part's weight in it.
-        All that is random is drawn from (seed, task, epoch), so a resumed epoch is the same.
+        """The batches of an epoch (or chunk), of each this process's part: "whole" are the clips of
+        all of it, "share" is this part's weight. All that is random comes from (seed, task, epoch).
         """
         self.epoch = epoch
         order, size = plan.epochs[epoch - 1], self.config.batch_size
@@ -218,27 +226,7 @@ class Run(Learner):
         weights = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         state = {"task": plan.t, "epoch": epoch, "weights": weights}
         state |= {"method": self.method.state_dict(), "updates": self.updates.state_dict()}
-        folders.save_torch(self.folder / "progress.pt", state)
-
-    def load_progress(self, t):
-        """Load the state of task t, where it was begun; the number of its epochs that are done.
-
-        Without progress.pt it begins anew from the checkpoint before it, on a stream with the
-        optimiser of that one.
-        """
-        state = folders.read_progress(self.folder / "progress.pt")
-        if state and state["task"] == t:
-            self.updates.load_state_dict(state["updates"])
-            self.model.load_state_dict(state["weights"], strict=False)
-            self.method.load_state_dict(state["method"])
-            return state["epoch"]
-        if self.is_stream and t > 1:
-            path = self.task_folder(t - 1) / "updates.pt"
-            before = folders.read_progress(path)
-            if not before:
-                raise AtlasError(f"{path} is damaged; remove {path.parent}, then --resume again")
-            self.updates.load_state_dict(before)
-        return 0
+        folders.write(self.folder / "progress.pt", state)
 
     def task_folder(self, t):
         return self.folder / f"task_{t:02d}"
@@ -253,10 +241,8 @@ class Run(Learner):
 
 
 class TaskClips:
-    """The train clips of a task for a method to measure: Method.begin_task and end_task.
-
-    They are all of the task's clips, or `lra_clips` drawn from them; each process has its part.
-    """
+    """The train clips of a task that a method may measure, all or `lra_clips` of them; each process
+    has its part."""
 
     def __init__(self, run, t):
         self.run = run
@@ -277,12 +263,11 @@ class TaskClips:
                 yield run.labelled(to_device(batch, run.device))
 
     def loss(self, outputs, batch):
-        """The mean task loss of the clips of a batch."""
         return sum(weighted(clip_losses(outputs, batch), self.run.config).values()).mean()
 
 
 def open_data(config):
-    """(PackedClips, SHA-256 of the audio encoder) of a config; packs the cache if it is missing."""
+    """(PackedClips, SHA-256 of the audio encoder); packs the cache if it is missing."""
     clips = READERS[config.dataset](config.data_root)
     encoder = build_audio_encoder(config.audio, config.audio_weights)
     folder = pack(clips, config.data_root, config.cache_dir, config.image_size, encoder)
@@ -290,7 +275,7 @@ def open_data(config):
 
 
 def read_run(folder):
-    """The Run of a folder, with its results; refused where its encoders are not the run's own."""
+    """The Run of a folder, with its results."""
     found = results.read_results(folder)
     run = Run(load_config([Path(folder, "config.yaml")]))
     refuse_other_encoders(folder, found, run.visual_sha, run.audio_sha)
