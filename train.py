@@ -70,7 +70,7 @@ def main(config, resume=False):
 
 
 def fit(run, t):
-    """Learn task t, or the stream up to its checkpoint t. The last epoch is the one that counts."""
+    """Learn task t, or the stream up to its checkpoint t."""
     if t <= run.reused:
         return
     plan, done = run.begin(t)
@@ -82,7 +82,7 @@ def fit(run, t):
 
 
 def learn(run, batch):
-    """One learning step on a batch. Returns its losses by name, means over the whole batch."""
+    """One learning step. Returns the losses by name, means over the whole batch."""
     with run.autocast():
         outputs = run.forward(batch)
     terms = clip_losses(outputs, batch)  # {"bce": [B], "dice": [B], ...}
@@ -106,7 +106,7 @@ def consolidate(run, t):
 
 
 def evaluate(run, t):
-    """Add row t to every matrix: all tasks, past, present and future. It decides nothing."""
+    """Add row t to every matrix: all tasks, past, present and future."""
     if len(run.results["matrix"]["J"]) <= t:
         start = time.time()
         row = score_tasks(run, t)

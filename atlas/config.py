@@ -1,8 +1,5 @@
-"""The config: flat keys, each with its default, meaning and allowed values, in one table.
-
-A key's type says how its text is read: `name: 010`, `amp: off` and `lr: 1e-4` mean what they look
-like.
-"""
+"""The keys, each with its default, meaning and allowed values. A key's type says how its text is
+read: `name: 010`, `amp: off` and `lr: 1e-4` mean what they look like."""
 
 import difflib
 import os
@@ -26,7 +23,6 @@ KINDS |= {list: "a list of words such as [a, b]", dict: "a mapping such as {a: [
 
 
 def key(default, help, choices="", low=0, high=None):
-    """A key takes one of `choices`, or a number from `low` to `high`."""
     meta = {"help": help, "choices": choices.split(), "low": low, "high": high}
     return field(default=default, metadata=meta)
 
@@ -122,7 +118,7 @@ def rate_of(config):
 
 
 def load_config(files=(), overrides=()):
-    """The Config of YAML `files`, overlaid left to right, and then of `key=value` strings."""
+    """The Config of YAML `files`, later ones winning, and then of `key=value` strings."""
     values = {}
     for path in files:
         texts = _yaml(path) or {}  # None: the file is empty
@@ -173,7 +169,6 @@ class _Texts(yaml.BaseLoader):
 
 
 def _yaml(where, text=None):
-    """What is in the YAML file `where`, or in a `text` from there."""
     try:
         return yaml.load(Path(where).read_bytes() if text is None else text, _Texts)
     except OSError as error:
@@ -190,16 +185,15 @@ def _typed(name, given, where):
     types, meta = TYPES[name], FIELDS[name].metadata
     value = _value(given, types) if isinstance(given, str) else given
     high = meta["high"] or (10**6 if int in types else 1e30)
-    wrong = None
     if not _fits(value, types):
         wrong = f"it must be {' or '.join(KINDS[kind] for kind in types)}"
     elif meta["choices"] and value not in meta["choices"]:
         wrong = f"choose from {', '.join(meta['choices'])}"
     elif type(value) in (int, float) and not meta["low"] <= value <= high:
         wrong = f"it must be at least {meta['low']} and at most {high}"
-    if wrong:
-        raise AtlasError(f"key `{name}` {where} is `{given}`; {wrong}")
-    return value
+    else:
+        return value
+    raise AtlasError(f"key `{name}` {where} is `{given}`; {wrong}")
 
 
 def _value(text, types):
@@ -222,7 +216,6 @@ def _fits(value, types):
 
 
 def conflicts(config):
-    """What is wrong with the values together, a line each."""
     method, entry, name = f"method={config.method}", METHODS[config.method], config.name or ""
     lra, plus = config.method == "lra", config.method == "lra_plus"
     scope, delta = config.lra_scope == "lora", config.lra_space == "delta"
@@ -233,11 +226,11 @@ def conflicts(config):
     if config.width % config.heads or config.width % 8:
         yield f"width={config.width} must be a multiple of heads={config.heads} and of 8"
     if config.dataset == "ms3" and not tfcl:
-        yield f"dataset=ms3 has no classes for protocol={config.protocol}; use protocol=tfcl"
+        yield "dataset=ms3 has no classes; use protocol=tfcl"
     if config.classify and tfcl:
-        yield "classify=true needs tasks of classes; protocol=tfcl has none"
+        yield "classify=true needs classes; protocol=tfcl has none"
     if entry.needs_boundaries and untold:
-        yield f"{method} must be told where tasks begin and end; {untold} does not tell it"
+        yield f"{method} must be told where tasks begin and end, and {untold} does not"
     if tfcl and not plateau and entry.where != METHODS["finetune"].where:
         yield "protocol=tfcl has no boundaries to consolidate at; use lra_trigger=plateau"
     if not config.lora_rank and (entry.needs_lora or (lra and scope)):
@@ -251,6 +244,6 @@ def conflicts(config):
     if config.first_task and (untold or not entry.plain_start):
         yield f"{untold or method} shares no first task; leave first_task at null"
     if config.strength is not None and entry.strength is None:
-        yield f"{method} takes no strength (lra: lra_lambda); leave strength at null"
+        yield f"{method} takes no strength (lra: lra_lambda)"
     if config.method == "inflora" and (config.strength or 0) > 1:
-        yield f"strength={config.strength:g}: of method=inflora it is a share, at most 1"
+        yield f"{method} has a share for its strength, at most 1"

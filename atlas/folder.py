@@ -40,7 +40,7 @@ def refuse_used_folder(config):
 
 @parallel.first_only
 def take_folder(folder, config, resume):
-    """Make or open the folder of a run; returns its lock, to be held on to."""
+    """Make or open the folder; returns its lock, to be held on to."""
     folder.mkdir(parents=True, exist_ok=True)
     in_use = f"the run folder {folder} is in use; wait for it, or choose another name=..."
     lock = locked(folder / ".lock", in_use)
@@ -54,7 +54,7 @@ def take_folder(folder, config, resume):
 
 
 def refuse_other_keys(folder, config):
-    """Those of config.yaml or, where that is torn, of results.json are the run's."""
+    """The run's own are in config.yaml or, where that is torn, in results.json."""
     try:
         wrong = differing(as_dict(load_config([folder / "config.yaml"])), as_dict(config))
     except AtlasError as error:
@@ -83,7 +83,6 @@ def write_config(folder, config):
 
 
 def checkpoints(folder):
-    """The tasks whose checkpoints are there."""
     found = [path.name[5:] for path in Path(folder).glob("task_*") if path.is_dir()]
     return sorted(int(number) for number in found if number.isdigit())
 

@@ -1,8 +1,5 @@
-"""A model and its method on their device, without data; and their checkpoints.
-
-A checkpoint task_NN/ has LoRA in PEFT's own format, which `PeftModel.from_pretrained` opens on
-timm's encoder; all else of the model, and the method's buffers, are safetensors.
-"""
+"""A model and its method on their device, without data; and their checkpoints: LoRA as
+`PeftModel.from_pretrained` opens it on timm's encoder, all else and the method as safetensors."""
 
 import contextlib
 import importlib
@@ -38,7 +35,6 @@ class Learner:
         self.method = getattr(importlib.import_module(module), name)(self)
 
     def autocast(self):
-        """The context of the run's precision."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)
         return torch.autocast(self.device, dtype, enabled=dtype is not None)
 
@@ -51,7 +47,6 @@ class Learner:
         return groups
 
     def memory(self):
-        """The bytes of the method's state."""
         return sum(value.nbytes for value in self.method.state_dict().values())
 
     @parallel.first_only

@@ -24,7 +24,7 @@ def new_results(config, tasks, classes=None):
     """Results before the first score. classes: names of those to score singly."""
     told = []
     for task in tasks:
-        clips = {split: len(getattr(task, split)) for split in ("train", "val", "test")}
+        clips = {"train": len(task.train), "val": len(task.val), "test": len(task.test)}
         told.append({"name": task.name, "classes": list(task.classes), "clips": clips})
     return {
         "schema": 1,
@@ -44,7 +44,7 @@ def new_results(config, tasks, classes=None):
 
 
 def add_scores(results, row):
-    """Append a row of metrics.score_tasks, with its "seconds", to every matrix."""
+    """Append a row of metrics.score_tasks, with its "seconds"."""
     for name in TEST_SCORES:
         results["matrix"][name].append(row and row["test"][name])
     results["val_matrix"]["J"].append(row and row["val"])
@@ -90,7 +90,6 @@ def derived_metrics(results, joint=None):
 
 
 def mean_known(values):
-    """The mean without the None among them; None where nothing is left."""
     known = [value for value in values or [] if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -102,7 +101,6 @@ def drifts(tasks, config):
 
 
 def environment():
-    """What is known without torch."""
     return {name: metadata.version(name) for name in ("torch", "timm", "peft")} | {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -111,14 +109,14 @@ def environment():
 
 
 def commit():
-    """Of the code; null outside a git checkout."""
-    words = {"cwd": Path(__file__).parent, "text": True, "stderr": subprocess.DEVNULL}
+    """Null outside a git checkout."""
+    command = "git describe --always --abbrev=40 --dirty --exclude=*".split()
     try:
-        head = subprocess.check_output(["git", "rev-parse", "HEAD"], **words).strip()
-        changes = subprocess.check_output(["git", "status", "--porcelain", "-uno"], **words)
-    except (OSError, subprocess.CalledProcessError):
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
         return {"commit": None, "dirty": None}
-    return {"commit": head, "dirty": bool(changes)}
+    head, dirty, _ = found.stdout.strip().partition("-")
+    return {"commit": head or None, "dirty": bool(dirty) if head else None}
 
 
 def read_results(folder):

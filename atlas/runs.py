@@ -1,8 +1,4 @@
-"""A run: its data, its folder, what it has learned, and how it goes on after a kill.
-
-While a task is learned, progress.pt in the run's folder says how far it is. On a stream a
-checkpoint also holds the optimiser's state, which goes on through all of it.
-"""
+"""A run: its data, its folder, what it has learned, and how it goes on after a kill."""
 
 import json
 import resource
@@ -30,7 +26,7 @@ SENSITIVITY_BATCH = 8  # clips whose gradients are formed side by side; S does n
 
 
 class Run(Learner):
-    """A Learner with data, tasks, results and a folder; nothing is on disk before `open`."""
+    """A Learner with data, tasks, results and a folder, which `open` makes."""
 
     def __init__(self, config):
         parallel.start(pick_device(config))
@@ -50,7 +46,6 @@ class Run(Learner):
         self.reused = 0  # tasks taken over from config.first_task
 
     def about(self):
-        """What results.json says of the machine, the frozen encoders and the model."""
         config, on_gpu = self.config, self.device == "cuda"
         visual, audio = config.visual_weights, config.audio_weights
         audio = "none needed" if config.audio == "logmel" else audio
@@ -59,17 +54,14 @@ class Run(Learner):
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "amp": self.amp,
-            "channels_last": on_gpu,
             "processes": parallel.processes(),
         }
-        return {
-            "environment": results.environment() | machine,
-            "weights": {
-                "visual": {"source": str(visual or "random"), "sha256": self.visual_sha},
-                "audio": {"source": str(audio or "random"), "sha256": self.audio_sha},
-            },
-            "parameters": count_parameters(self.model),
+        weights = {
+            "visual": {"source": str(visual or "random"), "sha256": self.visual_sha},
+            "audio": {"source": str(audio or "random"), "sha256": self.audio_sha},
         }
+        found = {"weights": weights, "parameters": count_parameters(self.model)}
+        return found | {"environment": results.environment() | machine}
 
     def open(self, resume=False):
         """Take the folder, once nothing is wrong; with `resume`, go on from what it holds."""
@@ -119,7 +111,7 @@ class Run(Learner):
             self.load_task(self.learned)
 
     def add_row(self, row):
-        """Add a row to every matrix (None: it was not scored), and what its task took."""
+        """Add a row to every matrix (None: not scored), and what its task took."""
         results.add_scores(self.results, row)
         spent = self.results["seconds"]
         for t in range(len(spent["train"]) + 1, len(self.results["matrix"]["J"])):
@@ -137,9 +129,9 @@ class Run(Learner):
         joint = results.read_joint(self.config.joint_run, self.results["tasks"])
         metrics = results.derived_metrics(self.results, joint)
         disjoint = score_disjoint(self) if self.config.dataset == "ms3" else None
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kB on Linux
-        if self.device == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 2**20
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
+        on_gpu = self.device == "cuda"
+        memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else kilobytes / 2**10
         self.results |= {"metrics": metrics | {"source_disjoint": disjoint}}
         self.results |= {"peak_memory_mb": memory, "complete": True}
         self.write_results()
@@ -147,12 +139,7 @@ class Run(Learner):
             (self.folder / "progress.pt").unlink(missing_ok=True)
 
     def begin(self, t):
-        """Heads, optimiser and schedule for task t; where it was begun, as it was then. Returns its
-        Plan and the number of its epochs (or chunks) that are done.
-
-        Without progress.pt it begins anew from the checkpoint before it, on a stream with the
-        optimiser of that one.
-        """
+        """Begin task t, or go on with it. Returns its Plan and the number of its epochs done."""
         self.choose_heads(t)
         plan = self.plan = plan_of(self.sequence, t, self.config)
         self.updates, done = Updates(self, t, plan.steps), 0
@@ -162,7 +149,7 @@ class Run(Learner):
             self.method.load_state_dict(state["method"])
             self.updates.load_state_dict(state["updates"])
             done = state["epoch"]
-        elif self.is_stream and t > 1:
+        elif self.is_stream and t > 1:  # its optimiser goes on from the last checkpoint
             path = self.task_folder(t - 1) / "updates.pt"
             before = folders.read_progress(path)
             if not before:
@@ -206,14 +193,14 @@ class Run(Learner):
                 self.cache.close(whole)
 
     def labelled(self, batch):
-        """The batch with each clip's class among the competing ones, where there is a branch."""
+        """With each clip's class among the competing ones, where there is a branch."""
         if not self.model.classifier:
             return batch
         labels = self.model.classifier.labels(batch["category"])
         return batch | {"label": labels.to(self.device)}
 
     def note_window(self, report):
-        """Note what `Method.observe` reports: task-free, a window of the loss."""
+        """Note what `Method.observe` reports."""
         if report:
             line = {"task": self.plan.t, "epoch": self.epoch, "window": report}
             self.journal.write(**line)
@@ -221,7 +208,6 @@ class Run(Learner):
                 self.results["consolidations"].append(consolidation(**line))
 
     def save_progress(self, plan, epoch):
-        """progress.pt: how far task t is, and the state of all that learns."""
         self.write_results()
         weights = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         state = {"task": plan.t, "epoch": epoch, "weights": weights}
@@ -236,13 +222,11 @@ class Run(Learner):
         self.learned = t
 
     def load_task(self, t):
-        """Model and method as they were after task t."""
         self.load(self.task_folder(t))
 
 
 class TaskClips:
-    """The train clips of a task that a method may measure, all or `lra_clips` of them; each process
-    has its part."""
+    """The train clips of a task that a method may measure: this process's part of them."""
 
     def __init__(self, run, t):
         self.run = run

@@ -27,24 +27,23 @@ Point = namedtuple("Point", "words config setting folder")
 
 
 def parse_arguments(manual, words=None):
-    """points, is_grid, config (of a single run), resume, jobs and print_only."""
     parser = argparse.ArgumentParser(
         usage="train.py [--cfg FILE...] [--resume] [--jobs N] [--print] [key=value...]",
         description=manual,
         epilog=f"keys=defaults:\n{key_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flag = {"action": "store_true"}
-    parser.add_argument("--cfg", **flag, help="YAML files follow; later ones win")
-    parser.add_argument("--resume", **flag, help="go on with a run, or begin it")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs of a grid at a time")
-    parser.add_argument("--print", **flag, dest="print_only", help="print a grid's commands")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="keys; they win over files")
+    add, flag = parser.add_argument, {"action": "store_true"}
+    add("--cfg", **flag, help="YAML files follow; later ones win")
+    add("--resume", **flag, help="go on with a run, or begin it")
+    add("--jobs", type=int, default=1, metavar="N", help="runs of a grid at a time")
+    add("--print", **flag, help="print a grid's commands")
+    add("words", nargs="*", metavar="key=value", help="keys; they win over files")
     with one_line_errors():
         given = parser.parse_intermixed_args(words)
         given.points = grid(*files_and_keys(given.words))
         given.config = given.points[0].config
-        given.is_grid = given.print_only or len(given.points) > 1
+        given.is_grid = given.print or len(given.points) > 1
         if given.jobs < 1:
             raise AtlasError(f"--jobs {given.jobs} must be at least 1")
         if given.is_grid and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -53,13 +52,11 @@ def parse_arguments(manual, words=None):
 
 
 def files_and_keys(words):
-    """(config files, key=value words) of a command line, either in their order."""
     files = [word for word in words if "=" not in word or os.path.isfile(word)]
     return files, [word for word in words if word not in files]
 
 
 def grid(files, words):
-    """The Points of config files and `key=value,value` words: every combination."""
     values = {key: split_values(text) for key, text in map(split_word, words)}  # the last wins
     first = ["--resume", *(["--cfg", *map(str, files)] if files else [])]
     points = []
@@ -93,7 +90,7 @@ def folder_name(config, varied):
 
 
 def start_run(words, errors, jobs):
-    """The exit status of train.py; its stderr goes to the file `errors`."""
+    """The exit status of train.py, whose stderr goes to the file `errors`."""
     command = [sys.executable, Path(__file__).parents[1] / "train.py", *words]
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
     with open(errors, "wb") as err:
@@ -103,7 +100,7 @@ def start_run(words, errors, jobs):
 def run_grid(given, table, start=start_run):
     """Run a grid, or print it; table([results]) is its last text. Returns the exit status."""
     points = given.points
-    if given.print_only:
+    if given.print:
         print("\n".join(shlex.join(["python", "train.py", *point.words]) for point in points))
         return 0
     with ThreadPoolExecutor(given.jobs) as pool:  # after Ctrl-C, what waits is not begun
@@ -117,7 +114,7 @@ def run_grid(given, table, start=start_run):
 
 
 def run(point, jobs, start):
-    """The results of a point, which is trained unless it is finished; None if that failed."""
+    """The results of a point, trained unless it is finished; None if it failed."""
     if results := finished(point):
         print(f"finished before: {point.folder}")
         return results
@@ -133,7 +130,6 @@ def run(point, jobs, start):
 
 
 def finished(point):
-    """The results of a finished run of this config, else None."""
     try:
         results = read_results(point.folder)
     except AtlasError:

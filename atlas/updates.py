@@ -11,9 +11,10 @@ from atlas.config import rate_of
 class Updates:
     """The optimiser and schedule of one task (fresh each time), or of a whole stream."""
 
-    def __init__(self, run, t, steps, done=0):
+    def __init__(self, run, t, steps):
+        """steps: of the whole schedule, of which `done` are taken."""
         config = self.config = run.config
-        self.constant, self.steps, self.done = run.is_stream, steps, done
+        self.constant, self.steps, self.done = run.is_stream, steps, 0
         self.peak = config.lr_first if t == 1 or run.is_stream else rate_of(config)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         decay = {"weight_decay": config.weight_decay}

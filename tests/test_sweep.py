@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from conftest import LIGHT, ROOT, TINY, run
 
-import train
 from atlas import sweep
 from atlas.config import FIELDS, as_dict
 from atlas.methods import METHODS
@@ -255,13 +254,18 @@ def test_a_run_that_is_started_leaves_its_errors_in_a_file(tmp_path):
 
 
 def test_a_grid_through_the_command_line(tree, tmp_path):
-    """One of its two runs is finished already."""
+    """Its runs are begun by processes that are forked from this one, and are finished then."""
     words = [*TINY, f"visual={LIGHT}", "epochs_first=0", "epochs=0", f"data_root={tree}"]
-    words += [f"cache_dir={tmp_path / 'cache'}", f"out_dir={tmp_path / 'runs'}"]
-    (point, _) = parse(*words, "base=4,2").points
-    train.main(point.config)
-    done = run("train.py", *words, "base=4,2")
-    assert done.returncode == 0, done.stderr
-    assert f"finished before: {point.folder}" in done.stdout
-    assert (tmp_path / "runs/cil_lra_seed0_base-2/results.json").is_file()
-    assert "## CIL · base=4" in done.stdout and "## CIL · base=2" in done.stdout, done.stdout
+    words += [f"cache_dir={tmp_path / 'cache'}", f"out_dir={tmp_path / 'runs'}", "base=3,4,9"]
+
+    def forked(words, errors, jobs):
+        done = run("train.py", *words)
+        errors.write_text(done.stderr)
+        return done.returncode
+
+    assert sweep.run_grid(parse(*words), len, start=forked) == 1
+    assert "lower base" in (tmp_path / "runs/cil_lra_seed0_base-9.err").read_text()
+    words[-1] = "base=3,4"
+    done = run("train.py", *words)
+    assert done.returncode == 0 and done.stdout.count("finished before: ") == 2, done.stderr
+    assert "base=3" in done.stdout and "base=4" in done.stdout and "val J" in done.stdout
