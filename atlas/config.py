@@ -30,7 +30,7 @@ def key(default, help, choices="", low=0, high=None):
 @dataclass(frozen=True)
 class Config:
     # -- run
-    name: str | None = key(None, "of the run's folder; null: PROTOCOL_METHOD_seedSEED")
+    name: str | None = key(None, "the run's folder; null: PROTOCOL_METHOD_seedSEED")
     out_dir: str = key("runs", "folder of the runs")
     seed: int = key(0, "of class order, initial weights and batches", high=2**32 - 1)
     device: str = key("auto", "auto: a GPU if there is one", "auto cpu cuda")
@@ -59,7 +59,7 @@ class Config:
     visual_weights: bool | str = key(True, "a file, a timm tag, true: timm's hub, false: random")
     visual_norm: str = key("timm", "timm: the model's mean and std; half: x/127.5 - 1", "timm half")
     visual_pad: str = key("default", "padding of convolutions", "default same")
-    audio: str = key("vggish", "its encoder, frozen", "vggish yamnet audiomae logmel")
+    audio: str = key("vggish", "frozen encoder of the sound", "vggish yamnet audiomae logmel")
     audio_weights: bool | str = key(True, "a file, true: published ones, false: random")
     width: int = key(256, "D, of fusion and decoder", low=8, high=8192)
     heads: int = key(8, "attention heads; divides width", low=1)
@@ -71,7 +71,7 @@ class Config:
     lora_targets: str = key("auto", "auto: linear, 1x1 convolution; or a regex")
     # -- method
     method: str = key("lra", "what acts against forgetting:", " ".join(METHODS))
-    strength: float | None = key(None, "of its penalty; null: as above")
+    strength: float | None = key(None, "factor of the penalty; null: as above")
     joint_run: str | None = key(None, "a joint run, for intransigence")
     lra_lambda: float = key(0.1, "lambda in (lambda / 2) sum Omega (theta - anchor)^2")
     lra_gamma: float = key(1.0, "decay of Omega; 1: none")
@@ -89,7 +89,7 @@ class Config:
     lr_first: float = key(1e-4, "peak rate of the first task, or of the stream")
     lr: float | None = key(None, "of later tasks; null: the method's own, or lr_first")
     weight_decay: float = key(0.01, "AdamW's weight decay")
-    warmup: float = key(0.05, "share of the steps", high=1)
+    warmup: float = key(0.05, "share of the steps with a rising rate", high=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: off")
     w_bce: float = key(1.0, "weight of binary cross-entropy")
     w_dice: float = key(1.0, "weight of Dice")
@@ -134,18 +134,12 @@ def load_config(files=(), overrides=()):
     for name, value in values.items():
         if isinstance(value, str):
             value = value.replace("{seed}", str(values.get("seed", 0)))
-            values[name] = _expanded(name, value) if name in PATHS else value
+            home = os.path.expanduser(os.path.expandvars(value))
+            values[name] = home if name in PATHS else value
     config = Config(**values)
     for message in conflicts(config):
         raise AtlasError(message)
     return config
-
-
-def _expanded(name, path):
-    path = os.path.expanduser(os.path.expandvars(path))
-    if re.search(r"^~|\$(\w|{)", path):
-        raise AtlasError(f"{name}={path} names a home or variable that does not exist")
-    return path
 
 
 def split_word(word):
@@ -221,12 +215,15 @@ def conflicts(config):
     scope, delta = config.lra_scope == "lora", config.lra_space == "delta"
     tfcl, plateau = config.protocol == "tfcl", config.lra_trigger == "plateau"
     untold = "protocol=tfcl" if tfcl else "lra_trigger=plateau" if plateau else None
+    for path in PATHS:
+        if re.search(r"^~|\$(\w|{)", str(getattr(config, path))):
+            yield f"{path}={getattr(config, path)} names a home or variable that does not exist"
     if name in (".", "..") or "/" in name or len(name.encode()) > 200:
         yield f"name={name} cannot name a folder; use at most 200 bytes and no slash"
     if config.width % config.heads or config.width % 8:
         yield f"width={config.width} must be a multiple of heads={config.heads} and of 8"
     if config.dataset == "ms3" and not tfcl:
-        yield "dataset=ms3 has no classes; use protocol=tfcl"
+        yield f"dataset=ms3 has no classes for protocol={config.protocol}; use protocol=tfcl"
     if config.classify and tfcl:
         yield "classify=true needs classes; protocol=tfcl has none"
     if entry.needs_boundaries and untold:

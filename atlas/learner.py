@@ -134,7 +134,7 @@ def writing(folder):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        how = "make room there and go on with --resume"
+        how = "make room there, or allow it, and go on with --resume"
         raise AtlasError(f"cannot write to {folder}: {error}; {how}") from None
 
 

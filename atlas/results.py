@@ -79,7 +79,7 @@ def derived_metrics(results, joint=None):
             if None in needs.get(name, rows[1:]):
                 found[name] = None
         clips = [task["clips"]["test"] for task in tasks]
-        known = [(v * n, n) for v, n in zip(filled[-1], clips) if v is not None]
+        known = [(value * n, n) for value, n in zip(filled[-1], clips) if value is not None]
         total, count = map(sum, zip(*known)) if known else (0, 0)
         metrics[score] = found | {"final_clips": total / count if count else None}
     for name in ("mute_area", "class_accuracy"):
