@@ -83,7 +83,7 @@ def write_config(folder, config):
 
 
 def checkpoints(folder):
-    found = [path.name[5:] for path in Path(folder).glob("task_*") if path.is_dir()]
+    found = [path.name[5:] for path in folder.glob("task_*") if path.is_dir()]
     return sorted(int(number) for number in found if number.isdigit())
 
 

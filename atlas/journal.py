@@ -48,8 +48,8 @@ class Journal:
 
     def seconds(self, task, kind):
         """What the lines of a kind ("raw": epochs; "consolidated") tell of a task."""
-        lines = [line for line in self.lines() if line["task"] == task and kind in line]
-        return sum(line.get("seconds", 0.0) for line in lines)
+        lines = self.lines()
+        return sum(x.get("seconds", 0.0) for x in lines if x["task"] == task and kind in x)
 
 
 def consolidation(task, epoch, window):

@@ -48,7 +48,7 @@ def add_scores(results, row):
     for name in TEST_SCORES:
         results["matrix"][name].append(row and row["test"][name])
     results["val_matrix"]["J"].append(row and row["val"])
-    if results.get("class_matrix"):  # a run that an older version began has none
+    if results.get("class_matrix"):
         results["class_matrix"]["J"].append(row and row["classes"])
     results["seconds"]["evaluate"].append(row["seconds"] if row else 0.0)
 

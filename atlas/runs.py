@@ -16,7 +16,7 @@ from atlas.config import load_config, run_name
 from atlas.data import ClipDataset, PackedClips, loader, pack, swap_partners, to_device
 from atlas.errors import AtlasError
 from atlas.journal import Journal, consolidation, until
-from atlas.learner import Learner, compiled, pick_device
+from atlas.learner import Learner, compiled
 from atlas.metrics import class_names, score_disjoint, score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, plan_of, sequence_of
@@ -29,7 +29,6 @@ class Run(Learner):
     """A Learner with data, tasks, results and a folder, which `open` makes."""
 
     def __init__(self, config):
-        parallel.start(pick_device(config))
         self.folder = Path(config.out_dir, run_name(config))
         self.journal = Journal(self.folder)
         self.cache, self.audio_sha = parallel.in_turn(lambda: open_data(config))
@@ -157,7 +156,8 @@ class Run(Learner):
             self.updates.load_state_dict(before)
         self.updates.done = plan.steps_before(done + 1)
         self.journal.forget_after(t, done)
-        self.results["consolidations"] = until(self.results["consolidations"], t, done)
+        known = self.results.get("consolidations", [])  # an older version kept none until the end
+        self.results["consolidations"] = until(known, t, done)
         if not done and not self.is_stream:
             self.method.begin_task(TaskClips(self, t))
         return plan, done
