@@ -1,9 +1,7 @@
 """Train one continual run, or a grid of runs, and score it after every task.
 
     python train.py --cfg configs/ss_cil.yaml configs/tiny.yaml
-        class-incremental learning on the synthetic set, on a CPU, in minutes
-    python train.py --cfg configs/ss_cil.yaml configs/tiny.yaml method=finetune
-        the same without anchoring
+        class-incremental, on the synthetic set, on a CPU, in minutes
     python train.py --cfg configs/ms_tfcl.yaml configs/tiny.yaml
         task-free, on a drifting multi-source stream
     python train.py --cfg configs/ss_cil.yaml data_root=/data/AVSBench
@@ -12,13 +10,11 @@
         method=lra,ewc seed=0,1,2 --jobs 2
         a grid: every combination is a run, and a table ends it
     torchrun --nproc_per_node=4 train.py --cfg ...
-        one run on several GPUs; batch_size stays that of the whole batch
+        several GPUs; batch_size stays that of the whole batch
 
-Config files overlay left to right, then key=value; the command line wins. A
-run goes to OUT_DIR/NAME: config.yaml, log.jsonl (a line an epoch),
-results.json, task_NN/ (checkpoints). After a kill, the same command with
---resume goes on to the result it would have had. `python eval.py RUN` prints
-the table of a run again.
+Files overlay left to right, then key=value. OUT_DIR/NAME gets config.yaml,
+log.jsonl, results.json and task_NN/ (checkpoints). After a kill, the same
+command with --resume goes on to the result it would have had.
 """
 
 import sys
@@ -51,7 +47,7 @@ from atlas.runs import Run, TaskClips
 
 
 def main(config, resume=False):
-    """config -> data and model -> for each task: fit, consolidate, evaluate -> results.json."""
+    """For each task: fit, consolidate, evaluate -> results.json."""
     parallel.start(pick_device(config))
     if not resume:
         refuse_used_folder(config)
@@ -74,7 +70,7 @@ def main(config, resume=False):
 
 
 def fit(run, t):
-    """Learn task t, or the stream up to its checkpoint t. The last epoch is the one that counts."""
+    """Learn task t, or the stream up to its checkpoint t."""
     if t <= run.reused:
         return
     plan, done = run.begin(t)
@@ -86,7 +82,7 @@ def fit(run, t):
 
 
 def learn(run, batch):
-    """One learning step on a batch. Returns its losses by name, means over the whole batch."""
+    """One learning step. Returns the losses by name, means over the whole batch."""
     with run.autocast():
         outputs = run.forward(batch)
     terms = clip_losses(outputs, batch)  # {"bce": [B], "dice": [B], ...}
@@ -110,7 +106,7 @@ def consolidate(run, t):
 
 
 def evaluate(run, t):
-    """Add row t to every matrix: all tasks, past, present and future. It decides nothing."""
+    """Add row t to every matrix: all tasks, past, present and future."""
     if len(run.results["matrix"]["J"]) <= t:
         start = time.time()
         row = score_tasks(run, t)
@@ -120,31 +116,24 @@ def evaluate(run, t):
 
 
 def checked_losses(run, batch, losses):
-    """The losses as floats, means over the whole batch; an error where one is not finite."""
+    """The losses as floats, means over the whole batch; refused where one is not finite."""
     found = {name: value.mean().item() for name, value in losses.items()}
     found["loss"] = found["task"] + found["penalty"]
     found = {name: parallel.summed(batch["share"] * value) for name, value in found.items()}
     if not math.isfinite(found["loss"]):
         names = ", ".join(run.cache.clips[i]["id"] for i in batch["whole"])
-        raise AtlasError(
-            f"the loss is not finite: {found}; clips of the batch: {names}; lower lr or set "
-            f"amp=off, and choose another name=... (or remove {run.folder})"
-        )
+        how = f"lower lr or set amp=off, and choose another name=... (or remove {run.folder})"
+        raise AtlasError(f"the loss is not finite: {found}; clips of the batch: {names}; {how}")
     return found
 
 
 def announce(run):
-    """Say what is about to be trained."""
     for name, weights in run.results["weights"].items():
         if weights["source"] == "random":
             print(f"NOTE: the {name} encoder has RANDOM weights ({name}_weights: false).")
-    if run.config.method == "lra" and not run.config.lora_rank:
-        print("NOTE: lora_rank is 0, so LRA anchors fusion and decoder alone.")
-    print(
-        f"{run.folder}: {run.config.method}, {run.config.protocol}, {len(run.tasks)} tasks, "
-        f"{run.device}, {run.results['parameters']['trainable']:,} trainable parameters",
-        flush=True,
-    )
+    method, trainable = run.config.method, run.results["parameters"]["trainable"]
+    what = f"{method}, {run.config.protocol}, {len(run.tasks)} tasks, {run.device}"
+    print(f"{run.folder}: {what}, {trainable:,} trainable parameters", flush=True)
 
 
 if __name__ == "__main__":

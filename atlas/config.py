@@ -1,8 +1,5 @@
-"""The config: flat keys, each with its default, meaning and allowed values, in one table.
-
-YAML files overlay left to right, then `key=value` from the command line, which wins. A key's type
-says how its text is read: `name: 010`, `amp: off` and `lr: 1e-4` mean what they look like.
-"""
+"""The keys, each with its default, meaning and allowed values. A key's type says how its text is
+read: `name: 010`, `amp: off` and `lr: 1e-4` mean what they look like."""
 
 import difflib
 import os
@@ -26,7 +23,6 @@ KINDS |= {list: "a list of words such as [a, b]", dict: "a mapping such as {a: [
 
 
 def key(default, help, choices="", low=0, high=None):
-    """One key of the config. It takes one of `choices`, or a number from `low` to `high`."""
     meta = {"help": help, "choices": choices.split(), "low": low, "high": high}
     return field(default=default, metadata=meta)
 
@@ -34,106 +30,96 @@ def key(default, help, choices="", low=0, high=None):
 @dataclass(frozen=True)
 class Config:
     # -- run
-    name: str | None = key(None, "run folder in out_dir; null: PROTOCOL_METHOD_seedSEED")
-    out_dir: str = key("runs", "where run folders go")
+    name: str | None = key(None, "the run's folder; null: PROTOCOL_METHOD_seedSEED")
+    out_dir: str = key("runs", "folder of the runs")
     seed: int = key(0, "of class order, initial weights and batches", high=2**32 - 1)
-    device: str = key("auto", "auto: a GPU where there is one", "auto cpu cuda")
-    amp: str = key("auto", "precision; auto: bf16 or fp16 on a GPU, else off", "auto bf16 fp16 off")
-    compile: bool = key(False, "torch.compile; needs a GPU or a C++ compiler")
-    workers: int = key(0, "loader processes; 0: load in the main process", high=256)
-
+    device: str = key("auto", "auto: a GPU if there is one", "auto cpu cuda")
+    amp: str = key("auto", "auto: bf16 or fp16 on a GPU, else off", "auto bf16 fp16 off")
+    compile: bool = key(False, "needs a GPU or a C++ compiler")
+    workers: int = key(0, "loader processes; 0: the main one", high=256)
     # -- data
     dataset: str = key("s4", "AVSBench's single-source or multi-source set", "s4 ms3")
     data_root: str = key("data/AVSBench", "the folder of Single-source/ or Multi-sources/")
-    synth: bool = key(False, "make the synthetic set in data_root on first use")
-    image_size: int = key(224, "pixels a side, of input, masks and scores", low=32, high=4096)
-    augment: bool = key(False, "random flip, crop and colour, once per clip and epoch")
-    cache_dir: str = key("cache", "where packed caches go")
-
+    synth: bool = key(False, "make the synthetic set on first use")
+    image_size: int = key(224, "pixels a side", low=32, high=4096)
+    augment: bool = key(False, "random flip, crop and colour")
+    cache_dir: str = key("cache", "folder of packed clips")
     # -- protocol
     protocol: str = key("cil", "task-, class-, domain-incremental; task-free", "til cil dil tfcl")
     base: int = key(11, "TIL, CIL: classes of the first task", low=1)
-    step: int = key(2, "TIL, CIL: classes of each later task", low=1)
-    class_order: list | None = key(None, "TIL, CIL: a list of classes; null: drawn from seed")
-    first_task: str | None = key(None, "a run whose first task is taken over; null: learn it")
+    step: int = key(2, "TIL, CIL: of each later task", low=1)
+    class_order: list | None = key(None, "TIL, CIL: a list; null: drawn from seed")
+    first_task: str | None = key(None, "a run whose first task is reused")
     domains: dict | list | None = key(None, "DIL: their order, or {domain: [classes]}; null: ours")
     stream_epochs: int = key(1, "TF-CL: uses of a batch before it is gone", low=1)
-    stream_blur: float = key(0.5, "TF-CL: how far neighbouring segments mix; 0: sharp", high=2)
-    stream_checkpoints: int = key(6, "TF-CL: segments of the stream, and checkpoints", low=2)
+    stream_blur: float = key(0.5, "TF-CL: how far segments mix; 0: sharp", high=2)
+    stream_checkpoints: int = key(6, "TF-CL: segments, and checkpoints", low=2)
     full_scores: str = key("every", "rows that have all scores, not J alone", "every last")
-
     # -- model
-    visual: str = key("pvt_v2_b5", "frozen image encoder: a timm model with features_only")
+    visual: str = key("pvt_v2_b5", "a timm model with features_only")
     visual_weights: bool | str = key(True, "a file, a timm tag, true: timm's hub, false: random")
     visual_norm: str = key("timm", "timm: the model's mean and std; half: x/127.5 - 1", "timm half")
-    visual_pad: str = key("default", "padding of timm's convolutions", "default same")
-    audio: str = key("vggish", "frozen audio encoder", "vggish yamnet audiomae logmel")
+    visual_pad: str = key("default", "padding of convolutions", "default same")
+    audio: str = key("vggish", "frozen encoder of the sound", "vggish yamnet audiomae logmel")
     audio_weights: bool | str = key(True, "a file, true: published ones, false: random")
-    width: int = key(256, "D, width of fusion and decoder", low=8, high=8192)
+    width: int = key(256, "D, of fusion and decoder", low=8, high=8192)
     heads: int = key(8, "attention heads; divides width", low=1)
-    conditioning: str = key("gate", "gate: the sound gates visual features", "gate none")
-    classify: bool = key(False, "also train a classifier of the clips")
+    conditioning: str = key("gate", "does sound gate visual features?", "gate none")
+    classify: bool = key(False, "also classify the clips")
     lora_rank: int = key(16, "r; 0: no LoRA", high=8192)
     lora_alpha: float = key(16.0, "alpha; the update is (alpha / r) B A")
-    lora_dropout: float = key(0.0, "dropout on LoRA's input; 0: off", high=0.99)
-    lora_targets: str = key("auto", "auto: linear and 1x1 convolution layers; else a regex")
-
+    lora_dropout: float = key(0.0, "dropout on LoRA's input", high=0.99)
+    lora_targets: str = key("auto", "auto: linear, 1x1 convolution; or a regex")
     # -- method
     method: str = key("lra", "what acts against forgetting:", " ".join(METHODS))
-    strength: float | None = key(None, "factor of the penalty; null: its default above")
-    joint_run: str | None = key(None, "folder of a joint run, for intransigence; null: none")
+    strength: float | None = key(None, "factor of the penalty; null: as above")
+    joint_run: str | None = key(None, "a joint run, for intransigence")
     lra_lambda: float = key(0.1, "lambda in (lambda / 2) sum Omega (theta - anchor)^2")
-    lra_gamma: float = key(1.0, "decay of the accumulated sensitivity; 1: none")
+    lra_gamma: float = key(1.0, "decay of Omega; 1: none")
     lra_power: float = key(1.0, "exponent on the sensitivity; 1: Fisher, 0: plain L2")
     lra_scope: str = key("trainable", "anchor LoRA, or all that is trained", "lora trainable")
-    lra_space: str = key("factors", "anchor A and B, or LoRA's update of a weight", "factors delta")
+    lra_space: str = key("factors", "anchor A and B, or LoRA's update", "factors delta")
     lra_trigger: str = key("boundary", "anchor at a boundary, a plateau's end, every:N, or told")
     lra_window: int = key(12, "TF-CL: steps in a window of the loss", low=2)
     lra_peak: float = key(3.5, "plateau: the rise that ends it, in standard errors")
-    lra_clips: int = key(0, "boundary: clips that measure the sensitivity; 0: all")
-
+    lra_clips: int = key(0, "boundary: clips to measure; 0: all")
     # -- optim
-    epochs_first: int = key(15, "epochs of the first task", high=10_000)
-    epochs: int = key(15, "epochs of each later task", high=10_000)
+    epochs_first: int = key(15, "epochs of the first task")
+    epochs: int = key(15, "epochs of each later task")
     batch_size: int = key(4, "clips", low=1)
-    lr_first: float = key(1e-4, "peak rate of the first task; TF-CL: of the stream")
-    lr: float | None = key(None, "peak rate of later tasks; null: the method's own, or lr_first")
-    weight_decay: float = key(0.01, "AdamW's weight decay; 0: off")
-    warmup: float = key(0.05, "share of the steps that warm the rate up; 0: off", high=1)
+    lr_first: float = key(1e-4, "peak rate of the first task, or of the stream")
+    lr: float | None = key(None, "of later tasks; null: the method's own, or lr_first")
+    weight_decay: float = key(0.01, "AdamW's weight decay")
+    warmup: float = key(0.05, "share of the steps with a rising rate", high=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: off")
     w_bce: float = key(1.0, "weight of binary cross-entropy")
-    w_dice: float = key(1.0, "weight of the Dice loss; 0: off")
-    w_class: float = key(1.0, "classify: weight of cross-entropy over classes")
+    w_dice: float = key(1.0, "weight of Dice")
+    w_class: float = key(1.0, "classify: weight of cross-entropy")
 
 
 FIELDS = {f.name: f for f in fields(Config)}
 TYPES = {name: get_args(f.type) or (f.type,) for name, f in FIELDS.items()}
-
-
-def as_dict(config):
-    """All keys with their values, for config.yaml and results.json."""
-    return asdict(config)
+as_dict = asdict  # all keys with their values, for config.yaml and results.json
 
 
 def run_name(config):
-    """The name of the run's folder."""
     return config.name or f"{config.protocol}_{config.method}_seed{config.seed}"
 
 
 def strength_of(config):
-    """The factor of the method's penalty: `strength`, else its own; 0.0 where it has none."""
+    """The factor of the method's penalty; 0.0 where it has none."""
     own = config.lra_lambda if config.method == "lra" else METHODS[config.method].strength
     return (own or 0.0) if config.strength is None else config.strength
 
 
 def rate_of(config):
-    """The peak rate of the later tasks: `lr`, else the method's own default, else `lr_first`."""
+    """The peak rate of the later tasks."""
     own = METHODS[config.method].lr if config.lr is None else config.lr
     return config.lr_first if own is None else own
 
 
 def load_config(files=(), overrides=()):
-    """The Config of YAML `files`, overlaid left to right, and then of `key=value` strings."""
+    """The Config of YAML `files`, later ones winning, and then of `key=value` strings."""
     values = {}
     for path in files:
         texts = _yaml(path) or {}  # None: the file is empty
@@ -148,14 +134,9 @@ def load_config(files=(), overrides=()):
         values[name] = _typed(name, text, "on the command line")
     for name, value in values.items():
         if isinstance(value, str):
-            values[name] = value.replace("{seed}", str(values.get("seed", 0)))
-        if isinstance(value, str) and name in PATHS:
-            values[name] = os.path.expanduser(os.path.expandvars(values[name]))
-            if re.search(r"^~|\$(\w|{)", values[name]):
-                raise AtlasError(f"{name}={value} names a home or variable that does not exist")
-    name = values.get("name") or ""
-    if name in (".", "..") or "/" in name or len(name.encode()) > 200:
-        raise AtlasError(f"name={name} cannot name a folder; use at most 200 bytes and no slash")
+            value = value.replace("{seed}", str(values.get("seed", 0)))
+            home = os.path.expanduser(os.path.expandvars(value))
+            values[name] = home if name in PATHS else value
     config = Config(**values)
     for message in conflicts(config):
         raise AtlasError(message)
@@ -163,7 +144,7 @@ def load_config(files=(), overrides=()):
 
 
 def split_word(word):
-    """(key, text) of a `key=value` of the command line, without blanks around either."""
+    """(key, text) of a `key=value` of the command line."""
     name, equals, text = word.partition("=")
     if not equals or not name.strip():
         raise AtlasError(f"`{word}` is no key=value; write it in one word, without blanks around =")
@@ -174,17 +155,15 @@ class _Texts(yaml.BaseLoader):
     """YAML whose values all stay text, and whose keys may stand once."""
 
     def construct_mapping(self, node, deep=False):
-        seen = {}
-        for key, _ in node.value:
-            first = seen.setdefault(str(key.value), key)
-            if first is not key:
-                lines = f"lines {first.start_mark.line + 1} and {key.start_mark.line + 1}"
-                raise yaml.YAMLError(f"key `{key.value}` stands twice, in {lines}; delete one")
+        keys = [str(key.value) for key, _ in node.value]
+        for name in keys:
+            if keys.count(name) > 1:
+                lines = [k.start_mark.line + 1 for k, _ in node.value if str(k.value) == name]
+                raise yaml.YAMLError(f"key `{name}` stands twice, in lines {lines}; delete one")
         return super().construct_mapping(node, deep)
 
 
 def _yaml(where, text=None):
-    """The texts, lists and mappings in the YAML file `where`, or in a `text` from there."""
     try:
         return yaml.load(Path(where).read_bytes() if text is None else text, _Texts)
     except OSError as error:
@@ -194,26 +173,25 @@ def _yaml(where, text=None):
 
 
 def _typed(name, given, where):
-    """The value of key `name`, written as `given` in a place `where`."""
+    """The value of a key, `given` as text, list or mapping."""
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.0)[0]
         raise AtlasError(f"unknown key `{name}` {where}; the nearest is `{near}`")
     types, meta = TYPES[name], FIELDS[name].metadata
-    shown = f"key `{name}` {where} is `{given}`"
     value = _value(given, types) if isinstance(given, str) else given
+    high = meta["high"] or (10**6 if int in types else 1e30)
     if not _fits(value, types):
-        raise AtlasError(f"{shown}; it must be {' or '.join(KINDS[kind] for kind in types)}")
-    if meta["choices"] and value not in meta["choices"]:
-        raise AtlasError(f"{shown}; choose from {', '.join(meta['choices'])}")
-    if type(value) in (int, float):
-        most = meta["high"] or (10**6 if int in types else 1e30)
-        if not meta["low"] <= value <= most:
-            raise AtlasError(f"{shown}; it must be at least {meta['low']} and at most {most}")
-    return value
+        wrong = f"it must be {' or '.join(KINDS[kind] for kind in types)}"
+    elif meta["choices"] and value not in meta["choices"]:
+        wrong = f"choose from {', '.join(meta['choices'])}"
+    elif type(value) in (int, float) and not meta["low"] <= value <= high:
+        wrong = f"it must be at least {meta['low']} and at most {high}"
+    else:
+        return value
+    raise AtlasError(f"key `{name}` {where} is `{given}`; {wrong}")
 
 
 def _value(text, types):
-    """What a text means as one of `types`; the text itself where it fits none."""
     if type(None) in types and text.lower() in ("", "null", "~"):
         return None
     if bool in types and text.lower() in BOOLS:
@@ -225,8 +203,7 @@ def _value(text, types):
 
 
 def _fits(value, types):
-    """Whether a value is of one of `types`. Lists hold words, and mappings lists of words."""
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # of lists of words
         return dict in types and all(_fits(words, [list]) for words in value.values())
     if isinstance(value, list):
         return list in types and all(isinstance(word, str) for word in value)
@@ -234,11 +211,17 @@ def _fits(value, types):
 
 
 def conflicts(config):
-    """What is wrong with the combination of keys, a line each."""
-    method, entry = f"method={config.method}", METHODS[config.method]
+    method, entry, name = f"method={config.method}", METHODS[config.method], config.name or ""
+    lra, plus = config.method == "lra", config.method == "lra_plus"
+    scope, delta = config.lra_scope == "lora", config.lra_space == "delta"
     tfcl, trigger = config.protocol == "tfcl", config.lra_trigger
     online = trigger != "boundary"
     untold = "protocol=tfcl" if tfcl else f"lra_trigger={trigger}" if online else None
+    for path in PATHS:
+        if re.search(r"^~|\$(\w|{)", str(getattr(config, path))):
+            yield f"{path}={getattr(config, path)} names a home or variable that does not exist"
+    if name in (".", "..") or "/" in name or len(name.encode()) > 200:
+        yield f"name={name} cannot name a folder; use at most 200 bytes and no slash"
     if not re.fullmatch(r"boundary|plateau|told|every:[1-9]\d{0,8}", trigger):
         yield f"lra_trigger={trigger}: take boundary, plateau, told or every:N (N steps)"
     if trigger == "told" and not tfcl:
@@ -248,23 +231,22 @@ def conflicts(config):
     if config.dataset == "ms3" and not tfcl:
         yield f"dataset=ms3 has no classes for protocol={config.protocol}; use protocol=tfcl"
     if config.classify and tfcl:
-        yield "classify=true needs tasks of classes; protocol=tfcl has none"
+        yield "classify=true needs classes; protocol=tfcl has none"
     if entry.needs_boundaries and untold:
-        yield f"{method} must be told where tasks begin and end; {untold} does not tell it"
+        yield f"{method} must be told where tasks begin and end, and {untold} does not"
     if tfcl and not online and entry.where != METHODS["finetune"].where:
         yield "protocol=tfcl has no boundaries to consolidate at; use lra_trigger=plateau"
-    lora_alone = config.method == "lra" and config.lra_scope == "lora"
-    if not config.lora_rank and (entry.needs_lora or lora_alone):
-        yield f"{method} with lora_rank=0 has no LoRA; give a rank (or lra_scope=trainable to lra)"
-    if config.method == "lra" and config.lra_space == "delta" and online:
+    if not config.lora_rank and (entry.needs_lora or (lra and scope)):
+        yield f"{method} with lora_rank=0 has no LoRA; give a rank (lra: or lra_scope=trainable)"
+    if lra and delta and online:
         yield "lra_space=delta needs gradients of frozen weights; use lra_trigger=boundary"
-    if config.method == "lra_plus" and (config.lra_scope == "lora" or config.lra_space == "delta"):
-        yield "method=lra_plus keeps the whole model; use lra_scope=trainable lra_space=factors"
-    if config.method == "lra_plus" and config.protocol == "til" and online:
-        yield "method=lra_plus in protocol=til must be told the task; use lra_trigger=boundary"
+    if plus and (scope or delta):
+        yield f"{method} keeps the whole model; use lra_scope=trainable lra_space=factors"
+    if plus and online and config.protocol == "til":
+        yield f"{method} must be told TIL's tasks; use lra_trigger=boundary"
     if config.first_task and (untold or not entry.plain_start):
         yield f"{untold or method} shares no first task; leave first_task at null"
     if config.strength is not None and entry.strength is None:
-        yield f"{method} takes no strength (lra: lra_lambda); leave strength at null"
+        yield f"{method} takes no strength (lra: lra_lambda)"
     if config.method == "inflora" and (config.strength or 0) > 1:
-        yield f"strength={config.strength:g}: of method=inflora it is a share, at most 1"
+        yield f"{method} has a share for its strength, at most 1"

@@ -1,19 +1,21 @@
 """What a run tells while it learns: log.jsonl, the terminal's line an epoch, the progress bar."""
 
+import contextlib
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
 from atlas import parallel
-from atlas.folder import write_text
+from atlas.folder import write
 from atlas.model import weighted
 
 
 class Journal:
-    """log.jsonl of a run's folder: a line an epoch, a window of the loss, or a consolidation."""
+    """log.jsonl: a line an epoch, a window of the loss, or a consolidation."""
 
     def __init__(self, folder):
         self.path = Path(folder, "log.jsonl")
@@ -26,59 +28,59 @@ class Journal:
     def lines(self):
         """All whole lines; a kill may have torn one."""
         found = []
-        if self.path.is_file():
-            for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    found.append(json.loads(text))
-                except (ValueError, RecursionError):
-                    continue
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        for text in content.decode(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                found.append(json.loads(text))
         return [line for line in found if isinstance(line, dict) and type(line.get("task")) is int]
 
     @parallel.first_only
     def forget_after(self, task, epoch):
-        """Drop what a resumed run writes again: all after this epoch of this task."""
-        kept = []
-        for line in self.lines():
-            if (line["task"], line.get("epoch", math.inf)) <= (task, epoch):
-                kept.append(json.dumps(line) + "\n")
+        """Drop what a resumed run writes again."""
         if self.path.is_file():
-            write_text(self.path, "".join(kept))
+            kept = until(self.lines(), task, epoch)
+            write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def consolidations(self):
-        """The consolidations of a task-free run: [{"step", "reason"}]."""
-        windows = [line["window"] for line in self.lines() if "window" in line]
-        return [{"step": w["step"], "reason": w["reason"]} for w in windows if w["fired"]]
+        """Where a task-free method consolidated, as results.json has it."""
+        lines = [line for line in self.lines() if "window" in line]
+        return [consolidation(**line) for line in lines if line["window"]["fired"]]
 
     def seconds(self, task, kind):
-        """The seconds that the lines of a kind ("raw": epochs; "consolidated") tell of a task."""
-        lines = [line for line in self.lines() if line["task"] == task and kind in line]
-        return sum(line.get("seconds", 0.0) for line in lines)
+        """What the lines of a kind ("raw": epochs; "consolidated") tell of a task."""
+        lines = self.lines()
+        return sum(x.get("seconds", 0.0) for x in lines if x["task"] == task and kind in x)
+
+
+def consolidation(task, epoch, window):
+    return {"task": task, "epoch": epoch, "step": window["step"], "reason": window["reason"]}
+
+
+def until(lines, task, epoch):
+    """Those up to an epoch of a task; what has no epoch comes after all of them."""
+    return [x for x in lines if (x["task"], x.get("epoch", math.inf)) <= (task, epoch)]
 
 
 class Epoch:
-    """An epoch of a task, or a chunk of a stream, around the learning steps: what it tells.
-
-    On leaving it, its mean losses go to log.jsonl and to the terminal, and its end is saved.
-    """
+    """An epoch of a task, or a chunk of a stream, around its learning steps. At its end its mean
+    losses go to log.jsonl and to the terminal, and the run is saved."""
 
     def __init__(self, run, plan, number):
         self.run, self.plan, self.number = run, plan, number
         self.title = f"{plan.task_word} {plan.t}, {plan.word} {number}/{len(plan.epochs)}"
-        self.totals = {}
-        self.clips = 0
+        self.totals, self.clips = Counter(), 0
 
     def __enter__(self):
         self.start = time.time()
-        bar = {"unit": "step", "leave": False, "dynamic_ncols": True, "disable": parallel.quiet()}
-        self.bar = tqdm(desc=self.title, total=self.plan.steps_of(self.number), **bar)
+        steps = self.plan.steps_of(self.number)
+        self.bar = tqdm(None, self.title, steps, False, unit="step", disable=parallel.quiet())
         return self
 
     def add(self, losses, batch):
-        """Note the losses {name: float} of a step on a batch."""
         clips = len(batch["whole"])
         self.clips += clips
         for name, value in losses.items():
-            self.totals[name] = self.totals.get(name, 0.0) + value * clips
+            self.totals[name] += value * clips
         self.bar.update()
         self.bar.set_postfix(loss=f"{losses['task']:.3f}", refresh=False)
 
@@ -86,8 +88,7 @@ class Epoch:
         self.bar.close()
         if kind:
             return
-        run = self.run
-        seconds = time.time() - self.start
+        run, seconds = self.run, time.time() - self.start
         mean = {name: total / self.clips for name, total in self.totals.items()}
         terms = {name: mean[name] for name in mean if name not in ("task", "penalty", "loss")}
         run.journal.write(

@@ -1,9 +1,5 @@
-"""A model and its method on their device, without data; and their checkpoints.
-
-A checkpoint is a folder task_NN/: LoRA in PEFT's own format, which `PeftModel.from_pretrained`
-opens on timm's encoder; all else of the model in model.safetensors, the method's buffers in
-method.safetensors.
-"""
+"""A model and its method on their device, without data; and their checkpoints: LoRA as
+`PeftModel.from_pretrained` opens it on timm's encoder, all else and the method as safetensors."""
 
 import contextlib
 import importlib
@@ -42,7 +38,6 @@ class Learner:
         self.method = getattr(importlib.import_module(module), name)(self)
 
     def autocast(self):
-        """The context of the run's precision; it does nothing where amp is off."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)
         return torch.autocast(self.device, dtype, enabled=dtype is not None)
 
@@ -55,45 +50,40 @@ class Learner:
         return groups
 
     def memory(self):
-        """The method's memory: the bytes of its state."""
         return sum(value.nbytes for value in self.method.state_dict().values())
 
     @parallel.first_only
-    def save(self, folder, extra=None):
-        """Write a checkpoint, and {file name: what torch.save writes} of `extra`, beside its place
-        first. A folder that is there is never replaced."""
+    def save(self, folder, updates=None):
+        """Write a checkpoint, where there is none yet; on a stream with the optimiser's state."""
         with built_beside(folder) as build, writing(folder):
             if isinstance(self.model.encoder, peft.PeftModel):
                 self.model.encoder.save_pretrained(build)
                 (build / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
                 widen_adapter(build, self.method.adapters())
             state = self.model.state_dict().items()
-            rest = {name: x.contiguous() for name, x in state if not name.startswith("encoder.")}
-            save_file(rest, build / "model.safetensors")
-            state = self.method.state_dict().items()
-            save_file({name: x.contiguous() for name, x in state}, build / "method.safetensors")
-            for name, content in (extra or {}).items():
-                torch.save(content, build / name)
+            rest = {name: x for name, x in state if not name.startswith("encoder.")}
+            for name, tensors in ("model", rest), ("method", self.method.state_dict()):
+                tensors = {name: x.contiguous() for name, x in tensors.items()}
+                save_file(tensors, build / f"{name}.safetensors")
+            if updates:
+                torch.save(updates, build / "updates.pt")
 
     def load(self, folder, with_method=True):
-        """Load a checkpoint that fits this model, and its method's state unless told not to."""
+        """Load a checkpoint of such a model, and its method's state unless told not to."""
         folder = Path(folder)
         state = read_state(folder / "model.safetensors")
         method = read_state(folder / "method.safetensors")
         while f"decoder.heads.{len(self.model.decoder.heads)}.weight" in state:
             self.model.decoder.add_head()
-        wrong, encoder = [], self.model.encoder
+        if isinstance(self.model.encoder, peft.PeftModel):
+            past = len(method.get("A0", ()))  # the rank of what `widen_adapter` put first
+            for name, value in read_state(folder / "adapter_model.safetensors").items():
+                own = value[:, past:] if "lora_B" in name else value[past:]
+                state["encoder." + name.replace(".weight", ".default.weight")] = own
         try:
-            if isinstance(encoder, peft.PeftModel):
-                past = len(method.get("A0", ()))  # the rank of what `widen_adapter` put first
-                own = {}
-                for name, value in read_state(folder / "adapter_model.safetensors").items():
-                    own[name] = value[:, past:] if "lora_B" in name else value[past:]
-                found = peft.set_peft_model_state_dict(encoder, own)
-                wrong = found.unexpected_keys + [n for n in found.missing_keys if "lora_" in n]
             found = self.model.load_state_dict(state, strict=False)
-            missing = [name for name in found.missing_keys if not name.startswith("encoder.")]
-            wrong += found.unexpected_keys + missing
+            learned = [n for n in found.missing_keys if n[:8] != "encoder." or "lora_" in n]
+            wrong = found.unexpected_keys + learned
             if with_method:
                 self.method.load_state_dict(method)
         except (RuntimeError, KeyError) as error:  # shapes or names that differ
@@ -105,21 +95,16 @@ class Learner:
 def frozen_fingerprint(model):
     """The SHA-256 of the visual encoder without LoRA."""
     holder = torch.nn.Module()
-    state = base_encoder(model.encoder).state_dict()
-    names = [name for name in state if "lora_" not in name]
-    for i, name in enumerate(sorted(names, key=lambda name: name.replace(".base_layer", ""))):
-        holder.register_buffer(f"{i:05d}", state[name])
+    state = base_encoder(model.encoder).state_dict().items()
+    frozen = {name.replace(".base_layer", ""): x for name, x in state if "lora_" not in name}
+    for i, name in enumerate(sorted(frozen)):
+        holder.register_buffer(f"{i:05d}", frozen[name])
     return fingerprint(holder)
 
 
-# ---- the adapter's file ------------------------------------------------------------------------
-
-
 def widen_adapter(folder, past):
-    """Put pairs folded into the frozen weights, {layer: (A, B)}, before the adapter's own pair.
-
-    It then holds all that was learned: [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2. alpha / r stays.
-    """
+    """Put pairs folded into the frozen weights, {layer: (A, B)}, before the adapter's own pair:
+    [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2. alpha / r stays."""
     path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     state = load_file(path)
     settings = json.loads(config.read_text(encoding="utf-8"))
@@ -136,7 +121,6 @@ def widen_adapter(folder, past):
 
 
 def read_state(path):
-    """The tensors of a checkpoint's safetensors file."""
     if path.is_file():
         open(path, "rb").close()  # without the right to read, safetensors says that it is missing
     try:
@@ -149,26 +133,21 @@ def read_state(path):
 
 @contextlib.contextmanager
 def writing(folder):
-    """torch and safetensors have errors of their own for a full disk: one line for all of them."""
+    """One line for the errors that torch and safetensors have for a full disk."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        how = "make room there and go on with --resume"
+        how = "make room there, or allow it, and go on with --resume"
         raise AtlasError(f"cannot write to {folder}: {error}; {how}") from None
 
 
-# ---- the machine -------------------------------------------------------------------------------
-
-
 def pick_device(config):
-    """ "cuda" or "cpu"."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise AtlasError("device=cuda, but torch sees no GPU; use device=cpu or device=auto")
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def pick_amp(config, device):
-    """bf16, fp16 or off. auto: off on the CPU, bf16 on a GPU that has it, else fp16."""
     if config.amp != "auto":
         return config.amp
     if device == "cpu":
@@ -177,13 +156,9 @@ def pick_amp(config, device):
 
 
 def compiled(model):
-    """torch.compile of the forward pass, on tensors only: it would compile anew for each list."""
+    """torch.compile of the forward pass, on tensors only: for lists it would compile anew."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         raise AtlasError("compile=true on a CPU needs g++ or clang++; install it, or compile=false")
     forward = torch.compile(model)
-
-    def call(batch):
-        return forward({name: value for name, value in batch.items() if torch.is_tensor(value)})
-
-    return call
+    return lambda batch: forward({n: value for n, value in batch.items() if torch.is_tensor(value)})

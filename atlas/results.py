@@ -1,8 +1,7 @@
-"""results.json: what a run writes after every task, and what derives from its matrices.
+"""results.json, and what derives from its matrices. Needs no torch: `eval.py RUN` answers at once.
 
-Nothing here needs torch, so `eval.py RUN` answers at once. A matrix has row 0 for the untrained
-model and then a row for each task learned; its columns are the tasks. A row that was not scored is
-None, and so is every metric that needs it.
+A matrix has row 0 for the untrained model, then a row a task; its columns are the tasks. A row that
+was not scored is None, and so is what needs it.
 """
 
 import datetime
@@ -22,49 +21,52 @@ METRICS = ("final", "incremental", "learning", "forgetting", "bwt", "fwt", "intr
 NEEDED = {"complete": bool, "config": dict, "tasks": list, "matrix": dict, "seconds": dict}
 
 
-def new_results(run):
-    """The results of a run (runs.Run) before its first score."""
-    config = run.config
-    tasks = []
-    for task in run.tasks:
-        clips = {split: len(getattr(task, split)) for split in ("train", "val", "test")}
-        tasks.append({"name": task.name, "classes": list(task.classes), "clips": clips})
+def new_results(config, tasks, classes=None):
+    """Results before the first score. classes: names of those to score singly."""
+    told = []
+    for task in tasks:
+        clips = {"train": len(task.train), "val": len(task.val), "test": len(task.test)}
+        told.append({"name": task.name, "classes": list(task.classes), "clips": clips})
     return {
         "schema": 1,
         "complete": False,
-        "method": config.method,
-        "protocol": config.protocol,
-        "seed": config.seed,
+        **{name: getattr(config, name) for name in ("method", "protocol", "seed")},
         "config": as_dict(config),
         **commit(),
-        "environment": environment() | run.environment,
-        "weights": run.weights,
-        "tasks": tasks,
-        "drifts": run.drifts,
+        "tasks": told,
+        "drifts": drifts(tasks, config),
         "consolidations": [],
         "matrix": {name: [] for name in TEST_SCORES},
         "val_matrix": {"J": []},
-        "class_matrix": {"classes": run.class_names, "J": []} if run.class_names else None,
-        "metrics": None,
-        "parameters": run.parameters,
-        "method_memory_bytes": None,
+        "class_matrix": {"classes": classes, "J": []} if classes else None,
         "seconds": {"train": [], "consolidate": [], "evaluate": []},
-        "peak_memory_mb": None,
+        **dict.fromkeys(("metrics", "method_memory_bytes", "peak_memory_mb")),
     }
 
 
 def add_scores(results, row):
-    """Append a row of metrics.score_tasks, with its "seconds", to every matrix; None gives null."""
+    """Append a row of metrics.score_tasks, with its "seconds"."""
     for name, rows in results["matrix"].items():  # an older version began with fewer
         rows.append(row and row["test"][name])
     results["val_matrix"]["J"].append(row and row["val"])
-    if results.get("class_matrix"):  # a run that an older version began has none
+    if results.get("class_matrix"):
         results["class_matrix"]["J"].append(row and row["classes"])
     results["seconds"]["evaluate"].append(row["seconds"] if row else 0.0)
 
 
+def first_rows(results, rows):
+    """The first rows of every matrix, with what they took."""
+
+    def cut(part):
+        return part and {k: v if k == "classes" else v[:rows] for k, v in part.items()}
+
+    found = {name: cut(results.get(name)) for name in ("matrix", "val_matrix", "class_matrix")}
+    spent = results["seconds"].items()
+    return found | {"seconds": {k: v[: rows - (k != "evaluate")] for k, v in spent}}
+
+
 def derived_metrics(results, joint=None):
-    """results["metrics"], from the matrices. `joint`: what read_joint gives."""
+    """results["metrics"]. joint: what read_joint gives."""
     from atlas.metrics import continual_metrics  # it comes with torch
 
     matrix, tasks = results["matrix"], results["tasks"]
@@ -77,12 +79,10 @@ def derived_metrics(results, joint=None):
         for name in METRICS:
             if None in needs.get(name, rows[1:]):
                 found[name] = None
-        total, clips = 0.0, 0
-        for value, task in zip(filled[-1], tasks):
-            if value is not None:
-                total += value * task["clips"]["test"]
-                clips += task["clips"]["test"]
-        metrics[score] = found | {"final_clips": total / clips if clips else None}
+        clips = [task["clips"]["test"] for task in tasks]
+        known = [(value * n, n) for value, n in zip(filled[-1], clips) if value is not None]
+        total, count = map(sum, zip(*known)) if known else (0, 0)
+        metrics[score] = found | {"final_clips": total / count if count else None}
     for name in ("J_source", "J_drawn", "mute_area", "class_accuracy"):
         metrics[name] = mean_known(matrix[name][-1]) if name in matrix else None
     swapped = mean_known(matrix["J_swap"][-1])
@@ -91,24 +91,18 @@ def derived_metrics(results, joint=None):
 
 
 def mean_known(values):
-    """The mean without the None among them; None where nothing is left, or the row is None."""
     known = [value for value in values or [] if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def drifts(tasks, config):
-    """TF-CL: the optimiser steps at which the segments after the first begin. Else an empty list.
-
-    Neighbouring segments mix in a zone; a segment begins in the middle of it.
-    """
+    """TF-CL: the optimiser steps at which later segments begin, in the middle of a mixed zone."""
     clips = [task.begins for task in tasks[1:] if task.begins is not None]
     return [round(begins / config.batch_size * config.stream_epochs) for begins in clips]
 
 
 def environment():
-    """The versions and the platform. What only torch knows, the run adds."""
-    versions = {name: metadata.version(name) for name in ("torch", "timm", "peft")}
-    return versions | {
+    return {name: metadata.version(name) for name in ("torch", "timm", "peft")} | {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -116,18 +110,17 @@ def environment():
 
 
 def commit():
-    """{"commit", "dirty"} of the code; both are null outside a git checkout."""
-    words = {"cwd": Path(__file__).parent, "text": True, "stderr": subprocess.DEVNULL}
+    """Null outside a git checkout."""
+    command = "git describe --always --abbrev=40 --dirty --exclude=*".split()
     try:
-        head = subprocess.check_output(["git", "rev-parse", "HEAD"], **words).strip()
-        changes = subprocess.check_output(["git", "status", "--porcelain", "-uno"], **words)
-    except (OSError, subprocess.CalledProcessError):
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
         return {"commit": None, "dirty": None}
-    return {"commit": head, "dirty": bool(changes)}
+    head, dirty, _ = found.stdout.strip().partition("-")
+    return {"commit": head or None, "dirty": bool(dirty) if head else None}
 
 
 def read_results(folder):
-    """The results.json of a run's folder."""
     path = Path(folder, "results.json")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -140,18 +133,17 @@ def read_results(folder):
 
 
 def checked(path, results):
-    """The results that stood in the file `path`, if they are what this version reads."""
+    """The results that stood in the file `path`, if this version reads them."""
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema is None:
         raise damaged(path, "it has no schema")
     if schema != 1:
         raise AtlasError(f"{path} has schema {schema}; this version reads schema 1")
-    needed = NEEDED | ({"metrics": dict} if results.get("complete") else {})
-    for key, kind in needed.items():
+    for key, kind in (NEEDED | ({"metrics": dict} if results.get("complete") else {})).items():
         if not isinstance(results.get(key), kind):
             raise damaged(path, f"{key} is missing or of a wrong kind")
     width = len(results["tasks"])
-    for row in results["matrix"].get("J", [[]]):
+    for row in results["matrix"].get("J", []):
         if row is not None and (not isinstance(row, list) or len(row) != width):
             raise damaged(path, f"a row of J does not fit the {width} tasks")
     return results
@@ -163,13 +155,11 @@ def damaged(path, why):
 
 
 def read_joint(folder, tasks):
-    """{score: last row} of a finished joint run over the very same tasks; None without a folder."""
+    """{score: last row} of a finished joint run over the same tasks; None without a folder."""
     if not folder:
         return None
     joint = read_results(folder)
     if joint["method"] != "joint" or not joint["complete"] or joint["tasks"] != tasks:
-        raise AtlasError(
-            f"joint_run={folder} is no finished joint run over the same tasks and clips; "
-            "run method=joint with the same data, seed, base and step"
-        )
+        what = f"joint_run={folder} is no finished joint run over the same tasks and clips"
+        raise AtlasError(f"{what}; run method=joint with the same data, seed, base and step")
     return {name: rows[-1] for name, rows in joint["matrix"].items()}

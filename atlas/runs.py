@@ -1,39 +1,22 @@
-"""A run: its data, its folder, what it has learned, and how it goes on after a kill.
-
-A run's folder holds config.yaml (resolved), log.jsonl, results.json and task_NN/ (checkpoints).
-While a task is learned, progress.pt says how far it is. On a stream a checkpoint also holds the
-optimiser's state (updates.pt), since the stream's optimiser goes on through all of it.
-"""
+"""A run: its data, its folder, what it has learned, and how it goes on after a kill."""
 
 import json
 import resource
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from atlas import folder as folders
 from atlas import parallel, results
 from atlas.audio import build_audio_encoder, fingerprint
 from atlas.clips import READERS
 from atlas.config import load_config, run_name
 from atlas.data import ClipDataset, PackedClips, loader, pack, swap_partners, to_device
 from atlas.errors import AtlasError
-from atlas.folder import (
-    checkpoints,
-    first_rows,
-    first_task,
-    is_used,
-    read_or_none,
-    read_progress,
-    save_torch,
-    take_folder,
-    write_config,
-    write_text,
-)
-from atlas.journal import Journal
-from atlas.learner import Learner, compiled, pick_device
+from atlas.journal import Journal, consolidation, until
+from atlas.learner import Learner, compiled
 from atlas.metrics import class_names, score_disjoint, score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
 from atlas.protocols import PROTOCOLS, plan_of, sequence_of
@@ -43,11 +26,11 @@ SENSITIVITY_BATCH = 8  # clips whose gradients are formed side by side; S does n
 
 
 class Run(Learner):
-    """A Learner with data, tasks, results and a folder. Nothing of it is on disk before `open`."""
+    """A Learner with data, tasks, results and a folder, which `open` makes."""
 
     def __init__(self, config):
-        parallel.start(pick_device(config))
         self.folder = Path(config.out_dir, run_name(config))
+        self.journal = Journal(self.folder)
         self.cache, self.audio_sha = parallel.in_turn(lambda: open_data(config))
         self.tasks = PROTOCOLS[config.protocol](self.cache, config)
         self.sequence = sequence_of(self.tasks, config)
@@ -57,65 +40,46 @@ class Run(Learner):
         self.drifts = results.drifts(self.tasks, config)
         super().__init__(config, (self.cache.context_dim, self.cache.token_dim), classes)
         self.forward = compiled(self.model) if config.compile else self.model
-        self.results = results.new_results(self)
-        self.learned = 0  # tasks that are learned, and whose checkpoints are written
-        self.reused = 0  # of them, taken over from config.first_task
-        self.journal = Journal(self.folder)
+        names = class_names(self.cache, self.tasks)
+        self.results = results.new_results(config, self.tasks, names) | self.about()
+        self.learned = 0  # tasks whose checkpoints are written
+        self.reused = 0  # tasks taken over from config.first_task
 
-    # ---- what results.json says of a run ---------------------------------------------------------
-
-    @property
-    def class_names(self):
-        return class_names(self.cache, self.tasks)
-
-    @property
-    def parameters(self):
-        return count_parameters(self.model)
-
-    @property
-    def weights(self):
-        """{"visual" | "audio": {"source", "sha256"}} of the frozen encoders."""
-        found = {}
-        for name, sha in (("visual", self.visual_sha), ("audio", self.audio_sha)):
-            source = str(getattr(self.config, f"{name}_weights") or "random")
-            found[name] = {"source": source, "sha256": sha}
-        if self.config.audio == "logmel":
-            found["audio"]["source"] = "none needed"
-        return found
-
-    @property
-    def environment(self):
-        on_gpu = self.device == "cuda"
-        return {
+    def about(self):
+        config, on_gpu = self.config, self.device == "cuda"
+        visual, audio = config.visual_weights, config.audio_weights
+        audio = "none needed" if config.audio == "logmel" else audio
+        machine = {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "amp": self.amp,
-            "channels_last": on_gpu,
             "processes": parallel.processes(),
         }
-
-    # ---- the folder ------------------------------------------------------------------------------
+        weights = {
+            "visual": {"source": str(visual or "random"), "sha256": self.visual_sha},
+            "audio": {"source": str(audio or "random"), "sha256": self.audio_sha},
+        }
+        found = {"weights": weights, "parameters": count_parameters(self.model)}
+        return found | {"environment": results.environment() | machine}
 
     def open(self, resume=False):
-        """Take the folder for this run; with `resume`, go on from what it holds.
-
-        What is wrong is said before the folder is made.
-        """
-        begun = resume and is_used(self.folder)
+        """Take the folder, once nothing is wrong; with `resume`, go on from what it holds."""
+        begun = resume and folders.is_used(self.folder)
         results.read_joint(self.config.joint_run, self.results["tasks"])
-        first = None if begun else first_task(self)
+        first = None if begun else folders.first_task(self)
         if first:
             self.load(Path(self.config.first_task, "task_01"), with_method=False)
             self.choose_heads(1)
-        self.lock = None if parallel.rank() else take_folder(self.folder, self.config, resume)
+        self.lock = folders.take_folder(self.folder, self.config, resume)
         parallel.wait()
         if begun:
             self.recover()
         else:
-            write_config(self.folder, self.config)
+            folders.write_config(self.folder, self.config)
         if first:
-            self.results |= first_rows(first, 2)
+            self.results |= results.first_rows(first, 2)
+            self.results["seconds"] |= {"train": [], "consolidate": []}
             spent = first["seconds"]["train"][0]
             self.journal.write(task=1, raw={}, reused=self.config.first_task, seconds=spent)
             self.reused = 1
@@ -123,21 +87,22 @@ class Run(Learner):
 
     def recover(self):
         """Go on from the last checkpoint, and score again what results.json lacks."""
-        found = read_or_none(self.folder)
+        found = folders.read_or_none(self.folder)
         if found:
             refuse_other_encoders(self.folder, found, self.visual_sha, self.audio_sha)
         if found and found["tasks"] != self.results["tasks"]:
             raise AtlasError(f"{self.folder}: its tasks now have other clips; choose another name")
-        self.results = found or self.results
+        self.results = found or self.results | {"consolidations": self.journal.consolidations()}
         if self.results["complete"]:
             return
-        self.learned = max(checkpoints(self.folder), default=0)
+        kept = folders.checkpoints(self.folder)
+        self.learned = max(kept, default=0)
         rows = len(self.results["matrix"]["J"])
         if rows > self.learned + 1:
             print(f"task {rows - 1} has no checkpoint; going on after task {self.learned}")
-            self.results |= first_rows(self.results, self.learned + 1)
+            self.results |= results.first_rows(self.results, self.learned + 1)
         for t in range(rows, self.learned + 1):
-            known = t == 0 or t in checkpoints(self.folder)
+            known = t in (0, *kept)
             print(f"row {t} of R is {'scored again' if known else 'lost and stays null'}")
             if known and t:
                 self.load_task(t)
@@ -146,74 +111,79 @@ class Run(Learner):
             self.load_task(self.learned)
 
     def add_row(self, row):
-        """Add a row to every matrix (None: it was not scored), and what the tasks took."""
+        """Add a row to every matrix (None: not scored), and what its task took."""
         results.add_scores(self.results, row)
-        learned = range(1, len(self.results["matrix"]["J"]))
         spent = self.results["seconds"]
-        spent["train"] = [self.journal.seconds(t, "raw") for t in learned]
-        spent["consolidate"] = [self.journal.seconds(t, "consolidated") for t in learned]
+        for t in range(len(spent["train"]) + 1, len(self.results["matrix"]["J"])):
+            spent["train"].append(self.journal.seconds(t, "raw"))
+            spent["consolidate"].append(self.journal.seconds(t, "consolidated"))
         self.results["method_memory_bytes"] = self.memory()
         self.write_results()
 
     def write_results(self):
         text = json.dumps(self.results, indent=1, allow_nan=False) + "\n"
-        write_text(self.folder / "results.json", text)
+        folders.write(self.folder / "results.json", text)
 
     def finish(self):
         """Add what derives from the matrices, and mark the run as complete."""
         joint = results.read_joint(self.config.joint_run, self.results["tasks"])
         metrics = results.derived_metrics(self.results, joint)
         disjoint = score_disjoint(self) if self.config.dataset == "ms3" else None
-        self.results["metrics"] = metrics | {"source_disjoint": disjoint}
-        self.results["consolidations"] = self.journal.consolidations()
-        self.results["peak_memory_mb"] = peak_memory_mb(self.device)
-        self.results["complete"] = True
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
+        on_gpu = self.device == "cuda"
+        memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else kilobytes / 2**10
+        self.results |= {"metrics": metrics | {"source_disjoint": disjoint}}
+        self.results |= {"peak_memory_mb": memory, "complete": True}
         self.write_results()
         if not parallel.rank():
             (self.folder / "progress.pt").unlink(missing_ok=True)
 
-    # ---- learning a task -------------------------------------------------------------------------
-
     def begin(self, t):
-        """Heads, optimiser and schedule for task t; where it was begun, as it was then.
-
-        Returns its Plan and the number of its epochs (or chunks) that are done.
-        """
+        """Begin task t, or go on with it. Returns its Plan and the number of its epochs done."""
         self.choose_heads(t)
         plan = self.plan = plan_of(self.sequence, t, self.config)
-        self.updates = Updates(self, t, plan.steps)
-        done = self.load_progress(t)
+        self.updates, done = Updates(self, t, plan.steps), 0
+        state = folders.read_progress(self.folder / "progress.pt")
+        if state and state["task"] == t:
+            self.model.load_state_dict(state["weights"], strict=False)
+            self.method.load_state_dict(state["method"])
+            self.updates.load_state_dict(state["updates"])
+            done = state["epoch"]
+        elif self.is_stream and t > 1:  # its optimiser goes on from the last checkpoint
+            path = self.task_folder(t - 1) / "updates.pt"
+            before = folders.read_progress(path)
+            if not before:
+                raise AtlasError(f"{path} is damaged; remove {path.parent}, then --resume again")
+            self.updates.load_state_dict(before)
         self.updates.done = plan.steps_before(done + 1)
         self.journal.forget_after(t, done)
+        known = self.results.get("consolidations", [])  # an older version kept none until the end
+        self.results["consolidations"] = until(known, t, done)
         if not done and not self.is_stream:
             self.method.begin_task(TaskClips(self, t))
         return plan, done
 
     def choose_heads(self, t):
-        """Use the heads that learn task t: TIL's own mask head, and the classes that compete."""
-        til = self.config.protocol == "til" and self.config.method != "joint"
+        """Use what learns task t: TIL's own mask head, and the classes that compete."""
+        joint = self.config.method == "joint"
+        til = self.config.protocol == "til" and not joint
         decoder, classifier = self.model.decoder, self.model.classifier
         if til and len(decoder.heads) < t:
             decoder.add_head()
         decoder.use_head(t - 1)
         if classifier:
-            last = len(classifier.heads) if self.config.method == "joint" else t
-            classifier.compete(t - 1 if til else 0, last)
+            classifier.compete(t - 1 if til else 0, len(classifier.heads) if joint else t)
 
     def batches(self, plan, epoch):
-        """The batches of an epoch (or chunk), of each this process's part, on the device.
-
-        batch["whole"] are the clips of the whole batch, batch["share"] this part's weight in it.
-        All that is random is drawn from (seed, task, epoch), so a resumed epoch is the same. A
-        stream's batch is gone once it is used.
+        """The batches of an epoch (or chunk), of each this process's part: "whole" are the clips of
+        all of it, "share" is this part's weight. All that is random comes from (seed, task, epoch).
         """
         self.epoch = epoch
-        order = plan.epochs[epoch - 1]
+        order, size = plan.epochs[epoch - 1], self.config.batch_size
         draw = (self.config.seed, plan.t, epoch)
-        rng = np.random.default_rng(draw)
-        torch.manual_seed(int(rng.integers(2**63)) + parallel.rank())  # for dropout
+        seed = int(np.random.default_rng(draw).integers(2**63))
+        torch.manual_seed(seed + parallel.rank())  # for dropout
         self.model.train()
-        size = self.config.batch_size
         dataset = ClipDataset(self.cache, order, draw if self.config.augment else None)
         batches = loader(dataset, size, self.config.workers, self.device, shared=True)
         for k, batch in enumerate(batches):
@@ -224,65 +194,40 @@ class Run(Learner):
                 self.cache.close(whole)
 
     def labelled(self, batch):
-        """The batch with each clip's class among the competing ones, where there is a branch."""
+        """With each clip's class among the competing ones, where there is a branch."""
         if not self.model.classifier:
             return batch
         labels = self.model.classifier.labels(batch["category"])
         return batch | {"label": labels.to(self.device)}
 
-    def save_progress(self, plan, epoch):
-        """progress.pt: how far task t is, and the state of all that learns, in one file."""
-        weights = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-        state = {
-            "task": plan.t,
-            "epoch": epoch,
-            "weights": weights,
-            "method": self.method.state_dict(),
-            "updates": self.updates.state_dict(),
-        }
-        save_torch(self.folder / "progress.pt", state)
-
-    def load_progress(self, t):
-        """Load the state of task t, where it was begun; the number of its epochs that are done.
-
-        A damaged progress.pt costs the epochs of this task: it begins anew from the checkpoint
-        before it. On a stream the optimiser comes from there too.
-        """
-        state = read_progress(self.folder / "progress.pt")
-        if state and state["task"] == t:
-            self.updates.load_state_dict(state["updates"])
-            self.model.load_state_dict(state["weights"], strict=False)
-            self.method.load_state_dict(state["method"])
-            return state["epoch"]
-        if self.is_stream and t > 1:
-            path = self.folder / f"task_{t - 1:02d}" / "updates.pt"
-            before = read_progress(path)
-            if not before:
-                raise AtlasError(f"{path} is damaged; remove {path.parent}, then --resume again")
-            self.updates.load_state_dict(before)
-        return 0
-
     def note_window(self, report):
-        """Log what a method's `observe` reports: task-free, a window of the loss."""
+        """Note what `Method.observe` reports."""
         if report:
-            self.journal.write(task=self.plan.t, epoch=self.epoch, window=report)
+            line = {"task": self.plan.t, "epoch": self.epoch, "window": report}
+            self.journal.write(**line)
+            if report.get("fired"):
+                self.results["consolidations"].append(consolidation(**line))
+
+    def save_progress(self, plan, epoch):
+        self.write_results()
+        weights = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        state = {"task": plan.t, "epoch": epoch, "weights": weights}
+        state |= {"method": self.method.state_dict(), "updates": self.updates.state_dict()}
+        folders.write(self.folder / "progress.pt", state)
+
+    def task_folder(self, t):
+        return self.folder / f"task_{t:02d}"
 
     def save_task(self, t):
-        """Write the checkpoint of task t."""
-        extra = {"updates.pt": self.updates.state_dict()} if self.is_stream else {}
-        self.save(self.folder / f"task_{t:02d}", extra)
+        self.save(self.task_folder(t), self.updates.state_dict() if self.is_stream else None)
         self.learned = t
 
     def load_task(self, t):
-        """Model and method as they were after task t."""
-        self.load(self.folder / f"task_{t:02d}")
+        self.load(self.task_folder(t))
 
 
 class TaskClips:
-    """The train clips of a task for a method to measure: Method.begin_task and end_task.
-
-    They are all of the task's clips, or `lra_clips` drawn from them; each process has its part.
-    """
+    """The train clips of a task that a method may measure: this process's part of them."""
 
     def __init__(self, run, t):
         self.run = run
@@ -293,25 +238,21 @@ class TaskClips:
         self.chosen = parallel.mine(chosen)
 
     def __iter__(self):
-        self.run.model.eval()
-        counts = self.run.cache.arrays["annotated"].sum(1)[self.chosen]
-        for frames in sorted(set(counts.tolist())):
+        run = self.run
+        run.model.eval()
+        counts = run.cache.arrays["annotated"].sum(1)[self.chosen].tolist()
+        for frames in sorted(set(counts)):
             alike = [i for i, count in zip(self.chosen, counts) if count == frames]
-            batches = loader(ClipDataset(self.run.cache, alike), SENSITIVITY_BATCH)
+            batches = loader(ClipDataset(run.cache, alike), SENSITIVITY_BATCH)
             for batch in tqdm(batches, "measuring", leave=False, disable=parallel.quiet()):
-                yield self.run.labelled(to_device(batch, self.run.device))
+                yield run.labelled(to_device(batch, run.device))
 
     def loss(self, outputs, batch):
-        """The mean task loss of the clips of a batch."""
-        terms = weighted(clip_losses(outputs, batch), self.run.config)
-        return sum(terms.values()).mean()
-
-
-# ---- opening -----------------------------------------------------------------------------------
+        return sum(weighted(clip_losses(outputs, batch), self.run.config).values()).mean()
 
 
 def open_data(config):
-    """(PackedClips, SHA-256 of the audio encoder) of a config; packs the cache if it is missing."""
+    """(PackedClips, SHA-256 of the audio encoder); packs the cache if it is missing."""
     clips = READERS[config.dataset](config.data_root)
     encoder = build_audio_encoder(config.audio, config.audio_weights)
     folder = pack(clips, config.data_root, config.cache_dir, config.image_size, encoder)
@@ -319,12 +260,11 @@ def open_data(config):
 
 
 def read_run(folder):
-    """The Run of a folder, with its results; refused where its encoders are not the run's own."""
+    """The Run of a folder, with its results."""
     found = results.read_results(folder)
     run = Run(load_config([Path(folder, "config.yaml")]))
-    run.folder = Path(folder)
     refuse_other_encoders(folder, found, run.visual_sha, run.audio_sha)
-    run.results = found
+    run.folder, run.results = Path(folder), found
     run.learned = len(found["matrix"]["J"]) - 1
     return run
 
@@ -335,11 +275,3 @@ def refuse_other_encoders(folder, found, visual_sha, audio_sha):
         if sha != found["weights"][name]["sha256"]:
             why = f"its weights differ ({name}_weights, or another version of torch)"
             raise AtlasError(f"the {name} encoder is not the one of the run {folder}: {why}")
-
-
-def peak_memory_mb(device):
-    """Peak memory in MB: allocated on the GPU, or the process's resident set on the CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,7 +1,4 @@
-"""From a loss to an update: AdamW, its schedule, loss scaling and the sum over processes.
-
-train.py's learning step calls `backward` and `step`.
-"""
+"""From a loss to an update: AdamW, its schedule, loss scaling and the sum over processes."""
 
 import math
 
@@ -14,33 +11,27 @@ from atlas.config import rate_of
 class Updates:
     """The optimiser and schedule of one task (fresh each time), or of a whole stream."""
 
-    def __init__(self, run, t, steps, done=0):
-        """steps: optimiser steps of the whole schedule; done: those already taken."""
-        self.config = run.config
-        self.constant = run.is_stream
-        first = t == 1 or run.is_stream
-        self.peak = run.config.lr_first if first else rate_of(run.config)
-        self.steps = steps
-        self.done = done
+    def __init__(self, run, t, steps):
+        """steps: of the whole schedule, of which `done` are taken."""
+        config = self.config = run.config
+        self.constant, self.steps, self.done = run.is_stream, steps, 0
+        self.peak = config.lr_first if t == 1 or run.is_stream else rate_of(config)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.peak, weight_decay=run.config.weight_decay, fused=True
-        )
+        decay = {"weight_decay": config.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.parameters, self.peak, fused=True, **decay)
         scaled = run.amp == "fp16" and run.device == "cuda"
         self.scaler = torch.amp.GradScaler(run.device, enabled=scaled)
 
     def backward(self, loss, share):
-        """Leave in the parameters the gradients of the whole batch, unscaled and unclipped.
-
-        loss: of this process's part of the batch, of which `share` is its weight.
-        """
+        """Leave the gradients of the whole batch, unscaled and unclipped. loss: of this process's
+        part of it, whose weight is `share`."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(share * loss).backward()
         parallel.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
 
     def step(self):
-        """Clip the gradients and update the parameters at the rate of this step."""
+        """Clip the gradients and update the parameters."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         if self.config.grad_clip:
@@ -51,7 +42,6 @@ class Updates:
 
     @property
     def rate(self):
-        """The learning rate of the next step."""
         return self.peak * schedule(self.done, self.steps, self.config.warmup, self.constant)
 
     def state_dict(self):
@@ -63,8 +53,8 @@ class Updates:
 
 
 def schedule(step, steps, warmup, constant=False):
-    """The learning rate, as a factor of its peak: linear over the first `warmup` share of the
-    steps, then half a cosine down to zero, or `constant`."""
+    """The rate, in peaks: linear over the `warmup` share of the steps, then half a cosine to zero,
+    or `constant`."""
     warm = warmup * steps
     if step < warm:
         return (step + 1) / (warm + 1)

@@ -280,6 +280,10 @@ def fuzz(count, seed, told=print):
     failures, kinds = [], Counter()
     with tempfile.TemporaryDirectory() as folder:
         source = whole(Path(folder, "whole"))
+        ANSWERS.update(
+            dict.fromkeys((of_run, of_half, of_training, of_config), scores(source / "run"))
+        )
+        ANSWERS.update(dict.fromkeys((of_cache, of_video)))  # they have none
         for number in range(count):
             what, why = case(source, Path(folder, "broken"), random.Random(f"{seed}-{number}"))
             kinds[what.split()[1]] += 1

@@ -190,7 +190,7 @@ def test_strength_and_rate_are_the_methods_own_unless_given(monkeypatch):
 
 
 def test_a_key_twice_in_one_file_names_both_lines(tmp_path):
-    with pytest.raises(AtlasError, match="`seed`.*lines 1 and 3"):
+    with pytest.raises(AtlasError, match=r"`seed`.*lines \[1, 3\]"):
         of_text(tmp_path, "seed: 1\nlr: 1e-3\nseed: 2\n")
 
 

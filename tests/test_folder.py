@@ -13,13 +13,11 @@ from atlas.config import Config, as_dict, load_config
 from atlas.errors import AtlasError
 from atlas.folder import (
     checkpoints,
-    first_rows,
     read_or_none,
     read_progress,
     refuse_used_folder,
-    save_torch,
     take_folder,
-    write_text,
+    write,
 )
 
 
@@ -42,16 +40,15 @@ def begun(folder, config):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    write_text(path, "old")
+    write(path, "old")
 
     def fail(*paths):
         raise OSError("no room")
 
     monkeypatch.setattr(folders.os, "replace", fail)
-    with pytest.raises(OSError):
-        write_text(path, "new")
-    with pytest.raises(AtlasError, match="no room.*--resume"):
-        save_torch(tmp_path / "results.json", {})
+    for content in ("new", {}):
+        with pytest.raises(AtlasError, match="no room.*--resume"):
+            write(path, content)
     assert path.read_text() == "old"
 
 
@@ -157,7 +154,7 @@ def test_damaged_progress_is_said_and_not_used(tmp_path, capsys):
     path = tmp_path / "progress.pt"
     assert read_progress(path) is None
     state = {"task": 1, "weights": {"a": torch.arange(100.0)}}
-    save_torch(path, state)
+    write(path, state)
     assert torch.equal(read_progress(path)["weights"]["a"], state["weights"]["a"])
     assert capsys.readouterr().out == ""
     whole = path.read_bytes()
@@ -166,20 +163,3 @@ def test_damaged_progress_is_said_and_not_used(tmp_path, capsys):
         assert read_progress(path) is None
         (line,) = capsys.readouterr().out.splitlines()
         assert "progress.pt is damaged" in line and "not used" in line
-
-
-def test_first_rows_cut_every_matrix_and_what_they_took():
-    found = {
-        "matrix": {"J": [[0], [1], [2], None], "F": [[0], [1], [2], [3]]},
-        "val_matrix": {"J": [[0], [1], [2], [3]]},
-        "class_matrix": {"classes": ["a"], "J": [[0], [1], [2], [3]]},
-        "seconds": {"train": [1, 2, 3], "consolidate": [4, 5, 6], "evaluate": [0, 7, 8, 9]},
-    }
-    rows = first_rows(found, 2)
-    assert rows == {
-        "matrix": {"J": [[0], [1]], "F": [[0], [1]]},
-        "val_matrix": {"J": [[0], [1]]},
-        "class_matrix": {"classes": ["a"], "J": [[0], [1]]},
-        "seconds": {"train": [1], "consolidate": [4], "evaluate": [0, 7]},
-    }
-    assert first_rows(found | {"class_matrix": None}, 2)["class_matrix"] is None

@@ -29,7 +29,8 @@ def test_seconds_and_consolidations(journal):
     assert journal.seconds(1, "consolidated") == 4.0
     assert journal.seconds(2, "raw") == 24.0
     assert journal.seconds(3, "raw") == 0
-    assert journal.consolidations() == [{"step": 3, "reason": "the loss rose"}]
+    told = {"task": 1, "epoch": 1, "step": 3, "reason": "the loss rose"}
+    assert journal.consolidations() == [told]
 
 
 @pytest.mark.parametrize(

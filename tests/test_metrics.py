@@ -216,7 +216,7 @@ def test_a_row_scores_every_task_and_every_class(scored):
         assert row["test"]["J"][j] == pytest.approx(score(run, task.test)["J"], abs=1e-6)
         assert row["val"][j] == pytest.approx(score(run, task.val)["J"], abs=1e-6)
     assert set(row["test"]) == set(TEST_SCORES)
-    of_class = dict(zip(run.class_names, row["classes"]))
+    of_class = dict(zip(run.results["class_matrix"]["classes"], row["classes"]))
     for j, task in enumerate(run.tasks):  # two test clips of each class
         mean = np.mean([of_class[name] for name in task.classes])
         assert row["test"]["J"][j] == pytest.approx(mean, abs=1e-9)

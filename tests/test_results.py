@@ -19,6 +19,8 @@ from atlas.results import (
     add_scores,
     derived_metrics,
     drifts,
+    environment,
+    first_rows,
     new_results,
     read_joint,
     read_results,
@@ -27,24 +29,30 @@ from atlas.results import (
 R = [[0.1, 0.1, 0.1], [0.6, 0.2, 0.1], [0.5, 0.7, 0.2], [0.4, 0.5, 0.6]]
 
 
-def a_run(**keys):
-    """A stand-in for runs.Run, with three tasks of one class each."""
+ABOUT = {  # as runs.Run.about
+    "parameters": {"total": 1000, "trainable": 100, "lora": 10},
+    "weights": {
+        "visual": {"source": "random", "sha256": "0"},
+        "audio": {"source": "none needed", "sha256": "1"},
+    },
+}
+
+
+def tasks_of():
+    """Three tasks of one class each."""
     tasks = []
     for j in range(3):
         clips = {"train": range(4), "val": range(2), "test": range(2 + j)}
         tasks.append(SimpleNamespace(name=f"t{j}", classes=[f"c{j}"], begins=8.0 * j, **clips))
-    return SimpleNamespace(
-        config=Config(**{"batch_size": 4} | keys),
-        tasks=tasks,
-        class_names=["c0", "c1", "c2"],
-        parameters={"total": 1000, "trainable": 100, "lora": 10},
-        weights={
-            "visual": {"source": "random", "sha256": "0"},
-            "audio": {"source": "none needed", "sha256": "1"},
-        },
-        drifts=[2, 4],
-        environment={"device": "cpu", "threads": 1, "amp": "off"},
-    )
+    return tasks
+
+
+def begun(**keys):
+    """The results of a run that has no row yet."""
+    config = Config(**{"batch_size": 4} | keys)
+    machine = environment() | {"device": "cpu", "threads": 1, "amp": "off"}
+    found = new_results(config, tasks_of(), ["c0", "c1", "c2"]) | ABOUT
+    return copy.deepcopy(found | {"environment": machine})
 
 
 def a_row(values):
@@ -53,7 +61,7 @@ def a_row(values):
 
 
 def finished(matrix=R, **keys):
-    results = new_results(a_run(**keys))
+    results = begun(**keys)
     for row in matrix:
         add_scores(results, row and a_row(row))
     for part in ("train", "consolidate"):
@@ -69,7 +77,7 @@ def write(folder, results):
 
 
 def test_a_new_run_has_its_schema_its_versions_and_no_rows():
-    results = new_results(a_run(seed=3))
+    results = begun(seed=3)
     assert results["schema"] == 1 and results["seed"] == 3 and not results["complete"]
     assert results["tasks"][1]["clips"] == {"train": 4, "val": 2, "test": 3}
     assert {"torch", "timm", "peft", "python", "platform", "device"} <= set(results["environment"])
@@ -126,7 +134,7 @@ def test_the_summary_says_memory_and_on_a_stream_consolidations_and_drifts():
 
 
 def test_the_summary_of_an_unfinished_run_says_how_to_go_on():
-    results = new_results(a_run())
+    results = begun()
     assert "--resume" in summary(results) and "0 of 4 rows" in summary(results)
     add_scores(results, a_row(R[0]))
     assert "1 of 4 rows" in summary(results) and "0.100" in summary(results)
@@ -141,9 +149,9 @@ def test_results_of_older_versions_are_read(tmp_path):
 
 
 def test_the_drifts_are_the_steps_at_which_segments_begin():
-    run = a_run()
-    assert drifts(run.tasks, run.config) == [2, 4]
-    assert drifts([SimpleNamespace(begins=None)] * 2, run.config) == []
+    config = Config(batch_size=4)
+    assert drifts(tasks_of(), config) == [2, 4]
+    assert drifts([SimpleNamespace(begins=None)] * 2, config) == []
 
 
 def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path):
@@ -221,3 +229,20 @@ def test_reading_results_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_first_rows_cut_every_matrix_and_what_they_took():
+    found = {
+        "matrix": {"J": [[0], [1], [2], None], "F": [[0], [1], [2], [3]]},
+        "val_matrix": {"J": [[0], [1], [2], [3]]},
+        "class_matrix": {"classes": ["a"], "J": [[0], [1], [2], [3]]},
+        "seconds": {"train": [1, 2, 3], "consolidate": [4, 5, 6], "evaluate": [0, 7, 8, 9]},
+    }
+    rows = first_rows(found, 2)
+    assert rows == {
+        "matrix": {"J": [[0], [1]], "F": [[0], [1]]},
+        "val_matrix": {"J": [[0], [1]]},
+        "class_matrix": {"classes": ["a"], "J": [[0], [1]]},
+        "seconds": {"train": [1], "consolidate": [4], "evaluate": [0, 7]},
+    }
+    assert first_rows(found | {"class_matrix": None}, 2)["class_matrix"] is None

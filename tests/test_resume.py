@@ -234,6 +234,21 @@ def test_without_results_the_rows_are_scored_again_and_nothing_is_learned(
     assert spent[0] == spent[1]  # the log tells them
 
 
+@pytest.mark.parametrize("number, event", [(11, "step"), (6, "score")])
+def test_a_lost_log_costs_no_consolidation(whole, number, event):
+    """Stopped in a chunk, and after a checkpoint of which results.json has no row."""
+    folder, config = whole("tfcl")
+    here = replace(config, name=f"lost_log_{event}")
+    copy = Path(here.out_dir, here.name)
+    assert stop(here, number, event)
+    assert Journal(copy).consolidations()
+    (copy / "log.jsonl").unlink()
+    train.main(here, resume=True)
+    one, other = read_results(folder), read_results(copy)
+    assert one["consolidations"] == other["consolidations"]
+    same_checkpoints(folder, copy)
+
+
 def test_a_torn_progress_costs_its_task_alone(whole, monkeypatch, capsys):
     folder, config = whole("cil")
     here = replace(config, name="torn_progress")

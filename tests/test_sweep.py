@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, run
+from conftest import LIGHT, ROOT, TINY, run
 
 from atlas import sweep
 from atlas.config import FIELDS, as_dict
@@ -195,12 +195,8 @@ def test_a_grid_runs_skips_and_ranks_by_validation(tmp_path, capsys):
 
     assert sweep.run_grid(parse(*words), table, start=fake) == 0
     out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if line.startswith("| lra_lambda")]
-    assert rows == [
-        "| lra_lambda=0.5 | 2 | 0.500 ± 0.000 | 0.900 ± 0.000 |",
-        "| lra_lambda=0.25 | 2 | 0.250 ± 0.000 | 0.900 ± 0.000 |",
-    ]
-    assert out.endswith("the table\n") and len(tables[0]) == 4 and len(fake.begun) == 4
+    assert [found["config"]["lra_lambda"] for found in tables[0]] == [0.5, 0.5, 0.25, 0.25]
+    assert out.endswith("the table\n") and len(fake.begun) == 4
     assert not list(tmp_path.glob("*.err"))
 
     again = Fake()
@@ -252,10 +248,24 @@ def test_after_ctrl_c_nothing_more_is_begun(tmp_path):
     assert len(begun) <= 2
 
 
+def test_a_run_that_is_started_leaves_its_errors_in_a_file(tmp_path):
+    assert sweep.start_run(["lora_rnk=8"], tmp_path / "a.err", 1) == 2
+    assert (tmp_path / "a.err").read_text().startswith("error: unknown key")
+
+
 def test_a_grid_through_the_command_line(tree, tmp_path):
-    words = [*TINY, "epochs_first=0", "epochs=0", f"data_root={tree}"]
-    words += [f"cache_dir={tmp_path / 'cache'}", f"out_dir={tmp_path / 'runs'}"]
-    done = run("train.py", *words, "base=4,9")
-    assert done.returncode == 1 and "| base=4 | 1 |" in done.stdout, done.stderr
-    assert "base=9" in done.stderr and (tmp_path / "runs/cil_lra_seed0_base-9.err").is_file()
-    assert (tmp_path / "runs/cil_lra_seed0_base-4/results.json").is_file()
+    """Its runs are begun by processes that are forked from this one, and are finished then."""
+    words = [*TINY, f"visual={LIGHT}", "epochs_first=0", "epochs=0", f"data_root={tree}"]
+    words += [f"cache_dir={tmp_path / 'cache'}", f"out_dir={tmp_path / 'runs'}", "base=3,4,9"]
+
+    def forked(words, errors, jobs):
+        done = run("train.py", *words)
+        errors.write_text(done.stderr)
+        return done.returncode
+
+    assert sweep.run_grid(parse(*words), len, start=forked) == 1
+    assert "lower base" in (tmp_path / "runs/cil_lra_seed0_base-9.err").read_text()
+    words[-1] = "base=3,4"
+    done = run("train.py", *words)
+    assert done.returncode == 0 and done.stdout.count("finished before: ") == 2, done.stderr
+    assert "base=3" in done.stdout and "base=4" in done.stdout and "val J" in done.stdout

@@ -93,7 +93,8 @@ def test_the_state_goes_on_to_the_same_bits():
     learn(updates, whole, 8)
     first = Updates(resumed, 1, steps=8)
     learn(first, resumed, 3)
-    second = Updates(resumed, 1, steps=8, done=3)
+    second = Updates(resumed, 1, steps=8)
+    second.done = 3
     second.load_state_dict(first.state_dict())
     learn(second, resumed, 5)
     assert torch.equal(whole.model.weight, resumed.model.weight)
