@@ -14,7 +14,7 @@ from conftest import SHARED, run
 from PIL import Image
 from test_stock import BACKGROUND, COLOUR, Stock, flat_stock
 
-from atlas.clips import SPLITS, T, read_ms3, read_s4
+from atlas.clips import CSVS, SPLITS, T, read_ms3, read_s4, read_table
 from atlas.errors import AtlasError
 from atlas.prepare import compose
 from atlas.prepare.check import check
@@ -149,6 +149,18 @@ def test_people_drew_what_is_called_drawn(s4, ms3):
             heard = [p for p in entry["pictures"] if p["recording"]]
             assert (entry["mask"] == "drawn") == all(p["mask"] == "drawn" for p in heard)
         assert {entry["mask"] for entry in report["clips"]} == {"drawn", "made"}
+
+
+def test_the_table_says_whose_masks_they_are(made):
+    root, report, clips = made
+    table = Path(root, CSVS["s4" if clips[0].category else "ms3"])
+    columns = ("split", "mask")
+    assert [row["mask"] for row in read_table(table, columns)] == [
+        e["mask"] for e in report["clips"]
+    ]
+    shown = {entry["id"][:11]: entry["source"] for entry in report["clips"]}
+    assert all(shown[entry["id"][:11]] == entry["source"] for entry in report["clips"])
+    assert len(set(shown.values())) == len(shown)
 
 
 def test_the_seed_decides_everything(stock, s4, tmp_path):

@@ -1,12 +1,11 @@
 """A stock (stock.py) from data sets that anyone can download: VOC, COCO, DAVIS, ESC-50, sounds.
 
-A class map (configs/class_map.yaml) says which class is what in each set. A picture is taken for a
-class that covers LEAST of it or more, and scaled down to LONGEST pixels; sounds are copied. What
-has a row in the stock's tables is skipped, so another source, or the same one again, only adds.
+configs/class_map.yaml says which class is what in each set. A picture is taken for a class that
+covers LEAST of it or more, and scaled down to LONGEST pixels; sounds are copied. What has a row in
+the stock's tables is skipped, so another source, or the same one again, only adds.
 """
 
 import json
-import re
 import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ import yaml
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from atlas.clips import T, open_picture, read_frame, read_table
+from atlas.clips import open_picture, read_frame, read_table
 from atlas.errors import AtlasError
-from atlas.prepare.stock import COLUMNS, read_rows, write_rows
+from atlas.prepare.stock import COLUMNS, by_place, evenly, read_rows, write_rows
 
 CLASS_MAP = Path(__file__).parents[2] / "configs" / "class_map.yaml"
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
@@ -40,7 +39,7 @@ class Found:
     masks: list = ()  # [H, W] bool; a sound has none
 
 
-def fill_stock(out, folders, class_map=None, most=200, lists=()):
+def fill_stock(out, folders, most=200, lists=()):
     """Fill the stock `out` from `folders`: {"voc" | "coco" | "davis" | "esc" | "sounds": folder}.
 
     At most `most` pictures, or sounds, of a class are taken from a folder. With `lists` (the tables
@@ -49,15 +48,20 @@ def fill_stock(out, folders, class_map=None, most=200, lists=()):
     """
     if not folders:
         raise AtlasError(f"collect needs a folder: one of --{', --'.join(READERS)}")
-    names = read_class_map(class_map or CLASS_MAP)
+    class_map = read_class_map(CLASS_MAP)
     rows = {kind: read_rows(out, kind) for kind in COLUMNS}
-    listed = read_lists(lists)
+    listed = {kind: {} for kind in COLUMNS}
+    for path in lists:
+        kind = "pictures" if "picture" in read_table(path, ("class",))[0] else "sounds"
+        listed[kind] |= by_place(read_table(path, COLUMNS[kind]), kind)
     added, left = Counter(), Counter()
     try:
         for key, folder in folders.items():
-            if not Path(folder).is_dir():
-                raise AtlasError(f"there is no folder {folder}: check --{key}")
-            items = READERS[key](Path(folder), names, left)
+            read, pattern = READERS[key]
+            found = sorted(Path(folder).glob(pattern))
+            if not found:
+                raise AtlasError(f"there is no {pattern} in {folder}: check --{key}")
+            items = read(Path(folder), found, class_map, left)
             if lists and key in ("esc", "sounds"):
                 items = from_list(Path(folder), listed["sounds"])
             taken = Counter()
@@ -80,20 +84,8 @@ def fill_stock(out, folders, class_map=None, most=200, lists=()):
         for kind in COLUMNS:
             if rows[kind]:
                 write_rows(out, kind, rows[kind])
-    missing = [
-        row for kind in COLUMNS for place, row in listed[kind].items() if place not in rows[kind]
-    ]
+    missing = [listed[kind][p] for kind in COLUMNS for p in listed[kind] if p not in rows[kind]]
     return added, left, missing
-
-
-def read_lists(paths):
-    """{"pictures" | "sounds": {(class, name without suffix): row}} of tables like a stock's."""
-    listed = {kind: {} for kind in COLUMNS}
-    for path in paths:
-        kind = "pictures" if "picture" in read_table(path, ("class", "source"))[0] else "sounds"
-        for row in read_table(path, COLUMNS[kind]):
-            listed[kind][row["class"], Path(row[kind[:-1]]).stem] = row
-    return listed
 
 
 def write(out, item):
@@ -125,48 +117,43 @@ def _made(*parts):
     return path
 
 
-# ---- the data sets: each yields what it has, as Found
+# ---- the data sets: each yields, of the files `found` below `root`, what it has, as Found
 
 
-def from_voc(root, names, left):
+def from_voc(root, found, class_map, left):
     """JPEGImages/ and SegmentationClass/ or, of SBD, SegmentationClassAug/."""
-    masks = {path.stem: path for path in root.glob("SegmentationClass*/*.png")}
-    indices = {c: [VOC.index(v) for v in entry["voc"]] for c, entry in names.items()}
-    for stem in _some(sorted(masks), f"SegmentationClass/*.png in {root}"):
-        labels = read_labels(masks[stem])
+    for path in found:
+        labels = read_labels(path)
         if not np.isin(labels, [*range(len(VOC)), 255]).all():
-            raise AtlasError(f"{masks[stem]}: 0 to 20 and 255 are VOC's classes, it has others")
-        photo = stem if re.fullmatch(r"\d{4}_\d{6}", stem) else stem.split("_")[0]  # or its crop
-        row = {"source": f"voc_{photo}", "dataset": "PASCAL VOC", "path": f"JPEGImages/{stem}.jpg"}
-        shown = {c: np.isin(labels, values) for c, values in indices.items()}
-        yield from _photo(f"voc_{stem}", row, root / row["path"], shown)
+            raise AtlasError(f"{path}: 0 to 20 and 255 are VOC's classes, it has others")
+        shown = {}
+        for category, entry in class_map.items():
+            shown[category] = np.isin(labels, [VOC.index(name) for name in entry["voc"]])
+        row = {"dataset": "PASCAL VOC", "path": f"JPEGImages/{path.stem}.jpg"}
+        yield from _photo(f"voc_{path.stem}", root, row, shown)
 
 
-def from_coco(root, names, left):
+def from_coco(root, found, class_map, left):
     """annotations/instances_SET.json, and the pictures in SET/ or images/SET/.
 
     A picture in which a class of the map is a crowd, or run-length encoded, is left out.
     """
-    class_of = _classes(names, "coco")
-    files = sorted(root.glob("annotations/instances_*.json"))
-    for file in _some(files, f"annotations/instances_*.json in {root}"):
+    for file in found:
         folder = file.stem.removeprefix("instances_")
-        for number, file_name, size, regions in read_instances(file, class_of):
-            paths = [root / folder / file_name, root / "images" / folder / file_name]
-            paths = [path for path in paths if path.is_file()]
-            if not paths:
+        for number, file_name, size, regions in read_instances(file, class_map):
+            row = {"dataset": "COCO", "path": f"{folder}/{file_name}"}
+            above = root if (root / row["path"]).is_file() else root / "images"
+            if not (above / row["path"]).is_file():
                 left["COCO pictures that are not in the folder"] += 1
             elif not all(isinstance(polygons, list) for _, polygons in regions):
                 left["COCO pictures with a crowd, or a region without polygons"] += 1
             else:
-                name = f"coco_{number}"
-                row = {"source": name, "dataset": "COCO", "path": f"{folder}/{file_name}"}
-                yield from _photo(name, row, paths[0], fill(regions, size))
+                yield from _photo(f"coco_{number}", above, row, fill(regions, size))
 
 
-def read_instances(file, class_of):
+def read_instances(file, class_map):
     """[(id, file name, (W, H), [(class, segmentation)])] of the pictures with known classes."""
-    regions = defaultdict(list)
+    class_of, regions = _classes(class_map, "coco"), defaultdict(list)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         category = {c["id"]: class_of.get(c["name"]) for c in data["categories"]}
@@ -175,9 +162,8 @@ def read_instances(file, class_of):
             if name:
                 regions[region["image_id"]].append((name, region["segmentation"]))
         images = [image for image in data["images"] if image["id"] in regions]
-        return [
-            (i["id"], i["file_name"], (i["width"], i["height"]), regions[i["id"]]) for i in images
-        ]
+        sizes = [(image["width"], image["height"]) for image in images]
+        return [(i["id"], i["file_name"], s, regions[i["id"]]) for i, s in zip(images, sizes)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AtlasError(f"{file} is not COCO's instances json: {error!r}") from None
 
@@ -193,63 +179,57 @@ def fill(regions, size):
     return {category: np.array(plane) for category, plane in planes.items()}
 
 
-def _photo(name, row, path, shown):
-    """Yield the photo for each class of {class: mask} that has a pixel."""
+def _photo(name, root, row, shown):
+    """Yield the photo ROOT/PATH for each class of {class: mask} that has a pixel."""
     present = sorted(category for category, mask in shown.items() if mask.any())
     for category in present:
         also = " ".join(other for other in present if other != category)
-        yield Found(category, name, row | {"also": also}, [path], [shown[category]])
+        own = row | {"source": name, "also": also}
+        yield Found(category, name, own, [root / row["path"]], [shown[category]])
 
 
-def from_davis(root, names, left):
+def from_davis(root, found, class_map, left):
     """JPEGImages/480p/SEQUENCE/, Annotations/480p/SEQUENCE/: T evenly spaced frames of each.
 
     All objects of a sequence are one mask. It shows its class and what the map says it carries.
     """
-    known = {s: {"class": c, "video": s} for s, c in _classes(names, "davis").items()}
-    if (root / "classes.csv").is_file():
-        table = read_table(root / "classes.csv", ("sequence", "class", "video"))
-        known |= {row["sequence"]: row for row in table}
-    carries = {s: also for entry in names.values() for s, also in entry["carries"].items()}
-    folders = sorted(path for path in root.glob("Annotations/480p/*") if any(path.glob("*.png")))
-    for folder in _some(folders, f"Annotations/480p/SEQUENCE/*.png in {root}"):
-        if folder.name not in known:
+    class_of = _classes(class_map, "davis")
+    for sequence in sorted({path.parent.name for path in found}):
+        if sequence not in class_of:
             left["DAVIS videos whose class is not known"] += 1
             continue
-        category, video = known[folder.name]["class"], known[folder.name]["video"]
-        masks = sorted(folder.glob("*.png"))
-        masks = [masks[k] for k in np.linspace(0, len(masks) - 1, T).round().astype(int)]
-        path = f"JPEGImages/480p/{folder.name}"
+        masks = evenly([path for path in found if path.parent.name == sequence])
+        path, category = f"JPEGImages/480p/{sequence}", class_of[sequence]
+        also = " ".join(class_map[category]["carries"].get(sequence, []))
+        row = {"source": f"davis_{sequence}", "also": also, "dataset": "DAVIS", "path": path}
         files = [root / path / f"{mask.stem}.jpg" for mask in masks]
-        also = " ".join(carries.get(video, []))
-        row = {"source": f"davis_{video}", "also": also, "dataset": "DAVIS", "path": path}
         masks = [read_labels(mask) > 0 for mask in masks]
-        yield Found(category, f"davis_{folder.name}", row, files, masks)
+        yield Found(category, row["source"], row, files, masks)
 
 
-def from_esc(root, names, left):
+def from_esc(root, found, class_map, left):
     """audio/ and meta/esc50.csv. Takes of one recording share its `src_file`: their source."""
-    class_of = _classes(names, "esc")
-    for given in read_table(root / "meta" / "esc50.csv", ("filename", "category", "src_file")):
+    class_of = _classes(class_map, "esc")
+    for given in read_table(found[0], ("filename", "category", "src_file")):
         category = class_of.get(given["category"])
         path = root / "audio" / Path(given["filename"]).name
-        if category and not path.is_file():
-            left["ESC-50 sounds that are not in the folder"] += 1
-        elif category:
-            source, place = f"esc_{given['src_file']}", f"audio/{path.name}"
-            row = {"source": source, "dataset": "ESC-50", "path": place}
+        if category and path.is_file():
+            row = {"source": f"esc_{given['src_file']}", "dataset": "ESC-50"}
+            row["path"] = f"audio/{path.name}"
             yield Found(category, f"esc_{path.stem}", row, [path])
+        elif category:
+            left["ESC-50 sounds that are not in the folder"] += 1
 
 
-def from_sounds(root, names, left):
+def from_sounds(root, found, class_map, left):
     """DIR/CLASS/*.wav, ogg, flac or mp3, as one sorts FSD50K. Every file is its own source."""
-    for category, entry in names.items():
-        for folder in (category, *entry["sounds"]):
-            for path in sorted(root.glob(f"{folder}/*")):
-                if path.suffix.lower() in SOUNDS:
-                    name = f"{root.name}_{path.stem}"
-                    row = {"source": name, "dataset": root.name, "path": f"{folder}/{path.name}"}
-                    yield Found(category, name, row, [path])
+    class_of = _classes(class_map, "sounds") | {name: name for name in class_map}
+    for path in found:
+        category, name = class_of.get(path.parent.name), f"{root.name}_{path.stem}"
+        if category and path.suffix.lower() in SOUNDS:
+            place = f"{path.parent.name}/{path.name}"
+            row = {"source": name, "dataset": root.name, "path": place}
+            yield Found(category, name, row, [path])
 
 
 def from_list(root, listed):
@@ -264,8 +244,13 @@ def from_list(root, listed):
             yield Found(category, name, row, paths[:1])
 
 
-READERS = {"voc": from_voc, "coco": from_coco, "davis": from_davis, "esc": from_esc,
-    "sounds": from_sounds}  # fmt: skip
+READERS = {  # and what a folder of each must hold
+    "voc": (from_voc, "SegmentationClass*/*.png"),
+    "coco": (from_coco, "annotations/instances_*.json"),
+    "davis": (from_davis, "Annotations/480p/*/*.png"),
+    "esc": (from_esc, "meta/esc50.csv"),
+    "sounds": (from_sounds, "*/*"),
+}
 
 
 def read_class_map(path):
@@ -273,20 +258,20 @@ def read_class_map(path):
     empty = {key: [] for key in READERS} | {"carries": {}}
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        names = {str(name): empty | entry for name, entry in loaded.items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise AtlasError(f"the class map {path} is not readable: {error}") from None
-    for name, entry in names.items():
-        wrong = [k for k, v in entry.items() if k not in empty or type(v) is not type(empty[k])]
-        if wrong or not set(entry["voc"]) <= set(VOC[1:]):
-            keys = f"lists under {', '.join(READERS)} (VOC's own names under voc)"
-            raise AtlasError(f"the class map {path}: {name} needs {keys}, a mapping under carries")
-    return names
+        class_map = {str(name): empty | entry for name, entry in loaded.items()}
+        for name, entry in class_map.items():
+            wrong = [key for key in entry if type(entry[key]) is not type(empty[key])]
+            wrong += set(entry["voc"]) - set(VOC[1:])
+            if wrong:
+                raise ValueError(f"{name} has a wrong {wrong[0]}")
+    except (OSError, ValueError, KeyError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise AtlasError(f"the class map {path} is not readable: {error!r}") from None
+    return class_map
 
 
-def _classes(names, key):
+def _classes(class_map, key):
     """{what a data set calls it: class} of the class map."""
-    return {value: name for name, entry in names.items() for value in entry[key]}
+    return {value: name for name, entry in class_map.items() for value in entry[key]}
 
 
 def read_labels(path):
@@ -295,9 +280,3 @@ def read_labels(path):
     if image.mode not in ("P", "L", "1"):
         raise AtlasError(f"the mask {path} is an {image.mode} image; it must have one channel")
     return np.array(image).astype(np.uint8)
-
-
-def _some(found, wanted):
-    if not found:
-        raise AtlasError(f"there are no {wanted}: is it the right folder?")
-    return found

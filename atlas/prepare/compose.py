@@ -1,12 +1,10 @@
 """An open AVS set from a stock of real pictures and sounds, written as an AVSBench tree, S4 or MS3.
 
-A clip shows pictures side by side. In S4 it is two, one of them heard in all T seconds; in MS3 two
-or three, of which one or two are heard, each in seconds of its own. The truth of a second is every
-pixel of the classes heard in it. No picture shows a class that another one of its clip is heard as.
-A source (a photo, a video, a recording) is in one split only. Silent pictures are drawn, cut and
-moved like heard ones, and all recordings have one loudness: only the sound tells what is heard.
-
-Shapes: T frames (5), H W pixels of the frame. Masks are 1 on the sounding object.
+A clip shows pictures side by side: in S4 two, one of them heard in all T seconds; in MS3 two or
+three, one or two of them heard, each in seconds of its own. The truth of a second is every pixel of
+the classes heard in it; no other picture of the clip shows them. A source (a photo, a video, a
+recording) is in one split only. Silent pictures are drawn, cut and moved like heard ones, and all
+recordings have one loudness: only the sound tells what is heard.
 """
 
 import json
@@ -60,7 +58,7 @@ def make_open_set(stock, out, recipe):
         raise AtlasError(f"compose needs {limits}")
     pools, left_out = gather(stock, recipe)
     sources = sorted({picture.source for pool in pools.values() for picture in pool.pictures})
-    written, made, takes = [], [], Counter()
+    clips, made, takes = [], [], Counter()
     with built_beside(out) as folder:
         for split, pool in pools.items():
             plan = pool.plan(split, recipe)
@@ -72,12 +70,12 @@ def make_open_set(stock, out, recipe):
                 clip = ms3_clip(folder, name, split)
                 if recipe.dataset == "s4":
                     clip = s4_clip(folder, name, first, split)
-                written.append(write_clip(clip, *files))
+                clips.append(write_clip(clip, *files))
                 made.append({"id": name, "split": split, **entry})
-        counts = {c: {split: count(made, c, split) for split in SPLITS} for c in pool.heard}
-        report = {"recipe": asdict(recipe), "heard": counts, "left_out": left_out, "clips": made}
+        heard = {name: {split: count(made, name, split) for split in SPLITS} for name in pool.heard}
+        report = {"recipe": asdict(recipe), "heard": heard, "left_out": left_out, "clips": made}
         Path(folder, "compose.json").write_text(json.dumps(report, indent=1) + "\n")
-        write_csv(folder, written, recipe.dataset)
+        write_csv(folder, clips, recipe.dataset, [entry["mask"] for entry in made])
     return report
 
 
@@ -108,19 +106,21 @@ def large_enough(picture):
 def choose_classes(shown, known, classes):
     """(classes to be heard, {other class: why not}), of {class: sources} of pictures and sounds."""
     least = 3 if classes else LEAST  # three can be divided
-    left_out = {}
-    names = sorted({*shown, *known, *(classes or ())})
-    for name in names:
+    heard, left_out = [], {}
+    for name in sorted({*shown, *known, *(classes or ())}):
         why = f"sources: {len(shown[name])} of pictures, {len(known[name])} of sounds"
+        enough = min(len(shown[name]), len(known[name])) >= least
         if classes and name not in classes:
             left_out[name] = "not in --classes"
-        elif min(len(shown[name]), len(known[name])) < least:
+        elif enough:
+            heard.append(name)
+        elif classes:
+            raise AtlasError(f"{name} cannot be heard, {why}, of {least} needed")
+        else:
             left_out[name] = why
-            if classes:
-                raise AtlasError(f"{name} cannot be heard, {why}, of {least} needed")
-    if len(left_out) == len(names):
+    if not heard:
         raise AtlasError(f"no class of the stock has {least} sources of pictures and of sounds")
-    return [name for name in names if name not in left_out], left_out
+    return heard, left_out
 
 
 def divide(sources, heard, rng):
@@ -234,7 +234,7 @@ def make_clip(pool, first, recipe):
             if recipe.dataset == "ms3":
                 schedule = draw_schedule(own, CHANCES[place], pool.rng)
             wave += own * gate(schedule)
-            entry |= {"schedule": schedule.astype(int).tolist()}
+            entry["schedule"] = schedule.astype(int).tolist()
             entry |= {"recording": sound.name, "recording_source": sound.source}
         frames.append(seen)
         masks.append(mask & schedule[:, None, None])

@@ -4,10 +4,8 @@
     STOCK/pictures.csv: class,picture,source,also,mask,dataset,repository,path
     STOCK/sounds.csv: class,sound,source,dataset,repository,path
 
-A video is a folder of frames and one of masks. `source` must stay in one split: a photo, a video, a
-recording. `also` names other classes that the picture shows, and `mask` says whether people have
-`drawn` it or a program has `made` it. A file without a row is its own source and shows nothing
-else; there need be no tables.
+A video is a folder of frames and one of masks. A `source` stays in one split; `also` names other
+classes that the picture shows. A file without a row is its own source and shows nothing else.
 """
 
 import csv
@@ -45,40 +43,38 @@ class Item:
 
 
 def read_stock(root):
-    """(pictures, sounds) of a stock, as Items, by class and name. Only the tables are opened."""
-    pictures, sounds = [], []
-    for category, path, row in _files(root, "pictures"):
-        files, masks = [path], Path(root, "masks", category)
-        if path.is_dir():
-            masks = masks / path.name
-            frames = _visible(path)
-            if not frames:
-                raise AtlasError(f"the video {path} has no frames: remove its folder, or fill it")
-            files = [frames[k] for k in np.linspace(0, len(frames) - 1, T).round().astype(int)]
-        masks = tuple(masks / f"{file.stem}.png" for file in files)
-        also = frozenset(row.get("also", "").replace(";", " ").split())
-        drawn = row.get("mask") or "drawn"
-        item = Item(category, path.name, row["source"], tuple(files), masks, also, drawn)
-        pictures.append(item)
-    for category, path, row in _files(root, "sounds"):
-        sounds.append(Item(category, path.name, row["source"], (path,)))
-    return pictures, sounds
-
-
-def _files(root, kind):
-    """Yield (class, path, row) of everything in ROOT/KIND/CLASS/."""
+    """(pictures, sounds): Items, by class and name. Only the tables are opened."""
     if not any(Path(root, kind).is_dir() for kind in COLUMNS):
         raise AtlasError(f"{root} is no stock: it holds neither pictures/ nor sounds/")
-    rows = read_rows(root, kind)
-    for folder in sorted(path for path in Path(root, kind).glob("[!.]*") if path.is_dir()):
-        for path in _visible(folder):
-            row = rows.get((folder.name, path.stem), {})
-            source = row.get("source") or f"{folder.name}/{path.name}"
-            yield folder.name, path, row | {"source": source}
+    return _items(root, "pictures"), _items(root, "sounds")
 
 
-def _visible(folder):
-    return sorted(folder.glob("[!.]*"))
+def _items(root, kind):
+    rows, items = read_rows(root, kind), []
+    for path in sorted(Path(root, kind).glob("[!.]*/[!.]*")):
+        category = path.parent.name
+        row = rows.get((category, path.stem), {})
+        source = row.get("source") or f"{category}/{path.name}"
+        if kind == "sounds":
+            items.append(Item(category, path.name, source, (path,)))
+            continue
+        files = [path]
+        if path.is_dir():
+            frames = sorted(path.glob("[!.]*"))
+            if not frames:
+                raise AtlasError(f"the video {path} has no frames: remove its folder, or fill it")
+            files = evenly(frames)
+        places = [file.relative_to(Path(root, kind)).with_suffix(".png") for file in files]
+        masks = tuple(Path(root, "masks", place) for place in places)
+        also = frozenset(row.get("also", "").replace(";", " ").split())
+        drawn = row.get("mask") or "drawn"
+        items.append(Item(category, path.name, source, tuple(files), masks, also, drawn))
+    return items
+
+
+def evenly(frames):
+    """T of the frames of a video."""
+    return [frames[k] for k in np.linspace(0, len(frames) - 1, T).round().astype(int)]
 
 
 def read_pictures(item):
@@ -92,10 +88,13 @@ def read_pictures(item):
 
 
 def read_rows(root, kind):
-    """{(class, name without suffix): row} of the table of pictures or sounds, {} without one."""
-    path, name = Path(root, f"{kind}.csv"), kind[:-1]
-    rows = read_table(path, ("class", name, "source")) if path.is_file() else []
-    return {(row["class"], Path(row[name]).stem): row for row in rows}
+    """{(class, name without suffix): row} of a stock's table, {} without one."""
+    path, columns = Path(root, f"{kind}.csv"), ("class", kind[:-1], "source")
+    return by_place(read_table(path, columns), kind) if path.is_file() else {}
+
+
+def by_place(rows, kind):
+    return {(row["class"], Path(row[kind[:-1]]).stem): row for row in rows}
 
 
 def write_rows(root, kind, rows):
@@ -117,11 +116,9 @@ def sources_of(items):
 
 
 def check_stock(root):
-    """(counts, errors, warnings), lists of lines.
+    """(counts, errors, warnings), lists of lines. Errors would stop or falsify a set made of it.
 
-    Errors would stop or falsify a set made of the stock: what cannot be read, masks that are not
-    binary, empty or of another size, silent sounds, and what stands twice. The same photo may serve
-    several classes under one source.
+    The same photo may serve several classes under one source.
     """
     pictures, sounds = read_stock(root)
     errors, warnings = [], []
@@ -141,8 +138,8 @@ def check_stock(root):
         masks = [item.mask for item in pictures if item.category == name]
         files = sum(item.category == name for item in sounds)
         seen, heard = len(shown[name]), len(known[name])
-        drawn = masks.count("drawn")
-        counts.append(f"{name:<16}{len(masks):>9}{drawn:>8}{seen:>8}{files:>8}{heard:>8}")
+        line = f"{name:<16}{len(masks):>9}{masks.count('drawn'):>8}"
+        counts.append(f"{line}{seen:>8}{files:>8}{heard:>8}")
         if seen and min(seen, heard) < LEAST:
             found = f"{seen} sources of pictures and {heard} of sounds, of {LEAST}"
             warnings.append(f"{name} is too small to be heard by default: it has {found}")

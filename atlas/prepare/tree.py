@@ -1,7 +1,4 @@
-"""Writing AVSBench's tree (clips.py), and the sounds of what is composed.
-
-Shapes: T seconds (= frames, 5), H W pixels. Masks are 1 on the sounding object.
-"""
+"""Writing AVSBench's tree (clips.py), and when a composed sound is heard."""
 
 import csv
 from pathlib import Path
@@ -16,7 +13,7 @@ AUDIBLE = 0.1  # a second below this share of its recording's loudness (-20 dB) 
 FADE = 0.02  # seconds
 
 
-def write_clip(clip, frames, masks, wave, rate=RATE):
+def write_clip(clip, frames, masks, wave):
     """Write a clip's files and return it.
 
     frames [T, H, W, 3] uint8; masks [T, H, W] bool, those it has a path for; wave [samples] in ±1.
@@ -27,19 +24,22 @@ def write_clip(clip, frames, masks, wave, rate=RATE):
         Image.fromarray(frame).save(path, compress_level=1)
     for path, mask in zip(clip.masks, masks):
         if path:
-            Image.fromarray(mask.astype(np.uint8) * 255, mode="L").save(path)
-    soundfile.write(clip.audio, np.clip(wave, -1, 1), rate, subtype="PCM_16")
+            Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+    soundfile.write(clip.audio, np.clip(wave, -1, 1), RATE, subtype="PCM_16")
     return clip
 
 
-def write_csv(root, clips, dataset="s4"):
-    """Write AVSBench's table of `clips`. It comes last: a tree without it is not finished."""
-    rows = [["video_id", "split"], *([clip.id, clip.split] for clip in clips)]
+def write_csv(root, clips, dataset="s4", masks=None):
+    """Write AVSBench's table of `clips`; `masks`: of each clip, for a further column."""
+    table = [["video_id", "split"], *([clip.id, clip.split] for clip in clips)]
     if dataset == "s4":
-        rows = [["name", "start", "category", "split"]]
-        rows += [[clip.id, 0, clip.category, clip.split] for clip in clips]
+        table = [["name", "start", "category", "split"]]
+        table += [[clip.id, 0, clip.category, clip.split] for clip in clips]
+    if masks:
+        for row, mask in zip(table, ["mask", *masks]):
+            row.append(mask)
     with open(Path(root, CSVS[dataset]), "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file).writerows(table)
 
 
 def draw_schedule(wave, chance, rng):
@@ -55,10 +55,7 @@ def draw_schedule(wave, chance, rng):
 
 
 def gate(schedule):
-    """The loudness [T * RATE] of a schedule [T] bool: 1 where it sounds, 0 elsewhere.
-
-    Straight fades of FADE seconds stand inside both ends of a stretch.
-    """
+    """The loudness [T * RATE] of a schedule [T] bool, which fades at both ends of a stretch."""
     steps = np.diff(schedule.astype(int), prepend=0, append=0)
     time = (np.arange(T * RATE) + 0.5) / RATE
     loudness = np.zeros(T * RATE)
