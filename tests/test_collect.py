@@ -10,9 +10,8 @@ from conftest import SHARED, run
 from PIL import Image
 from test_stock import flat_picture, made
 
-from atlas.clips import read_frame, read_mask
+from atlas.clips import read_mask
 from atlas.errors import AtlasError
-from atlas.prepare import collect
 from atlas.prepare.collect import CLASS_MAP, VOC, fill_stock, read_class_map
 from atlas.prepare.stock import check_stock, read_rows, read_stock
 
@@ -92,9 +91,8 @@ def coco(root):
     }
     file = made(root / "annotations" / "instances_val2017.json")
     file.write_text(json.dumps(data))
-    for k in (1, 2, 3, 4):
+    for k in (1, 2, 3, 4, 6):
         flat_picture({}, 100 + k).save(made(root / "val2017" / f"{k:012d}.jpg"))
-    flat_picture({}, 6).save(made(root / "images" / "val2017" / f"{6:012d}.jpg"))
     return root
 
 
@@ -228,19 +226,6 @@ def test_no_more_than_asked_for(tmp_path):
     added, left, _ = fill_stock(tmp_path / "stock", {"voc": voc(tmp_path / "voc")}, most=1)
     assert added["dog", "pictures"] == added["cow", "pictures"] == 1
     assert left["pictures of a class above --most"] == 4
-
-
-def test_large_pictures_are_scaled_down(tmp_path):
-    dog = VOC.index("dog")
-    palette_mask(
-        tmp_path / "SegmentationClass" / "2007_000001.png", {dog: (0, 0, 800, 500)}, (1024, 768)
-    )
-    flat_picture({}, 0, (1024, 768)).save(made(tmp_path / "JPEGImages" / "2007_000001.jpg"))
-    fill_stock(tmp_path / "stock", {"voc": tmp_path})
-    (picture,), _ = read_stock(tmp_path / "stock")
-    assert read_frame(picture.files[0]).shape == (384, 512, 3)
-    mask = read_mask(picture.masks[0])
-    assert mask[:250, :400].all() and mask.sum() == 250 * 400
 
 
 def test_a_list_takes_what_it_names_and_says_what_is_missing(tmp_path):
@@ -385,4 +370,3 @@ def test_real_folders(tmp_path):
     added, left, _ = fill_stock(tmp_path / "stock", {"voc": SHARED / "openavs" / "VOC2012"}, most=5)
     assert added["person", "pictures"] == added["dog", "pictures"] == 5
     assert not check_stock(tmp_path / "stock")[1]
-    assert collect.LONGEST == 512

@@ -1,8 +1,7 @@
 """A stock (stock.py) from data sets that anyone can download: VOC, COCO, DAVIS, ESC-50, sounds.
 
 configs/class_map.yaml says which class is what in each set. A picture is taken for a class that
-covers LEAST of it or more, and scaled down to LONGEST pixels; sounds are copied. What has a row in
-the stock's tables is skipped, so another source, or the same one again, only adds.
+covers LEAST of it. What has a row in the stock's tables is skipped, so a second run only adds.
 """
 
 import json
@@ -16,7 +15,7 @@ import yaml
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from atlas.clips import open_picture, read_frame, read_table
+from atlas.clips import open_picture, read_frame, read_table, refuse_other_size
 from atlas.errors import AtlasError
 from atlas.prepare.stock import COLUMNS, by_place, evenly, read_rows, write_rows
 
@@ -24,7 +23,6 @@ CLASS_MAP = Path(__file__).parents[2] / "configs" / "class_map.yaml"
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
 motorbike person pottedplant sheep sofa train tvmonitor""".split()  # by palette index; 255 is void
 LEAST = 0.05  # of a picture
-LONGEST = 512  # pixels of a side
 SOUNDS = (".wav", ".ogg", ".flac", ".mp3")
 
 
@@ -42,9 +40,9 @@ class Found:
 def fill_stock(out, folders, most=200, lists=()):
     """Fill the stock `out` from `folders`: {"voc" | "coco" | "davis" | "esc" | "sounds": folder}.
 
-    At most `most` pictures, or sounds, of a class are taken from a folder. With `lists` (the tables
-    of another stock) exactly what these name is taken, under their names. Returns (Counter of what
-    was added, by (class, kind); {why: how many were left out}; [listed rows still missing]).
+    At most `most` pictures, or sounds, of a class are taken from a folder; with `lists` (the tables
+    of another stock) exactly what these name. Returns (Counter of what was added, by (class, kind);
+    {why: how many were left out}; [listed rows still missing]).
     """
     if not folders:
         raise AtlasError(f"collect needs a folder: one of --{', --'.join(READERS)}")
@@ -73,13 +71,14 @@ def fill_stock(out, folders, most=200, lists=()):
                 shares = [mask.mean() for mask in item.masks] or [1]
                 if not lists and (not min(shares) or np.mean(shares) < LEAST):
                     left["pictures in which the class is small"] += 1
-                elif not lists and taken[item.category] == most:
+                    continue
+                if not lists and taken[item.category] == most:
                     left[f"{kind} of a class above --most"] += 1
-                else:
-                    known = {"class": item.category, "mask": "drawn", kind[:-1]: write(out, item)}
-                    rows[kind][place] = item.row | listed[kind].get(place, {}) | known
-                    taken[item.category] += 1
-                    added[item.category, kind] += 1
+                    continue
+                known = {"class": item.category, "mask": "drawn", kind[:-1]: write(out, item)}
+                rows[kind][place] = item.row | listed[kind].get(place, {}) | known
+                taken[item.category] += 1
+                added[item.category, kind] += 1
     finally:
         for kind in COLUMNS:
             if rows[kind]:
@@ -89,30 +88,22 @@ def fill_stock(out, folders, most=200, lists=()):
 
 
 def write(out, item):
-    """Write the files of an item and return its name in the table."""
+    """Copy the files of an item, write its masks, and return its name in the table."""
     if any(name in ("", ".", "..") or "/" in name for name in (item.category, item.name)):
         raise AtlasError(f"{item.category!r} and {item.name!r} cannot name a folder and a file")
-    if not item.masks:
-        name = f"{item.name}{item.files[0].suffix.lower()}"
-        shutil.copyfile(item.files[0], _made(out, "sounds", item.category, name))
-        return name
     video = len(item.files) > 1
-    for k, (path, mask) in enumerate(zip(item.files, item.masks)):
-        image = Image.fromarray(read_frame(path))
-        if image.size != mask.shape[::-1]:
-            raise AtlasError(f"the picture {path} and its mask differ in size: fetch both again")
-        scale = min(1, LONGEST / max(image.size))
-        size = [max(1, round(side * scale)) for side in image.size]
-        name = f"{item.name}/{k:05d}" if video else item.name
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        image.save(_made(out, "pictures", item.category, f"{name}.jpg"), quality=95)
-        mask = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.NEAREST)
-        mask.save(_made(out, "masks", item.category, f"{name}.png"))
-    return item.name if video else f"{item.name}.jpg"
+    for k, path in enumerate(item.files):
+        name = Path(item.category, item.name, f"{k:05d}" if video else "")
+        if item.masks:
+            refuse_other_size(f"of {path}", item.masks[k], read_frame(path))
+            mask = Image.fromarray(item.masks[k]).convert("L")
+            mask.save(_made(Path(out, "masks", f"{name}.png")))
+        kind = "pictures" if item.masks else "sounds"
+        shutil.copyfile(path, _made(Path(out, kind, f"{name}{path.suffix.lower()}")))
+    return item.name if video else f"{item.name}{path.suffix.lower()}"
 
 
-def _made(*parts):
-    path = Path(*parts)
+def _made(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -121,7 +112,6 @@ def _made(*parts):
 
 
 def from_voc(root, found, class_map, left):
-    """JPEGImages/ and SegmentationClass/ or, of SBD, SegmentationClassAug/."""
     for path in found:
         labels = read_labels(path)
         if not np.isin(labels, [*range(len(VOC)), 255]).all():
@@ -134,25 +124,21 @@ def from_voc(root, found, class_map, left):
 
 
 def from_coco(root, found, class_map, left):
-    """annotations/instances_SET.json, and the pictures in SET/ or images/SET/.
-
-    A picture in which a class of the map is a crowd, or run-length encoded, is left out.
-    """
+    """annotations/instances_SET.json and SET/, without pictures that hold crowds or RLE regions."""
     for file in found:
         folder = file.stem.removeprefix("instances_")
         for number, file_name, size, regions in read_instances(file, class_map):
             row = {"dataset": "COCO", "path": f"{folder}/{file_name}"}
-            above = root if (root / row["path"]).is_file() else root / "images"
-            if not (above / row["path"]).is_file():
+            if not (root / row["path"]).is_file():
                 left["COCO pictures that are not in the folder"] += 1
             elif not all(isinstance(polygons, list) for _, polygons in regions):
                 left["COCO pictures with a crowd, or a region without polygons"] += 1
             else:
-                yield from _photo(f"coco_{number}", above, row, fill(regions, size))
+                yield from _photo(f"coco_{number}", root, row, fill(regions, size))
 
 
 def read_instances(file, class_map):
-    """[(id, file name, (W, H), [(class, segmentation)])] of the pictures with known classes."""
+    """[(id, file name, (W, H), [(class, segmentation)])] of the pictures of known classes."""
     class_of, regions = _classes(class_map, "coco"), defaultdict(list)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -189,10 +175,7 @@ def _photo(name, root, row, shown):
 
 
 def from_davis(root, found, class_map, left):
-    """JPEGImages/480p/SEQUENCE/, Annotations/480p/SEQUENCE/: T evenly spaced frames of each.
-
-    All objects of a sequence are one mask. It shows its class and what the map says it carries.
-    """
+    """T evenly spaced frames of each sequence; all its objects are one mask."""
     class_of = _classes(class_map, "davis")
     for sequence in sorted({path.parent.name for path in found}):
         if sequence not in class_of:
@@ -208,7 +191,7 @@ def from_davis(root, found, class_map, left):
 
 
 def from_esc(root, found, class_map, left):
-    """audio/ and meta/esc50.csv. Takes of one recording share its `src_file`: their source."""
+    """Takes of one recording share its `src_file`: their source."""
     class_of = _classes(class_map, "esc")
     for given in read_table(found[0], ("filename", "category", "src_file")):
         category = class_of.get(given["category"])
@@ -222,7 +205,7 @@ def from_esc(root, found, class_map, left):
 
 
 def from_sounds(root, found, class_map, left):
-    """DIR/CLASS/*.wav, ogg, flac or mp3, as one sorts FSD50K. Every file is its own source."""
+    """DIR/CLASS/NAME.wav, as one sorts FSD50K. Every file is its own source."""
     class_of = _classes(class_map, "sounds") | {name: name for name in class_map}
     for path in found:
         category, name = class_of.get(path.parent.name), f"{root.name}_{path.stem}"
@@ -233,7 +216,7 @@ def from_sounds(root, found, class_map, left):
 
 
 def from_list(root, listed):
-    """The listed sounds: ROOT/PATH, ROOT/REPOSITORY/PATH or, of ESC-10, the same take in ESC-50."""
+    """Listed sounds: ROOT/PATH, ROOT/REPOSITORY/PATH or, of ESC-10, the same take in ESC-50."""
     takes = {path.stem.rpartition("-")[0]: path for path in root.glob("audio/*.wav")}
     for (category, name), row in listed.items():
         repository = row["repository"].split("@")[0].split("/")[-1]
@@ -263,19 +246,18 @@ def read_class_map(path):
             wrong = [key for key in entry if type(entry[key]) is not type(empty[key])]
             wrong += set(entry["voc"]) - set(VOC[1:])
             if wrong:
-                raise ValueError(f"{name} has a wrong {wrong[0]}")
+                raise ValueError(f"{name}: {wrong[0]}")
     except (OSError, ValueError, KeyError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise AtlasError(f"the class map {path} is not readable: {error!r}") from None
     return class_map
 
 
 def _classes(class_map, key):
-    """{what a data set calls it: class} of the class map."""
     return {value: name for name, entry in class_map.items() for value in entry[key]}
 
 
 def read_labels(path):
-    """The values of a data set's own mask [H, W] uint8: palette indices where it has a palette."""
+    """A data set's own mask [H, W] uint8: palette indices where it has a palette."""
     image = open_picture(path)
     if image.mode not in ("P", "L", "1"):
         raise AtlasError(f"the mask {path} is an {image.mode} image; it must have one channel")

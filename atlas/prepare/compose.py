@@ -1,10 +1,9 @@
 """An open AVS set from a stock of real pictures and sounds, written as an AVSBench tree, S4 or MS3.
 
-A clip shows pictures side by side: in S4 two, one of them heard in all T seconds; in MS3 two or
-three, one or two of them heard, each in seconds of its own. The truth of a second is every pixel of
-the classes heard in it; no other picture of the clip shows them. A source (a photo, a video, a
-recording) is in one split only. Silent pictures are drawn, cut and moved like heard ones, and all
-recordings have one loudness: only the sound tells what is heard.
+Pictures stand side by side: in S4 two, one heard in all T seconds; in MS3 two or three, one or two
+heard, each in seconds of its own. The truth of a second is every pixel of the classes heard in it;
+no other picture shows them. A source is in one split only. Silent pictures are drawn, cut and moved
+like heard ones, and all recordings have one loudness: only the sound tells what is heard.
 """
 
 import json
@@ -35,8 +34,6 @@ RMS = 0.05  # of a recording
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a set is to be like."""
-
     dataset: str = "s4"
     seed: int = 0
     clips: int | None = None  # None: CLIPS
@@ -48,21 +45,19 @@ class Recipe:
 def make_open_set(stock, out, recipe):
     """Make the set of a Recipe at `out`; return the report, which is also out/compose.json.
 
-    It holds the recipe; heard {class: {split: count()}}; left_out {class: why it is not heard}; and
-    clips [{id, split, and what make_clip says}].
+    It holds the recipe; heard {class: {split: count()}}; clips [{id, split, what make_clip says}].
     """
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise AtlasError(f"{out} is not empty: remove it, or give another --out")
+    if Path(out).exists():
+        raise AtlasError(f"{out} is there already: remove it, or give another --out")
     if recipe.size < 32 or recipe.seed < 0 or (recipe.clips or 4) < 4 or not 0 <= recipe.alone <= 1:
-        limits = "--size 32 or more, --seed 0 or more, --clips 4 or more and --alone from 0 to 1"
-        raise AtlasError(f"compose needs {limits}")
-    pools, left_out = gather(stock, recipe)
+        raise AtlasError("compose needs --size of 32, --seed of 0, --clips of 4, --alone of 0 to 1")
+    pools = gather(stock, recipe)
     sources = sorted({picture.source for pool in pools.values() for picture in pool.pictures})
     clips, made, takes = [], [], Counter()
     with built_beside(out) as folder:
         for split, pool in pools.items():
             plan = pool.plan(split, recipe)
-            for first in tqdm(plan, f"composing {split}", unit="clip", disable=None):
+            for first in tqdm(plan, f"composing {split}", disable=None):
                 *files, entry = make_clip(pool, first, recipe)
                 number = sources.index(entry["source"])
                 name = f"p{number:010d}_{takes[number]}"  # clips.source_of() finds the source in it
@@ -73,18 +68,18 @@ def make_open_set(stock, out, recipe):
                 clips.append(write_clip(clip, *files))
                 made.append({"id": name, "split": split, **entry})
         heard = {name: {split: count(made, name, split) for split in SPLITS} for name in pool.heard}
-        report = {"recipe": asdict(recipe), "heard": heard, "left_out": left_out, "clips": made}
+        report = {"recipe": asdict(recipe), "heard": heard, "clips": made}
         Path(folder, "compose.json").write_text(json.dumps(report, indent=1) + "\n")
         write_csv(folder, clips, recipe.dataset, [entry["mask"] for entry in made])
     return report
 
 
 def gather(stock, recipe):
-    """({split: Pool}, {class: why it is not heard}): the stock divided for a recipe."""
+    """{split: Pool}: the stock divided for a recipe."""
     pictures, sounds = read_stock(stock)
-    bar = tqdm(pictures, "reading masks", unit="picture", disable=None)
+    bar = tqdm(pictures, "reading masks", disable=None)
     pictures = [picture for picture in bar if large_enough(picture)]
-    heard, left_out = choose_classes(sources_of(pictures), sources_of(sounds), recipe.classes)
+    heard = choose_classes(sources_of(pictures), sources_of(sounds), recipe.classes)
     sounds = [sound for sound in sounds if sound.category in heard]
     rng = np.random.default_rng(recipe.seed)
     seen_in = divide(sources_of(pictures), heard, rng)
@@ -94,42 +89,30 @@ def gather(stock, recipe):
         shown = [picture for picture in pictures if seen_in[picture.source] == split]
         known = [sound for sound in sounds if heard_in[sound.source] == split]
         pools[split] = Pool(shown, known, heard, rng)
-    return pools, left_out
+    return pools
 
 
 def large_enough(picture):
-    """Whether the class fills VISIBLE of a half frame in each mask, with some room to cut."""
+    """Whether the class fills VISIBLE of a half frame in each mask, with room to cut."""
     masks = [read_mask(path) for path in picture.masks]
     return all(m.sum() >= 1.5 * VISIBLE * min(m.shape[0], 2 * m.shape[1]) ** 2 for m in masks)
 
 
 def choose_classes(shown, known, classes):
-    """(classes to be heard, {other class: why not}), of {class: sources} of pictures and sounds."""
+    """The classes to be heard, of {class: sources}."""
     least = 3 if classes else LEAST  # three can be divided
-    heard, left_out = [], {}
-    for name in sorted({*shown, *known, *(classes or ())}):
-        why = f"sources: {len(shown[name])} of pictures, {len(known[name])} of sounds"
-        enough = min(len(shown[name]), len(known[name])) >= least
-        if classes and name not in classes:
-            left_out[name] = "not in --classes"
-        elif enough:
-            heard.append(name)
-        elif classes:
-            raise AtlasError(f"{name} cannot be heard, {why}, of {least} needed")
-        else:
-            left_out[name] = why
-    if not heard:
-        raise AtlasError(f"no class of the stock has {least} sources of pictures and of sounds")
-    return heard, left_out
+    enough = [name for name in shown if min(len(shown[name]), len(known[name])) >= least]
+    heard = sorted(set(classes or enough))
+    if not heard or not set(heard) <= set(enough):
+        few = ", ".join(set(heard) - set(enough)) or "every class"
+        raise AtlasError(f"too few sources of pictures or of sounds, {least} needed: {few}")
+    return heard
 
 
 def divide(sources, heard, rng):
-    """{source: split} of {class: sources}, each class near SHARE, the rarest first.
-
-    Sources of several classes may leave a heard class without one in a split: then it draws again.
-    """
+    """{source: split} of {class: sources}, each class near SHARE, the rarest first."""
     order = sorted(sources, key=lambda name: (name not in heard, len(sources[name]), name))
-    for _ in range(200):
+    for _ in range(200):  # sources of several classes may leave one without any in a split
         split_of = {}
         for name in order:
             mine = sorted(sources[name])
@@ -141,7 +124,7 @@ def divide(sources, heard, rng):
         lacking = [c for c in heard if len({split_of[s] for s in sources[c]}) < len(SPLITS)]
         if not lacking:
             return split_of
-    what = f"{lacking[0]} shares its sources with other classes and cannot be divided into splits"
+    what = f"{lacking[0]} shares its sources with other classes and cannot be split"
     raise AtlasError(f"{what}: add sources, or leave a class out with --classes")
 
 
@@ -156,7 +139,7 @@ class Pool:
     used: Counter = field(default_factory=Counter)
 
     def plan(self, split, recipe):
-        """The class that each clip is about, in turn."""
+        """The class that each clip is about."""
         train = recipe.clips or CLIPS[recipe.dataset]
         if recipe.dataset == "ms3":
             train = -(-train // len(self.heard))
@@ -170,7 +153,6 @@ class Pool:
         return [name for k in range(train) for name in self.heard if k < counts[name]]
 
     def showing(self, name, without):
-        """The pictures of class `name` that show none of the classes `without`."""
         return [p for p in self.pictures if p.category == name and not p.also & set(without)]
 
     def draw(self, role, items):
@@ -210,9 +192,8 @@ class Pool:
 def make_clip(pool, first, recipe):
     """(frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [T * RATE], entry of the report).
 
-    The entry: source, of its first heard picture; mask, "drawn" where people drew the masks of all
-    heard ones; heard [classes]; pictures from left to right, with their columns [first, behind the
-    last], schedule [T x 0 or 1] and, where they are heard, recording.
+    The entry: source, of the picture of `first`; mask, "drawn" where all of the heard are;
+    heard [classes]; pictures from left to right, with their columns [from, to).
     """
     heard, silent = pool.cast(first, recipe)
     names = heard + silent
@@ -250,7 +231,7 @@ def make_clip(pool, first, recipe):
 def view(picture, shape, rng):
     """(frames [T, H, W, 3] uint8, masks [T, H, W] bool): a window pans and zooms around the object.
 
-    Of 30 draws the first is taken that keeps VISIBLE of the whole frame in sight, or the best.
+    The first of 30 draws that keeps VISIBLE of the whole frame in sight is taken, or the best.
     """
     height, width = shape
     pairs = read_pictures(picture) * (T // len(picture.files))
@@ -292,7 +273,6 @@ def load_sound(path):
 
 
 def count(made, name, split):
-    """{"clips", "picture_sources", "sound_sources"} of the clips of a split that sound a class."""
     mine = [p for clip in made if clip["split"] == split for p in clip["pictures"]]
     mine = [p for p in mine if p["recording"] and p["class"] == name]
     pictures = len({p["source"] for p in mine})

@@ -2,16 +2,14 @@
 
 Frames. AVSBench samples each second 16 times and keeps the 16th: with f = the frame rate rounded to
 a whole number (ours: below 10 it is not rounded), second l = 0..4 is frame n = floor(l f + 15/16 f)
-or else the last one, counted from 0. Frame n is on display n / rate seconds after the first one, as
-in ffmpeg's conversion to a constant rate. 224 x 224 pixels, squeezed, not cropped.
+or else the last one, which is on display n / rate seconds after the first one.
 
-Sound. 16 kHz and 16 bit. Ours: the mean of all channels of the default track, T seconds from the
-first frame's time on, silence where the sound begins after it. What ends early stays short.
+Sound (ours). The mean of all channels of the default track, T seconds from the first frame's time
+on, silence where the sound begins after it. What ends early stays short.
 """
 
 import csv
 import io
-import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,19 +24,16 @@ from atlas.audio import best_stream, mono
 from atlas.clips import COLUMNS, CSVS, RATE, T, locked, ms3_clip, read_rows, resized, s4_clip
 from atlas.errors import AtlasError
 
-SIZE = 224  # pixels of a side, as AVSBench's masks have
+SIZE = 224  # pixels of a side, as of AVSBench's masks; squeezed, not cropped
 HEADERS = {"s4": ("name", "start", "category", "split"), "ms3": ("video_id", "split")}
-SAMPLES = 16  # a second; the last is kept
-SLOW = 10  # frames a second
 
 
 def extract(videos, out, table=None, dataset="s4"):
     """Extract every clip of the CSV `table` (default: the tree's own) into the tree below `out`.
 
-    A clip whose six files are there is kept. A file appears under its name only when it is whole,
-    so that a kill costs the clips in hand at most. The tree's CSV is written last: it gains the
-    clips that are there now and loses none. Returns (how many were extracted, how many kept,
-    [(bad video, why)] in the table's order).
+    A clip whose six files are there is kept. The tree's CSV is written last: it gains the clips
+    that are there now and loses none. Returns (how many were extracted, how many kept, [(bad
+    video, why)] in the table's order).
     """
     own = Path(out, CSVS[dataset])
     table = Path(table or own)
@@ -47,19 +42,20 @@ def extract(videos, out, table=None, dataset="s4"):
     if not Path(videos).is_dir():
         raise AtlasError(f"no folder {videos}; --videos holds SPLIT/CATEGORY/NAME.mp4 or NAME.mp4")
     good, kept, bad = [], 0, []
-    rows = read_rows(table, COLUMNS[dataset])
+    columns = COLUMNS[dataset]
+    rows = read_rows(table, columns)
     own.parent.mkdir(parents=True, exist_ok=True)
     with locked(own.parent / ".extract.lock"), ThreadPoolExecutor() as pool:
         done = pool.map(lambda row: extract_clip(videos, out, row), rows)
         bar = tqdm(done, f"extracting {dataset.upper()}", len(rows), unit="clip", disable=None)
         for row, (video, why) in zip(rows, bar):
+            kept += video is None
             if why:
                 bad.append((video, why))
             else:
                 good.append(row)
-                kept += video is None
-        old = read_rows(own, COLUMNS[dataset]) if own.is_file() else []
-        known = {row[COLUMNS[dataset][0]]: row for row in old + good}
+        old = read_rows(own, columns) if own.is_file() else []
+        known = {row[columns[0]]: row for row in old + good}
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, HEADERS[dataset], restval=0, extrasaction="ignore")
         writer.writeheader()
@@ -69,10 +65,7 @@ def extract(videos, out, table=None, dataset="s4"):
 
 
 def extract_clip(videos, out, row):
-    """Write the clip of a row of the CSV: (its video or, where it was there, None; why it is bad).
-
-    A video is VIDEOS/NAME.mp4 or VIDEOS/SPLIT/CATEGORY/NAME.mp4.
-    """
+    """Write the clip of a row of the CSV: (its video, or None if it was there; why it is bad)."""
     if "name" in row:
         clip = s4_clip(out, row["name"], row["category"], row["split"])
     else:
@@ -99,14 +92,14 @@ def extract_clip(videos, out, row):
 
 def frame_numbers(rate):
     """The T frames AVSBench keeps of a video with `rate` frames a second."""
-    f = rate if rate < SLOW else round(rate)
-    return [int(second * f + (SAMPLES - 1) / SAMPLES * f) for second in range(T)]
+    f = rate if rate < 10 else round(rate)
+    return [int(second * f + 15 / 16 * f) for second in range(T)]
 
 
 def read_video(path):
     """The T frames, [H, W, 3] uint8 each, and the sound [samples <= T * RATE] float32 of a video.
 
-    An AtlasError says why there is none: missing, damaged, or short of the clip's last second.
+    Bad are the missing, the damaged, and those that do not reach the clip's last second.
     """
     if not path.is_file():
         raise AtlasError("missing")
@@ -120,7 +113,7 @@ def read_video(path):
 
 
 def _read_frames(file):
-    """The T frames as arrays, and the time in the file at which the first one is shown."""
+    """The T frames, and the time in the file at which its first one is shown."""
     stream = best_stream(file, "video")
     for kind, name in (("video", "pictures"), ("audio", "sound")):
         if best_stream(file, kind) is None:
@@ -152,20 +145,17 @@ def _read_frames(file):
 
 def _read_sound(file, begin):
     """The sound of the default track from the time `begin` of the file on, [<= T * RATE]."""
-    resampler = av.AudioResampler(format="fltp", rate=RATE)
-    parts, count = [], 0
-    skip = None  # samples before the clip; negative: of silence before the sound
-    # None, at the end, empties the resampler
-    for frame in itertools.chain(file.decode(best_stream(file, "audio")), [None]):
-        if skip is None and frame is not None:
-            skip = round((begin - (frame.time or 0.0)) * RATE)
-        for piece in resampler.resample(frame):
-            parts.append(piece.to_ndarray())  # [channels, samples]
-            count += parts[-1].shape[1]
-        if skip is not None and count >= skip + T * RATE:
+    frames, parts = [], []
+    for frame in file.decode(best_stream(file, "audio")):
+        if (frame.time or 0.0) > begin + T + 1:
             break
-    if not parts:
+        frames.append(frame)
+    if not frames:
         raise AtlasError("no sound: its audio stream is empty")
+    resampler = av.AudioResampler(format="fltp", rate=RATE)
+    for frame in [*frames, None]:  # None empties the resampler
+        parts += [piece.to_ndarray() for piece in resampler.resample(frame)]  # [channels, samples]
+    skip = round((begin - (frames[0].time or 0.0)) * RATE)  # negative: silence before the sound
     channels = np.concatenate(parts, 1)[:, max(0, skip) :]
     channels = np.pad(channels, ((0, 0), (max(0, -skip), 0)))[:, : T * RATE]
     if channels.shape[1] <= (T - 1) * RATE:
@@ -174,7 +164,7 @@ def _read_sound(file, begin):
 
 
 def _write(path, content):
-    """Write beside and rename: what has its name is whole."""
+    """Write beside and rename: what has its name is whole, whatever kills the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_bytes(content)

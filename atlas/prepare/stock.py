@@ -31,7 +31,7 @@ LEAST = 10  # sources of pictures, and of sounds, that a class needs to be heard
 
 @dataclass(frozen=True)
 class Item:
-    """A photo (one file and mask), a video (T of each) or a sound (one file, no mask)."""
+    """A photo (a file and a mask), a video (T of each) or a sound (no mask)."""
 
     category: str
     name: str
@@ -60,10 +60,9 @@ def _items(root, kind):
             continue
         files = [path]
         if path.is_dir():
-            frames = sorted(path.glob("[!.]*"))
-            if not frames:
+            files = evenly(sorted(path.glob("[!.]*")))
+            if not files:
                 raise AtlasError(f"the video {path} has no frames: remove its folder, or fill it")
-            files = evenly(frames)
         places = [file.relative_to(Path(root, kind)).with_suffix(".png") for file in files]
         masks = tuple(Path(root, "masks", place) for place in places)
         also = frozenset(row.get("also", "").replace(";", " ").split())
@@ -73,12 +72,13 @@ def _items(root, kind):
 
 
 def evenly(frames):
-    """T of the frames of a video."""
-    return [frames[k] for k in np.linspace(0, len(frames) - 1, T).round().astype(int)]
+    """T of the frames of a video, or none."""
+    places = np.linspace(0, len(frames) - 1, T).round().astype(int)
+    return [frames[k] for k in places if frames]
 
 
 def read_pictures(item):
-    """[(frame [H, W, 3] uint8, mask [H, W] bool)] of a photo or video, all of one size."""
+    """[(frame [H, W, 3] uint8, mask [H, W] bool)], all of one size."""
     pairs = []
     for path, mask_path in zip(item.files, item.masks):
         pairs.append((read_frame(path), read_mask(mask_path)))
@@ -108,7 +108,6 @@ def write_rows(root, kind, rows):
 
 
 def sources_of(items):
-    """{class: its sources}."""
     found = defaultdict(set)
     for item in items:
         found[item.category].add(item.source)
@@ -116,13 +115,9 @@ def sources_of(items):
 
 
 def check_stock(root):
-    """(counts, errors, warnings), lists of lines. Errors would stop or falsify a set made of it.
-
-    The same photo may serve several classes under one source.
-    """
+    """(counts, errors, warnings), lists of lines. A photo may serve several classes."""
     pictures, sounds = read_stock(root)
-    errors, warnings = [], []
-    contents = defaultdict(list)
+    errors, warnings, contents = [], [], defaultdict(list)
     for item in tqdm(pictures + sounds, "checking the stock", unit="file", disable=None):
         try:
             contents[_content(item)].append(item)
@@ -133,13 +128,13 @@ def check_stock(root):
             named = ", ".join(f"{i.category}/{i.name} (source {i.source})" for i in same)
             errors.append(f"the same content stands several times: {named}")
     shown, known = sources_of(pictures), sources_of(sounds)
-    counts = [f"{'class':<16}{'pictures':>9}{'drawn':>8}{'sources':>8}{'sounds':>8}{'sources':>8}"]
+    line = "{:<16}{:>9}{:>8}{:>8}{:>8}{:>8}".format
+    counts = [line("class", "pictures", "drawn", "sources", "sounds", "sources")]
     for name in sorted({*shown, *known}):
         masks = [item.mask for item in pictures if item.category == name]
         files = sum(item.category == name for item in sounds)
         seen, heard = len(shown[name]), len(known[name])
-        line = f"{name:<16}{len(masks):>9}{masks.count('drawn'):>8}"
-        counts.append(f"{line}{seen:>8}{files:>8}{heard:>8}")
+        counts.append(line(name, len(masks), masks.count("drawn"), seen, files, heard))
         if seen and min(seen, heard) < LEAST:
             found = f"{seen} sources of pictures and {heard} of sounds, of {LEAST}"
             warnings.append(f"{name} is too small to be heard by default: it has {found}")
@@ -147,15 +142,14 @@ def check_stock(root):
 
 
 def _content(item):
-    """A digest of the pixels or samples of an item that can be used."""
-    digest = hashlib.sha256()
-    for frame, mask in read_pictures(item):
-        if not mask.any():
+    """What tells the pixels or samples of an item from others."""
+    if item.masks:
+        frames, masks = zip(*read_pictures(item))
+        if not all(mask.any() for mask in masks):
             raise AtlasError(f"{item.category}/{item.name}: its mask is empty")
-        digest.update(str(frame.shape).encode() + frame.tobytes())
-    if not item.masks:
-        wave = read_wave(item.files[0]).numpy()
-        if not wave.any():
+        content = np.stack(frames)
+    else:
+        content = read_wave(item.files[0]).numpy()
+        if not content.any():
             raise AtlasError(f"the sound {item.files[0]} is silent")
-        digest.update(wave.tobytes())
-    return digest.digest()
+    return content.shape, hashlib.sha256(content).digest()

@@ -5,9 +5,7 @@ the sound tells what is heard. The mask of a second is what is seen of the thing
 
 S4: one heard and one or two silent things. MS3: two or three things, of which one or two of one
 scene (SCENES) are heard, each in seconds of its own; the two clips of a source share their cast.
-
-A clip depends on the seed, its class (S4), split and number, and on the classes of the set, so a
-larger set begins with the same clips.
+A larger set of the same seed and classes begins with the same clips.
 """
 
 import json
@@ -36,29 +34,27 @@ CHANCES = (0.85, 0.5)  # that the first and the second heard thing are heard in 
 
 
 def make_set(dataset, root, seed=0, size=96, classes=CLASSES, **counts):
-    """Write a synthetic "s4" or "ms3" tree below `root`, whole or not at all; return the root.
+    """Write a synthetic tree below `root`, whole or not at all; return the root.
 
-    counts: the clips {split: number} where they are not CLIPS.
+    counts: the clips of each split, where they are not CLIPS.
     """
     tree = Path(root, CSVS[dataset]).parent
     counts = dict(zip(SPLITS, CLIPS[dataset])) | counts
-    unknown = sorted(set(classes) - set(CLASSES))
-    if unknown:
-        raise AtlasError(f"there is no class {unknown[0]!r}; the classes are {', '.join(CLASSES)}")
+    if len(set(classes)) < 2 or not set(classes) <= set(CLASSES):
+        given = ", ".join(classes)
+        raise AtlasError(f"{given}: give two classes or more of {', '.join(CLASSES)}")
     classes = [name for name in CLASSES if name in classes]
-    if len(classes) < 2:
-        raise AtlasError("a synthetic set needs at least two classes: some things are silent")
-    if size < 32 or seed < 0 or min(counts.values()) < 0:
+    if size < 32 or min(seed, *counts.values()) < 0:
         given = f"size {size}, seed {seed}, clips {counts}"
         raise AtlasError(f"{given}: the size must be at least 32, the others 0")
     if tree.exists() or tree.parent.is_file():
         raise AtlasError(f"{tree} is there already: remove it, or name another --out")
-    clips_of, copies = {"s4": (s4_clips, len(classes)), "ms3": (ms3_clips, 1)}[dataset]
+    clips_of = {"s4": s4_clips, "ms3": ms3_clips}[dataset]
+    total = sum(counts.values()) * (len(classes) if dataset == "s4" else 1)
     with built_beside(tree, inside=tree.name) as folder:
         made = clips_of(folder, seed, size, classes, counts)
-        bar = {"total": copies * sum(counts.values()), "unit": "clip", "disable": None}
-        clips = [write_clip(*files) for files in tqdm(made, f"synthetic {dataset.upper()}", **bar)]
-        write_csv(folder, clips, dataset)
+        bar = tqdm(made, f"synthetic {dataset.upper()}", total, disable=None)
+        write_csv(folder, [write_clip(*files) for files in bar], dataset)
     return Path(root)
 
 
@@ -100,7 +96,7 @@ def ms3_clips(folder, seed, size, classes, counts):
 
 
 def draw_cast(rng, classes):
-    """(heard, silent): one or two classes of one scene, and others: two or three in all."""
+    """(one or two heard classes of one scene, silent ones): two or three in all."""
     heard = [str(rng.choice(classes))]
     scene = next(set(names) for names in SCENES if heard[0] in names)
     beside = [name for name in classes if name in scene - {heard[0]}]

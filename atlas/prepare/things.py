@@ -6,6 +6,7 @@ in 0 to 1, H = W = size.
 
 import functools
 import itertools
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,16 +159,10 @@ def draw_object(name, rng):
     hsv = hsv + rng.uniform(-1, 1, (2, 3)) * (0.025, 0.08, 0.08)
     path = start + np.linspace(0, 1, T)[:, None] * (end - start)
     angle = rng.uniform(-0.5, 0.5) + np.linspace(-0.5, 0.5, T) * rng.uniform(-0.6, 0.6)
-    colours = np.array([_rgb(*colour) for colour in hsv])
+    colours = np.array([hsv_to_rgb(h % 1, *np.clip((s, v), 0, 1)) for h, s, v in hsv])
     return Thing(
         name, path, area, angle, colours, rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.85, 1.15)
     )
-
-
-def _rgb(hue, saturation, value):
-    saturation, value = np.clip((saturation, value), 0, 1)
-    sector = (np.array([5, 3, 1]) + 6 * hue) % 6
-    return value * (1 - saturation * np.clip(np.minimum(sector, 4 - sector), 0, 1))
 
 
 @functools.cache
