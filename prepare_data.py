@@ -26,11 +26,11 @@ def synth(out, dataset="s4", **settings):
     print(f"{out}: done")
 
 
-def collect(out, most=200, lists=(), **folders):
+def collect(out, lists=(), **folders):
     """fill a stock from public data sets; run it again to add more"""
     from atlas.prepare.collect import fill_stock
 
-    added, left, missing = fill_stock(out, folders, most, lists)
+    added, left, missing = fill_stock(out, folders, lists)
     for (name, kind), number in sorted(added.items()):
         print(f"{name}: {number} {kind} added")
     for why, number in left.items():
@@ -124,7 +124,6 @@ OPTIONS = {
         "--esc": option("ESC-50: audio/, meta/esc50.csv", metavar="DIR"),
         "--sounds": option("sounds: CLASS/*.wav, ogg, flac or mp3", metavar="DIR"),
         "--out": option("the stock, new or there already", required=True),
-        "--most": option("pictures, or sounds, of a class from each folder (200)", int),
         "--list": option("take what these tables name", nargs="+", dest="lists", metavar="CSV"),
     },
     compose: SET

@@ -12,6 +12,7 @@ from test_stock import flat_picture, made
 
 from atlas.clips import read_mask
 from atlas.errors import AtlasError
+from atlas.prepare import collect
 from atlas.prepare.collect import CLASS_MAP, VOC, fill_stock, read_class_map
 from atlas.prepare.stock import check_stock, read_rows, read_stock
 
@@ -157,8 +158,8 @@ def test_coco_polygons_are_filled_and_crowds_left_out(tmp_path):
     added, left, _ = fill_stock(tmp_path / "stock", {"coco": coco(tmp_path / "coco")})
     assert added == {("horse", "pictures"): 1, ("dog", "pictures"): 1}
     assert left == {
-        "COCO pictures with a crowd, or a region without polygons": 2,
-        "COCO pictures that are not in the folder": 1,
+        "COCO pictures with a crowd or RLE region": 2,
+        "COCO pictures that are not there": 1,
         "pictures in which the class is small": 1,
     }
     rows = read_rows(tmp_path / "stock", "pictures")
@@ -173,7 +174,7 @@ def test_davis_sequences_are_videos(tmp_path):
     stock = tmp_path / "stock"
     added, left, _ = fill_stock(stock, {"davis": davis(tmp_path / "davis")})
     assert added == {("motorbike", "pictures"): 1, ("cow", "pictures"): 1}
-    assert left == {"DAVIS videos whose class is not known": 1}
+    assert left == {"DAVIS videos of no known class": 1}
     pictures, _ = read_stock(stock)
     cows, scooter = pictures
     assert [len(cows.files), len(cows.masks), scooter.also] == [5, 5, {"person", "car"}]
@@ -186,7 +187,7 @@ def test_esc_takes_share_their_source(tmp_path):
     stock = tmp_path / "stock"
     added, left, _ = fill_stock(stock, {"esc": esc(tmp_path / "esc")})
     assert added == {("dog", "sounds"): 2, ("rooster", "sounds"): 1}
-    assert left == {"ESC-50 sounds that are not in the folder": 1}
+    assert left == {"ESC-50 sounds that are not there": 1}
     assert {s.source for s in read_stock(stock)[1] if s.category == "dog"} == {"esc_100"}
     copied = (stock / "sounds" / "dog" / "esc_1-100-A-0.wav").read_bytes()
     assert copied == (tmp_path / "esc" / "audio" / "1-100-A-0.wav").read_bytes()
@@ -222,10 +223,11 @@ def test_a_stock_grows_and_nothing_is_overwritten(tmp_path):
     assert len(read_rows(stock, "sounds")) == 6
 
 
-def test_no_more_than_asked_for(tmp_path):
-    added, left, _ = fill_stock(tmp_path / "stock", {"voc": voc(tmp_path / "voc")}, most=1)
+def test_no_more_than_the_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "MOST", 1)
+    added, left, _ = fill_stock(tmp_path / "stock", {"voc": voc(tmp_path / "voc")})
     assert added["dog", "pictures"] == added["cow", "pictures"] == 1
-    assert left["pictures of a class above --most"] == 4
+    assert left["pictures of a class above 1"] == 4
 
 
 def test_a_list_takes_what_it_names_and_says_what_is_missing(tmp_path):
@@ -248,7 +250,7 @@ def test_a_list_takes_what_it_names_and_says_what_is_missing(tmp_path):
     sounds(tmp_path / "all" / "mine")
     folders["sounds"] = tmp_path / "all"
     lists = [tmp_path / "lists" / "p.csv", tmp_path / "lists" / "s.csv"]
-    added, _, missing = fill_stock(tmp_path / "stock", folders, lists=lists, most=1)
+    added, _, missing = fill_stock(tmp_path / "stock", folders, lists)
     assert added.total() == 4
     assert [row["source"] for row in missing] == ["caltech_1", "x_c"]
     rows = read_rows(tmp_path / "stock", "pictures")
@@ -366,7 +368,8 @@ def test_it_is_a_command(tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "openavs").is_dir(), reason="no real data beside the project")
-def test_real_folders(tmp_path):
-    added, left, _ = fill_stock(tmp_path / "stock", {"voc": SHARED / "openavs" / "VOC2012"}, most=5)
+def test_real_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "MOST", 5)
+    added, left, _ = fill_stock(tmp_path / "stock", {"voc": SHARED / "openavs" / "VOC2012"})
     assert added["person", "pictures"] == added["dog", "pictures"] == 5
     assert not check_stock(tmp_path / "stock")[1]

@@ -23,6 +23,7 @@ CLASS_MAP = Path(__file__).parents[2] / "configs" / "class_map.yaml"
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
 motorbike person pottedplant sheep sofa train tvmonitor""".split()  # by palette index; 255 is void
 LEAST = 0.05  # of a picture
+MOST = 200  # pictures, or sounds, of a class from a folder
 SOUNDS = (".wav", ".ogg", ".flac", ".mp3")
 
 
@@ -37,12 +38,11 @@ class Found:
     masks: list = ()  # [H, W] bool; a sound has none
 
 
-def fill_stock(out, folders, most=200, lists=()):
+def fill_stock(out, folders, lists=()):
     """Fill the stock `out` from `folders`: {"voc" | "coco" | "davis" | "esc" | "sounds": folder}.
 
-    At most `most` pictures, or sounds, of a class are taken from a folder; with `lists` (the tables
-    of another stock) exactly what these name. Returns (Counter of what was added, by (class, kind);
-    {why: how many were left out}; [listed rows still missing]).
+    With `lists`, the tables of another stock, exactly what these name is taken. Returns (Counter of
+    what was added, by (class, kind); {why: how many were left out}; [listed rows still missing]).
     """
     if not folders:
         raise AtlasError(f"collect needs a folder: one of --{', --'.join(READERS)}")
@@ -72,8 +72,8 @@ def fill_stock(out, folders, most=200, lists=()):
                 if not lists and (not min(shares) or np.mean(shares) < LEAST):
                     left["pictures in which the class is small"] += 1
                     continue
-                if not lists and taken[item.category] == most:
-                    left[f"{kind} of a class above --most"] += 1
+                if not lists and taken[item.category] == MOST:
+                    left[f"{kind} of a class above {MOST}"] += 1
                     continue
                 known = {"class": item.category, "mask": "drawn", kind[:-1]: write(out, item)}
                 rows[kind][place] = item.row | listed[kind].get(place, {}) | known
@@ -130,9 +130,9 @@ def from_coco(root, found, class_map, left):
         for number, file_name, size, regions in read_instances(file, class_map):
             row = {"dataset": "COCO", "path": f"{folder}/{file_name}"}
             if not (root / row["path"]).is_file():
-                left["COCO pictures that are not in the folder"] += 1
+                left["COCO pictures that are not there"] += 1
             elif not all(isinstance(polygons, list) for _, polygons in regions):
-                left["COCO pictures with a crowd, or a region without polygons"] += 1
+                left["COCO pictures with a crowd or RLE region"] += 1
             else:
                 yield from _photo(f"coco_{number}", root, row, fill(regions, size))
 
@@ -179,7 +179,7 @@ def from_davis(root, found, class_map, left):
     class_of = _classes(class_map, "davis")
     for sequence in sorted({path.parent.name for path in found}):
         if sequence not in class_of:
-            left["DAVIS videos whose class is not known"] += 1
+            left["DAVIS videos of no known class"] += 1
             continue
         masks = evenly([path for path in found if path.parent.name == sequence])
         path, category = f"JPEGImages/480p/{sequence}", class_of[sequence]
@@ -201,7 +201,7 @@ def from_esc(root, found, class_map, left):
             row["path"] = f"audio/{path.name}"
             yield Found(category, f"esc_{path.stem}", row, [path])
         elif category:
-            left["ESC-50 sounds that are not in the folder"] += 1
+            left["ESC-50 sounds that are not there"] += 1
 
 
 def from_sounds(root, found, class_map, left):
@@ -219,9 +219,9 @@ def from_list(root, listed):
     """Listed sounds: ROOT/PATH, ROOT/REPOSITORY/PATH or, of ESC-10, the same take in ESC-50."""
     takes = {path.stem.rpartition("-")[0]: path for path in root.glob("audio/*.wav")}
     for (category, name), row in listed.items():
-        repository = row["repository"].split("@")[0].split("/")[-1]
+        repository = row["repository"].partition("@")[0].rpartition("/")[2]
         paths = [root / row["path"], root / repository / row["path"]]
-        paths.append(takes.get(Path(row["path"]).stem, paths[0]))
+        paths.append(takes.get(Path(row["path"]).stem, root))
         paths = [path for path in paths if path.is_file() and path.suffix.lower() in SOUNDS]
         if paths:
             yield Found(category, name, row, paths[:1])

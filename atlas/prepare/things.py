@@ -99,14 +99,12 @@ SHAPES = {
     "gear": lambda u, v: np.hypot(u, v) - 0.84 - 0.14 * np.tanh(3 * np.cos(7 * np.arctan2(v, u))),
     "trefoil": lambda u, v: (np.hypot(u, v) - 0.7 - 0.28 * np.cos(3 * np.arctan2(u, -v))) * 0.8,
     "arrow": _arrow,
-    "chevron": lambda u, v: np.maximum(
-        np.abs(u) - 0.95, (np.abs(v + 0.35 - 0.75 * np.abs(u)) - 0.42) * 0.8
-    ),
-    "hourglass": lambda u, v: np.maximum(
-        np.abs(v) - 0.9, (np.abs(u) - 0.15 - 0.7 * np.abs(v)) * 0.82
-    ),
+    "chevron": lambda u, v: np.maximum(np.abs(u) - 0.95,
+        (np.abs(v + 0.35 - 0.75 * np.abs(u)) - 0.42) * 0.8),
+    "hourglass": lambda u, v: np.maximum(np.abs(v) - 0.9,
+        (np.abs(u) - 0.15 - 0.7 * np.abs(v)) * 0.82),
     "dumbbell": lambda u, v: np.minimum(np.hypot(np.abs(u) - 0.6, v) - 0.42, _box(u, v, 0.6, 0.2)),
-}
+}  # fmt: skip
 
 
 def _hard(wave):
@@ -160,9 +158,8 @@ def draw_object(name, rng):
     path = start + np.linspace(0, 1, T)[:, None] * (end - start)
     angle = rng.uniform(-0.5, 0.5) + np.linspace(-0.5, 0.5, T) * rng.uniform(-0.6, 0.6)
     colours = np.array([hsv_to_rgb(h % 1, *np.clip((s, v), 0, 1)) for h, s, v in hsv])
-    return Thing(
-        name, path, area, angle, colours, rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.85, 1.15)
-    )
+    texture = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.85, 1.15)
+    return Thing(name, path, area, angle, colours, *texture)
 
 
 @functools.cache
