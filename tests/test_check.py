@@ -65,7 +65,7 @@ TAKEN = {  # (whose file, what is done to it, the warning)
     "grey frame of 16 bits": ("frame", picture(GREY.astype(np.uint16) * 257), None),
     "mask of 0 and 1": ("mask", picture((GREY > 9).astype(np.uint8)), None),
     "empty mask": ("mask", picture(GREY * 0), "nothing is masked"),
-    "frame of another size": ("lone frame", picture(np.full((16, 16, 3), 9, np.uint8)), "in size"),
+    "frame of another size": ("lone frame", picture(np.full((16, 16, 3), 9, np.uint8)), None),
     "stereo": ("sound", sound(NOISE[:80000]), None),
     "44.1 kHz": ("sound", sound(NOISE[:, 0], 44100), None),
     "44,099 Hz": ("sound", sound(NOISE[:, 0], 44099), None),

@@ -66,22 +66,18 @@ def _tried(errors, work, *words):
 
 
 def _check_pictures(clip, errors, warnings):
-    sizes, empty = set(), []
+    empty = []
     for frame_path, mask_path in zip(clip.frames, clip.masks):
         frame = _tried(errors, files.read_frame, frame_path)
         mask = _tried(errors, files.read_mask, mask_path) if mask_path else None
-        if frame is not None:
-            sizes.add(frame.shape)
-            if mask is not None:
-                _tried(errors, files.refuse_other_size, mask_path, mask, frame)
+        if frame is not None and mask is not None:
+            _tried(errors, files.refuse_other_size, mask_path, mask, frame)
         if mask is not None and not mask.any():
             empty.append(mask_path)
     if clip.category:
         warnings += [f"{path}: nothing is masked, but S4's object always sounds" for path in empty]
     elif len(empty) == T:  # in MS3 a second may be silent
         warnings.append(f"{clip.id}: none of its masks holds anything")
-    if len(sizes) > 1:
-        warnings.append(f"{clip.id}: its frames differ in size")
 
 
 def _check_sound(path, errors, warnings):

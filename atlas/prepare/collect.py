@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from atlas.clips import open_picture, read_frame, read_table, refuse_other_size
 from atlas.errors import AtlasError
-from atlas.prepare.stock import COLUMNS, by_place, evenly, read_rows, write_rows
+from atlas.prepare.stock import COLUMNS, by_place, evenly, read_rows
+from atlas.prepare.tree import write_table
 
 CLASS_MAP = Path(__file__).parents[2] / "configs" / "class_map.yaml"
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
@@ -82,7 +83,8 @@ def fill_stock(out, folders, lists=()):
     finally:
         for kind in COLUMNS:
             if rows[kind]:
-                write_rows(out, kind, rows[kind])
+                table = [rows[kind][place] for place in sorted(rows[kind])]
+                write_table(Path(out, f"{kind}.csv"), COLUMNS[kind], table)
     missing = [listed[kind][p] for kind in COLUMNS for p in listed[kind] if p not in rows[kind]]
     return added, left, missing
 

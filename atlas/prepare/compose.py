@@ -104,7 +104,7 @@ def choose_classes(shown, known, classes):
     enough = [name for name in shown if min(len(shown[name]), len(known[name])) >= least]
     heard = sorted(set(classes or enough))
     if not heard or not set(heard) <= set(enough):
-        few = ", ".join(set(heard) - set(enough)) or "every class"
+        few = ", ".join(sorted(set(heard) - set(enough))) or "every class"
         raise AtlasError(f"too few sources of pictures or of sounds, {least} needed: {few}")
     return heard
 

@@ -8,7 +8,6 @@ Sound (ours). The mean of all channels of the default track, T seconds from the 
 on, silence where the sound begins after it. What ends early stays short.
 """
 
-import csv
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,9 @@ from tqdm import tqdm
 from atlas.audio import best_stream, mono
 from atlas.clips import COLUMNS, CSVS, RATE, T, locked, ms3_clip, read_rows, resized, s4_clip
 from atlas.errors import AtlasError
+from atlas.prepare import tree
 
 SIZE = 224  # pixels of a side, as of AVSBench's masks; squeezed, not cropped
-HEADERS = {"s4": ("name", "start", "category", "split"), "ms3": ("video_id", "split")}
 
 
 def extract(videos, out, table=None, dataset="s4"):
@@ -56,11 +55,7 @@ def extract(videos, out, table=None, dataset="s4"):
                 good.append(row)
         old = read_rows(own, columns) if own.is_file() else []
         known = {row[columns[0]]: row for row in old + good}
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, HEADERS[dataset], restval=0, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(known.values())
-        _write(own, text.getvalue().encode())
+        tree.write_table(own, tree.COLUMNS[dataset], [{"start": 0} | row for row in known.values()])
     return len(good) - kept, kept, bad
 
 

@@ -8,9 +8,7 @@ A video is a folder of frames and one of masks. A `source` stays in one split; `
 classes that the picture shows. A file without a row is its own source and shows nothing else.
 """
 
-import csv
 import hashlib
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,16 +93,6 @@ def read_rows(root, kind):
 
 def by_place(rows, kind):
     return {(row["class"], Path(row[kind[:-1]]).stem): row for row in rows}
-
-
-def write_rows(root, kind, rows):
-    path = Path(root, f"{kind}.csv")
-    beside = path.with_suffix(".tmp")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS[kind], restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
-    os.replace(beside, path)
 
 
 def sources_of(items):

@@ -1,6 +1,7 @@
 """Writing AVSBench's tree (clips.py), and when a composed sound is heard."""
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from atlas.clips import CSVS, RATE, T
 
+COLUMNS = {"s4": ("name", "start", "category", "split"), "ms3": ("video_id", "split")}
 AUDIBLE = 0.1  # a second below this share of its recording's loudness (-20 dB) is silent
 FADE = 0.02  # seconds
 
@@ -31,15 +33,25 @@ def write_clip(clip, frames, masks, wave):
 
 def write_csv(root, clips, dataset="s4", masks=None):
     """Write AVSBench's table of `clips`; `masks`: of each clip, for a further column."""
-    table = [["video_id", "split"], *([clip.id, clip.split] for clip in clips)]
-    if dataset == "s4":
-        table = [["name", "start", "category", "split"]]
-        table += [[clip.id, 0, clip.category, clip.split] for clip in clips]
+    rows = []
+    for clip in clips:
+        row = {"name": clip.id, "video_id": clip.id, "start": 0}
+        rows.append(row | {"category": clip.category, "split": clip.split})
+    columns = COLUMNS[dataset]
     if masks:
-        for row, mask in zip(table, ["mask", *masks]):
-            row.append(mask)
-    with open(Path(root, CSVS[dataset]), "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(table)
+        columns += ("mask",)
+        rows = [row | {"mask": mask} for row, mask in zip(rows, masks)]
+    write_table(Path(root, CSVS[dataset]), columns, rows)
+
+
+def write_table(path, columns, rows):
+    """Write the `columns` of rows, dicts, beside `path` and rename."""
+    beside = path.with_suffix(".tmp")
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
 
 
 def draw_schedule(wave, chance, rng):
