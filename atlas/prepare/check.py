@@ -14,9 +14,8 @@ from atlas.errors import AtlasError
 def check(root):
     """(counts, errors, warnings), lists of lines, over the S4 and MS3 trees that are in `root`.
 
-    An error stops or falsifies a run: what a reader refuses, or in S4 a source video in two splits.
-    MS3 was released with such videos, so there it is a warning, as are empty masks (MS3: all five)
-    and sounds that are short, long or silent.
+    An error stops or falsifies a run. Source videos in two splits are a warning in MS3, which was
+    released with some.
     """
     present = [dataset for dataset, table in CSVS.items() if Path(root, table).is_file()]
     if not present:
@@ -40,7 +39,7 @@ def check(root):
 
 
 def shared_sources(clips):
-    """{source video: its splits} of those in more than one split."""
+    """{source video: its splits, if several}."""
     videos = defaultdict(set)
     for clip in clips:
         videos[clip.source].add(clip.split)

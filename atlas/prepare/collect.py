@@ -1,7 +1,7 @@
 """A stock (stock.py) from data sets that anyone can download: VOC, COCO, DAVIS, ESC-50, sounds.
 
-configs/class_map.yaml says which class is what in each set. A picture is taken for a class that
-covers LEAST of it. What has a row in the stock's tables is skipped, so a second run only adds.
+configs/class_map.yaml says which class is what in each set. What has a row in the stock's tables is
+skipped, so a second run only adds.
 """
 
 import json
@@ -23,7 +23,7 @@ from atlas.prepare.tree import write_table
 CLASS_MAP = Path(__file__).parents[2] / "configs" / "class_map.yaml"
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
 motorbike person pottedplant sheep sofa train tvmonitor""".split()  # by palette index; 255 is void
-LEAST = 0.05  # of a picture
+LEAST = 0.05  # of a picture, that its class covers
 MOST = 200  # pictures, or sounds, of a class from a folder
 SOUNDS = (".wav", ".ogg", ".flac", ".mp3")
 

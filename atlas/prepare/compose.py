@@ -192,8 +192,8 @@ class Pool:
 def make_clip(pool, first, recipe):
     """(frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [T * RATE], entry of the report).
 
-    The entry: source, of the picture of `first`; mask, "drawn" where all of the heard are;
-    heard [classes]; pictures from left to right, with their columns [from, to).
+    The entry: source, of the picture of `first`; mask, "drawn" where all of the heard are; heard,
+    classes; pictures from left to right, with their columns [from, to).
     """
     heard, silent = pool.cast(first, recipe)
     names = heard + silent
@@ -204,9 +204,9 @@ def make_clip(pool, first, recipe):
         name = names[place]
         role = "heard" if place < len(heard) else "silent"
         picture = pool.draw(role, pool.showing(name, {*heard} - {name}))
-        entry = {"class": name, "picture": picture.name, "source": picture.source,
-            "mask": picture.mask, "columns": [left, right], "schedule": [0] * T,
-            "recording": None, "recording_source": None}  # fmt: skip
+        entry = {"class": name, "picture": picture.name, "source": picture.source}
+        entry |= {"mask": picture.mask, "columns": [left, right], "schedule": [0] * T}
+        entry |= {"recording": None, "recording_source": None}
         seen, mask = view(picture, (recipe.size, right - left), pool.rng)
         schedule = np.full(T, role == "heard")
         if role == "heard":
@@ -231,7 +231,7 @@ def make_clip(pool, first, recipe):
 def view(picture, shape, rng):
     """(frames [T, H, W, 3] uint8, masks [T, H, W] bool): a window pans and zooms around the object.
 
-    The first of 30 draws that keeps VISIBLE of the whole frame in sight is taken, or the best.
+    It is the first of 30 draws that keeps VISIBLE of the frame in sight, or the best.
     """
     height, width = shape
     pairs = read_pictures(picture) * (T // len(picture.files))
@@ -263,7 +263,7 @@ def view(picture, shape, rng):
 
 
 def load_sound(path):
-    """A recording as T seconds of one loudness, [T * RATE]: trimmed of silence, looped if short."""
+    """A recording at one loudness, [T * RATE]: trimmed of silence, looped if short."""
     wave = read_wave(path).numpy()
     audible = np.flatnonzero(np.abs(wave) > 1e-3 * np.abs(wave).max(initial=0))
     if not len(audible):

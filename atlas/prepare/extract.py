@@ -8,15 +8,13 @@ Sound (ours). The mean of all channels of the default track, T seconds from the 
 on, silence where the sound begins after it. What ends early stays short.
 """
 
-import io
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
 import numpy as np
-import soundfile
-from PIL import Image
 from tqdm import tqdm
 
 from atlas.audio import best_stream, mono
@@ -24,15 +22,15 @@ from atlas.clips import COLUMNS, CSVS, RATE, T, locked, ms3_clip, read_rows, res
 from atlas.errors import AtlasError
 from atlas.prepare import tree
 
+STAGE = ".extract"  # of files that are not whole yet
 SIZE = 224  # pixels of a side, as of AVSBench's masks; squeezed, not cropped
 
 
 def extract(videos, out, table=None, dataset="s4"):
     """Extract every clip of the CSV `table` (default: the tree's own) into the tree below `out`.
 
-    A clip whose six files are there is kept. The tree's CSV is written last: it gains the clips
-    that are there now and loses none. Returns (how many were extracted, how many kept, [(bad
-    video, why)] in the table's order).
+    What is there is kept; the tree's CSV gains the new clips and loses none. Returns (how many were
+    extracted, how many kept, [(bad video, why)] in the table's order).
     """
     own = Path(out, CSVS[dataset])
     table = Path(table or own)
@@ -53,6 +51,7 @@ def extract(videos, out, table=None, dataset="s4"):
                 bad.append((video, why))
             else:
                 good.append(row)
+        shutil.rmtree(Path(out, STAGE), ignore_errors=True)
         old = read_rows(own, columns) if own.is_file() else []
         known = {row[columns[0]]: row for row in old + good}
         tree.write_table(own, tree.COLUMNS[dataset], [{"start": 0} | row for row in known.values()])
@@ -61,11 +60,9 @@ def extract(videos, out, table=None, dataset="s4"):
 
 def extract_clip(videos, out, row):
     """Write the clip of a row of the CSV: (its video, or None if it was there; why it is bad)."""
-    if "name" in row:
-        clip = s4_clip(out, row["name"], row["category"], row["split"])
-    else:
-        clip = ms3_clip(out, row["video_id"], row["split"])
-    if all(Path(path).is_file() for path in (*clip.frames, clip.audio)):
+    clip, staged = clip_of(out, row), clip_of(Path(out, STAGE), row)
+    files = *clip.frames, clip.audio
+    if all(Path(path).is_file() for path in files):
         return None, None
     video = Path(videos, f"{clip.id}.mp4")
     if clip.category and not video.is_file():
@@ -74,15 +71,18 @@ def extract_clip(videos, out, row):
         frames, wave = read_video(video)
     except AtlasError as error:
         return video, str(error)
-    for path, frame in zip(clip.frames, frames):
-        picture = io.BytesIO()
-        small = resized(np.ascontiguousarray(frame), SIZE)
-        Image.fromarray(small).save(picture, "PNG", compress_level=1)
-        _write(Path(path), picture.getvalue())
-    sound = io.BytesIO()
-    soundfile.write(sound, np.clip(wave, -1, 1), RATE, format="WAV", subtype="PCM_16")
-    _write(Path(clip.audio), sound.getvalue())
+    frames = [resized(np.ascontiguousarray(frame), SIZE) for frame in frames]
+    tree.write_clip(staged, frames, (), wave)
+    for source, path in zip((*staged.frames, staged.audio), files):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, path)  # what has its name is whole
     return video, None
+
+
+def clip_of(root, row):
+    if "name" in row:
+        return s4_clip(root, row["name"], row["category"], row["split"])
+    return ms3_clip(root, row["video_id"], row["split"])
 
 
 def frame_numbers(rate):
@@ -92,10 +92,8 @@ def frame_numbers(rate):
 
 
 def read_video(path):
-    """The T frames, [H, W, 3] uint8 each, and the sound [samples <= T * RATE] float32 of a video.
-
-    Bad are the missing, the damaged, and those that do not reach the clip's last second.
-    """
+    """(T frames [H, W, 3] uint8, sound [samples <= T * RATE] float32) of a video that reaches the
+    clip's last second."""
     if not path.is_file():
         raise AtlasError("missing")
     try:
@@ -156,11 +154,3 @@ def _read_sound(file, begin):
     if channels.shape[1] <= (T - 1) * RATE:
         raise AtlasError(f"too short: its sound ends at {channels.shape[1] / RATE:.2f} s of {T}")
     return mono(channels.T, "track")
-
-
-def _write(path, content):
-    """Write beside and rename: what has its name is whole, whatever kills the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)

@@ -1,8 +1,6 @@
 """A stock: real pictures with masks, and sounds, in plain folders by class (docs/data.md).
 
-    STOCK/pictures/CLASS/NAME.jpg    STOCK/masks/CLASS/NAME.png    STOCK/sounds/CLASS/NAME.wav
-    STOCK/pictures.csv: class,picture,source,also,mask,dataset,repository,path
-    STOCK/sounds.csv: class,sound,source,dataset,repository,path
+    pictures/CLASS/NAME.jpg    masks/CLASS/NAME.png    sounds/CLASS/NAME.wav    (tables: COLUMNS)
 
 A video is a folder of frames and one of masks. A `source` stays in one split; `also` names other
 classes that the picture shows. A file without a row is its own source and shows nothing else.
@@ -77,11 +75,9 @@ def evenly(frames):
 
 def read_pictures(item):
     """[(frame [H, W, 3] uint8, mask [H, W] bool)], all of one size."""
-    pairs = []
-    for path, mask_path in zip(item.files, item.masks):
-        pairs.append((read_frame(path), read_mask(mask_path)))
-        if len({pairs[0][1].shape, *(array.shape[:2] for array in pairs[-1])}) > 1:
-            raise AtlasError(f"{path}, {mask_path} or those before them differ in size")
+    pairs = [(read_frame(path), read_mask(mask)) for path, mask in zip(item.files, item.masks)]
+    if len({array.shape[:2] for pair in pairs for array in pair}) > 1:
+        raise AtlasError(f"{item.files[0]}, its masks or its other frames differ in size")
     return pairs
 
 

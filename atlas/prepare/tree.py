@@ -16,10 +16,7 @@ FADE = 0.02  # seconds
 
 
 def write_clip(clip, frames, masks, wave):
-    """Write a clip's files and return it.
-
-    frames [T, H, W, 3] uint8; masks [T, H, W] bool, those it has a path for; wave [samples] in ±1.
-    """
+    """Write a clip: frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [samples] in ±1."""
     for path in (clip.frames[0], clip.masks[0], clip.audio):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     for path, frame in zip(clip.frames, frames):
@@ -32,7 +29,7 @@ def write_clip(clip, frames, masks, wave):
 
 
 def write_csv(root, clips, dataset="s4", masks=None):
-    """Write AVSBench's table of `clips`; `masks`: of each clip, for a further column."""
+    """Write AVSBench's table of `clips`; `masks`: "drawn" or "made", a further column."""
     rows = []
     for clip in clips:
         row = {"name": clip.id, "video_id": clip.id, "start": 0}
@@ -55,10 +52,7 @@ def write_table(path, columns, rows):
 
 
 def draw_schedule(wave, chance, rng):
-    """Where the recording `wave` [T * RATE] is let through: [T] bool.
-
-    Each second by `chance`, at least one, and none in which the recording itself is silent.
-    """
+    """[T] bool: where a recording [T * RATE] is let through, by `chance`, and is not silent."""
     loudness = np.sqrt(np.mean(wave.reshape(T, RATE) ** 2, axis=1))
     audible = loudness >= AUDIBLE * np.sqrt(np.mean(wave**2))
     while not (schedule := audible & (rng.random(T) < chance)).any():
@@ -67,7 +61,7 @@ def draw_schedule(wave, chance, rng):
 
 
 def gate(schedule):
-    """The loudness [T * RATE] of a schedule [T] bool, which fades at both ends of a stretch."""
+    """The loudness [T * RATE] of a schedule, which fades at both ends of a stretch."""
     steps = np.diff(schedule.astype(int), prepend=0, append=0)
     time = (np.arange(T * RATE) + 0.5) / RATE
     loudness = np.zeros(T * RATE)
