@@ -11,125 +11,111 @@
 """
 
 import argparse
-import os
 import sys
 
 from atlas.errors import AtlasError, one_line_errors, prepare_process
 
+# Each command gets those of its OPTIONS that are given.
 
-def synth(given):
+
+def synth(out, dataset="s4", **settings):
     """make a synthetic S4 or MS3 tree"""
-    from atlas.prepare import make_set
+    from atlas.prepare.synth import make_set
 
-    keys = ("seed", "size", "train", "val", "test", "classes")
-    make_set(given.dataset, given.out, **chosen(given, *keys))
-    print(f"{given.out}: done")
+    make_set(dataset, out, **settings)
+    print(f"{out}: done")
 
 
-def collect(given):
+def collect(out, lists=(), **folders):
     """fill a stock from public data sets; run it again to add more"""
-    from atlas.prepare.collect import READERS, fill_stock
+    from atlas.prepare.collect import fill_stock
 
-    folders = chosen(given, *READERS)
-    added, left, missing = fill_stock(given.out, folders, given.map, given.most, given.list)
-    for name in sorted({name for name, _ in added}):
-        print(f"{name}: {added[name, 'pictures']} pictures, {added[name, 'sounds']} sounds added")
+    added, left, missing = fill_stock(out, folders, lists)
+    for (name, kind), number in sorted(added.items()):
+        print(f"{name}: {number} {kind} added")
     for why, number in left.items():
         print(f"left out: {number} {why}")
     for row in missing:
         file = row.get("picture") or row["sound"]
         print(f"missing: {row['class']}/{file} ({row['dataset']}, {row['path']})")
-    of_list = f", {len(missing)} of the list missing" if given.list else ""
-    print(f"{given.out}: {added.total()} files added{of_list}")
+    of_list = f", {len(missing)} of the list missing" if lists else ""
+    print(f"{out}: {added.total()} files added{of_list}")
 
 
-def compose(given):
+def compose(stock, out, **recipe):
     """make an open S4 or MS3 tree from a stock"""
     from atlas.prepare.compose import Recipe, make_open_set
 
-    recipe = Recipe(**chosen(given, "dataset", "seed", "size", "clips", "classes", "alone"))
-    report = make_open_set(given.stock, given.out, recipe)
+    report = make_open_set(stock, out, Recipe(**recipe))
     print("clips (sources of pictures, of sounds)")
     for name, splits in report["heard"].items():
         text = "{clips} ({picture_sources}, {sound_sources})"
         print(f"{name}:", *(f"{split} " + text.format(**splits[split]) for split in splits))
-    print(f"{given.out}: {len(report['clips'])} clips; compose.json says what each is made of")
+    print(f"{out}: {len(report['clips'])} clips; compose.json says what each is made of")
 
 
-def extract(given):
+def extract(videos, out, csv=None, dataset="s4"):
     """take frames and sounds out of mp4 files; exit 1 where one is bad"""
     from atlas.prepare.extract import extract as take
 
-    keys = ("videos", "out", "csv", "dataset", "size", "jobs", "whole")
-    done = take(*(getattr(given, key) for key in keys))
-    for video, reason in done["bad"][:20]:
-        print(f"bad: {video}: {reason}")
-    if done["bad"]:
-        print(f"{len(done['bad'])} videos are bad; {done['list']} names them all")
-    print(f"{given.out}: {done['extracted']} clips extracted, {done['kept']} were there already")
-    return 1 if done["bad"] else 0
+    extracted, kept, bad = take(videos, out, csv, dataset)
+    for video, why in bad:
+        print(f"bad: {video}: {why}")
+    print(f"{out}: {extracted} clips extracted, {kept} were there already, {len(bad)} are bad")
+    return 1 if bad else 0
 
 
-def check(given):
+def check(root=None, stock=None):
     """read a whole tree or stock and report; exit 1 on errors"""
     from atlas.prepare.check import check as check_tree
     from atlas.prepare.stock import check_stock
 
-    if (given.root is None) == (given.stock is None):
+    if (root is None) == (stock is None):
         raise AtlasError("check needs --root or --stock, one of them")
-    found = check_tree(given.root) if given.root else check_stock(given.stock)
-    counts, errors, warnings = found
+    counts, errors, warnings = check_tree(root) if root else check_stock(stock)
     lines = counts + [f"warning: {line}" for line in warnings]
     print(*lines, *(f"error: {line}" for line in errors), sep="\n")
     print(f"{len(errors)} errors, {len(warnings)} warnings")
     return 1 if errors else 0
 
 
-def pack(given):
+def pack(words, cfg=()):
     """build the packed cache of a config"""
     from atlas.config import load_config
     from atlas.prepare import make_missing
     from atlas.runs import open_data
     from atlas.sweep import files_and_keys
 
-    config = load_config(*files_and_keys(given.cfg + given.words))
+    config = load_config(*files_and_keys([*cfg, *words]))
     make_missing(config)
     cache, _ = open_data(config)
     size = sum(array.nbytes for array in cache.arrays.values()) / 2**20
     print(f"{cache.folder}: {len(cache.clips)} clips, {size:.0f} MB")
 
 
-def chosen(given, *keys):
-    """{key: value} of the options that were given or have a default."""
-    return {key: getattr(given, key) for key in keys if getattr(given, key) is not None}
-
-
 def names(text):
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def option(help, default=None, **more):
-    """What argparse needs to know. The type is that of the default, if there is one."""
-    if default is not None and "nargs" not in more:
-        more["type"] = type(default)
-    return {"help": help, "default": default, **more}
+def option(help, type=None, **more):
+    return {"help": help, "type": type, **more}
 
 
-TREE = "the folder that holds Single-source/ or Multi-sources/"
-OUT = option(TREE, required=True)
-DATASET = option("which tree (s4)", "s4", choices=("s4", "ms3"))
-SEED = option("decides all that is drawn (0)", 0)
-STOCK = "a folder as collect makes it"
+STOCK = option("a folder as collect makes it")
+TREE = option("the folder that holds Single-source/ or Multi-sources/")
+SET = {
+    "--out": TREE | {"required": True},
+    "--dataset": option("which tree (s4)", choices=("s4", "ms3")),
+    "--seed": option("decides all that is drawn (0)", int),
+}
 OPTIONS = {
-    synth: {
-        "--out": OUT,
-        "--dataset": DATASET,
-        "--seed": SEED,
-        "--size": option("pixels of a side (96)", 96),
-        "--train": option("clips: in S4 of a class (32), in MS3 in all (1200)", type=int),
-        "--val": option("the same for validation (3; 60)", type=int),
-        "--test": option("the same for testing (5; 120)", type=int),
-        "--classes": option("CLASS,CLASS,... (all 23)", type=names),
+    synth: SET
+    | {
+        "--size": option("pixels of a side (96)", int),
+        "--train": option("clips: in S4 of a class (32), in MS3 in all (1200)", int),
+        "--val": option("the same for validation (3; 60)", int),
+        "--test": option("the same for testing (5; 120)", int),
+        "--classes": option("CLASS,CLASS,... (all 23)", names),
     },
     collect: {
         "--voc": option("PASCAL VOC: JPEGImages/, SegmentationClass/", metavar="DIR"),
@@ -138,33 +124,26 @@ OPTIONS = {
         "--esc": option("ESC-50: audio/, meta/esc50.csv", metavar="DIR"),
         "--sounds": option("sounds: CLASS/*.wav, ogg, flac or mp3", metavar="DIR"),
         "--out": option("the stock, new or there already", required=True),
-        "--map": option("which class is what in each set (configs/class_map.yaml)"),
-        "--most": option("pictures, or sounds, of a class from each folder (200)", 200),
-        "--list": option("take what these tables name, as those of a stock", (), nargs="+"),
+        "--list": option("take what these tables name", nargs="+", dest="lists", metavar="CSV"),
     },
-    compose: {
-        "--stock": option(STOCK, required=True),
-        "--out": OUT,
-        "--dataset": DATASET,
-        "--seed": SEED,
-        "--size": option("pixels of a side (128)", 128),
-        "--clips": option("train clips: in S4 of a class (40), in MS3 in all (1000)", type=int),
-        "--classes": option("CLASS,CLASS,... to be heard (all that have enough)", type=names),
-        "--alone": option("share of the clips that show one picture only (0)", 0.0),
+    compose: SET
+    | {
+        "--stock": STOCK | {"required": True},
+        "--size": option("pixels of a side (128)", int),
+        "--clips": option("train clips: in S4 of a class (40), in MS3 in all (1000)", int),
+        "--classes": option("CLASS,CLASS,... to be heard (all that have enough)", names),
+        "--alone": option("share of the clips that show one picture only (0)", float),
     },
     extract: {
         "--videos": option("AVSBench's raw_videos, or the folder of NAME.mp4", required=True),
         "--csv": option("AVSBench's s4_meta_data.csv or ms3_meta_data.csv (that in --out)"),
-        "--out": OUT,
-        "--dataset": DATASET,
-        "--size": option("pixels of a side, the masks' (224)", 224),
-        "--jobs": option("processes (all cores)", os.cpu_count()),
-        "--whole": {"action": "store_true", "help": "untrimmed videos: cut at the CSV's start"},
+        "--out": SET["--out"],
+        "--dataset": SET["--dataset"],
     },
-    check: {"--root": option(TREE), "--stock": option(STOCK)},
+    check: {"--root": TREE, "--stock": STOCK},
     pack: {
-        "--cfg": option("YAML files, overlaid left to right", [], nargs="+", action="extend"),
-        "words": option("keys; they win over files", [], nargs="*", metavar="key=value"),
+        "--cfg": option("YAML files, overlaid left to right", nargs="+", action="extend"),
+        "words": option("keys; they win over files", nargs="*", metavar="key=value"),
     },
 }
 
@@ -179,11 +158,12 @@ def parse():
         command.set_defaults(run=function)
         for name, settings in options.items():
             command.add_argument(name, **settings)
-    return parser.parse_args()
+    given = vars(parser.parse_args())
+    return given.pop("run"), {name: value for name, value in given.items() if value is not None}
 
 
 if __name__ == "__main__":
     prepare_process()
-    given = parse()
+    run, given = parse()
     with one_line_errors():
-        sys.exit(given.run(given))
+        sys.exit(run(**given))

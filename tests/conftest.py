@@ -21,8 +21,7 @@ import torch
 
 from atlas.config import load_config
 from atlas.lra import Delta
-from atlas.prepare.synth import CLASSES, synth_s4
-from atlas.prepare.synth_ms3 import synth_ms3
+from atlas.prepare.synth import CLASSES, make_set
 
 SHARED = ROOT.parent / "shared"  # real photos, sounds and weights, where there are any
 real = pytest.mark.skipif(not SHARED.exists(), reason="no real data beside the project")
@@ -119,7 +118,7 @@ def tree(tmp_path_factory):
     """The root of a synthetic S4 of four classes: 4 train, 2 val, 2 test clips each, 32 px."""
     root = tmp_path_factory.mktemp("data") / "s4"
     names = list(CLASSES[:4])
-    return synth_s4(root, size=32, train=4, val=2, test=2, classes=names, progress=False)
+    return make_set("s4", root, size=32, train=4, val=2, test=2, classes=names)
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +126,7 @@ def ms3_tree(tmp_path_factory):
     """The root of a synthetic MS3 of six classes: 24 train, 4 val, 8 test clips, 32 px."""
     root = tmp_path_factory.mktemp("data") / "ms3"
     names = list(CLASSES[:6])
-    return synth_ms3(root, size=32, train=24, val=4, test=8, classes=names, progress=False)
+    return make_set("ms3", root, size=32, train=24, val=4, test=8, classes=names)
 
 
 @pytest.fixture(scope="session")

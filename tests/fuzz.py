@@ -29,7 +29,7 @@ from conftest import LIGHT, TINY, run
 from safetensors.torch import save_file
 from test_video import make, tone
 
-from atlas.prepare.synth import CLASSES, synth_s4
+from atlas.prepare.synth import CLASSES, make_set
 from atlas.runs import Run
 
 HANGS = 120  # seconds
@@ -43,7 +43,7 @@ HUGE = {".csv": b'"' + b"x" * 300_000, ".yaml": b"seed: " + b"9" * 5000, ".json"
 def whole(place):
     """Make one of each target."""
     few = {"size": 32, "train": 2, "val": 1, "test": 1, "classes": CLASSES[:3]}
-    synth_s4(place / "tree", **few, progress=False)
+    make_set("s4", place / "tree", **few)
     model = timm.create_model(LIGHT, pretrained=False)
     save_file(model.state_dict(), place / "weights.safetensors")
     lines = [f"{key}: {text}\n" for key, text in WORDS.items()]

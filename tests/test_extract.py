@@ -113,9 +113,9 @@ def loudest(wave, rate=16000):
     return (np.abs(np.fft.rfft(seconds)).argmax(1) * 2).tolist()
 
 
-def table(folder, names, dataset="s4", start=0):
+def table(folder, names, dataset="s4"):
     rows = (
-        ["name,start,category,split", *(f"{n},{start},dog_barking,train" for n in names)]
+        ["name,start,category,split", *(f"{n},0,dog_barking,train" for n in names)]
         if dataset == "s4"
         else ["video_id,split", *(f"{n},test" for n in names)]
     )
@@ -213,20 +213,6 @@ def test_a_turned_video_is_turned_back(tmp_path):
     assert frame.shape == (64, 32, 3) and number_in(np.rot90(frame, -1)) == 23
 
 
-def test_whole_videos_are_cut_at_the_start(tmp_path):
-    make(tmp_path / "long.mp4", seconds=9, sound=9)
-    done = extract(
-        tmp_path, tmp_path / "out", table(tmp_path, ["long"], start=2), size=64, whole=True
-    )
-    clip = s4_clip(tmp_path / "out", "long", "dog_barking", "train")
-    assert done["extracted"] == 1 and [number_in(read_frame(p)) for p in clip.frames] == [
-        n + 50 for n in KEPT[25]
-    ]
-    assert loudest(soundfile.read(clip.audio)[0]) == [1500, 2000, 2500, 3000, 3500]
-    with pytest.raises(AtlasError, match="no number of seconds"):
-        extract(tmp_path, tmp_path / "out", table(tmp_path, ["long"], start="two"), whole=True)
-
-
 def test_the_tree_is_the_one_clips_reads(tmp_path, video):
     """Both places of a video, S4 and MS3, through the command."""
     folder = tmp_path / "v"
@@ -242,12 +228,9 @@ def test_the_tree_is_the_one_clips_reads(tmp_path, video):
         table(tmp_path, ["abc", "def_1"]),
         "--out",
         tmp_path / "out",
-        "--jobs",
-        2,
     )
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith(
-        "2 clips extracted, 0 were there already"
-    ), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "out: 2 clips extracted, 0 were there already, 0 are bad\n" in done.stdout
     clips = read_s4(tmp_path / "out")
     assert clips == [
         s4_clip(tmp_path / "out", name, "dog_barking", "train") for name in ("abc", "def_1")
@@ -279,8 +262,8 @@ def test_finished_clips_are_kept_and_a_lost_file_is_made_again(tmp_path, video):
     folder.mkdir()
     for name in "abc":
         (folder / f"{name}.mp4").write_bytes(video.read_bytes())
-    words = folder, out, table(tmp_path, "abc"), "s4", 32
-    assert extract(*words) == {"extracted": 3, "kept": 0, "bad": [], "list": None}
+    words = folder, out, table(tmp_path, "abc")
+    assert extract(*words) == (3, 0, [])
     before, times = (
         contents(out),
         {p: p.stat().st_mtime_ns for p in out.rglob("*.*g") if "b_" not in p.name},
@@ -288,22 +271,12 @@ def test_finished_clips_are_kept_and_a_lost_file_is_made_again(tmp_path, video):
     clip = read_s4(out)[1]
     for lost in (clip.frames[3], clip.audio):
         Path(lost).unlink()
-        assert extract(*words)["extracted"] == 1
+        assert extract(*words) == (1, 2, [])
     assert contents(out) == before and all(p.stat().st_mtime_ns == t for p, t in times.items())
-    Path(clip.frames[3]).write_bytes(b"")
-    assert (
-        extract(*words)["extracted"] == 1
-        and extract(*words)["kept"] == 3
-        and contents(out) == before
-    )
-    assert extract(folder, out, size=48)["extracted"] == 3 and read_frame(clip.frames[0]).shape == (
-        48,
-        48,
-        3,
-    )  # the tree's own CSV
+    assert extract(folder, out) == (0, 3, []) and contents(out) == before  # the tree's own CSV
 
 
-def test_bad_videos_are_listed_and_skipped_and_parallel_is_serial(tmp_path, video):
+def test_bad_videos_are_listed_and_skipped(tmp_path, video):
     folder = tmp_path / "v"
     folder.mkdir()
     content = video.read_bytes()
@@ -327,15 +300,13 @@ def test_bad_videos_are_listed_and_skipped_and_parallel_is_serial(tmp_path, vide
         folder,
         "--csv",
         table(tmp_path, names),
-        "--size",
-        64,
     ]
-    done = run(*words, "--out", tmp_path / "one", "--jobs", 1)
+    done = run(*words, "--out", tmp_path / "one")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "2 clips extracted, 0 were there already" in done.stdout.splitlines()[-1]
-    assert "8 videos are bad; " in done.stdout
-    lines = (tmp_path / "one" / "Single-source" / "bad_videos.txt").read_text().splitlines()
-    reasons = {Path(line.split(": ")[0]).stem: line.split(": ", 1)[1] for line in lines}
+    *lines, last = done.stdout.splitlines()
+    assert last.endswith("one: 2 clips extracted, 0 were there already, 8 are bad")
+    lines = [line.removeprefix("bad: ").split(": ", 1) for line in lines]
+    reasons = {Path(video).stem: why for video, why in lines}
     assert list(reasons) == [
         "junk",
         "cut",
@@ -354,14 +325,9 @@ def test_bad_videos_are_listed_and_skipped_and_parallel_is_serial(tmp_path, vide
     )
     assert "pictures end at 3.00 s" in reasons["short"] and "sound ends at 3.0" in reasons["hushed"]
     assert [clip.id for clip in read_s4(tmp_path / "one")] == ["good", "last"]
-    assert run(*words, "--out", tmp_path / "two", "--jobs", 3).returncode == 1
-    report = "Single-source/bad_videos.txt"
-    assert contents(tmp_path / "one") == contents(tmp_path / "two") and report in contents(
-        tmp_path / "one"
-    )
 
     make(folder / "short.mp4")  # repaired: the clip and its row come, the rest stays
-    done = run(*words, "--out", tmp_path / "one", "--jobs", 1)
+    done = run(*words, "--out", tmp_path / "one")
     assert "1 clips extracted, 2 were there already" in done.stdout and {
         c.id for c in read_s4(tmp_path / "one")
     } == {"good", "last", "short"}
@@ -377,7 +343,7 @@ def test_a_kill_leaves_nothing_half_and_the_next_run_finishes(tmp_path, video):
     names = [f"v{k:02d}" for k in range(24)]
     for name in names:
         (folder / f"{name}.mp4").write_bytes(video.read_bytes())
-    words = folder, tmp_path / "a", table(tmp_path, names), "s4", 64, 2
+    words = folder, tmp_path / "a", table(tmp_path, names)
     killed = multiprocessing.get_context("fork").Process(target=extract, args=words)
     killed.start()
     clips = [s4_clip(tmp_path / "a", name, "dog_barking", "train") for name in names]
@@ -388,17 +354,14 @@ def test_a_kill_leaves_nothing_half_and_the_next_run_finishes(tmp_path, video):
     killed.join()
 
     def there():
-        found = [p for p in (tmp_path / "a").rglob("*.*") if p.is_file() and p.name[0] != "."]
-        return {p: p.read_bytes() for p in found}
+        found = (tmp_path / "a" / "Single-source").rglob("[!.]*.*")
+        return {p: p.read_bytes() for p in found if p.is_file()}
 
-    time.sleep(0.3)  # its workers end by themselves
     left = there()
     assert 0 < len(left) < 6 * len(names)
-    time.sleep(0.2)
-    assert there() == left  # and go on no more
-    done = extract(*words)
-    assert done["kept"] > 0 and done["extracted"] + done["kept"] == len(names)
-    extract(folder, tmp_path / "b", table(tmp_path, names), size=64)
+    extracted, kept, _ = extract(*words)
+    assert kept > 0 and extracted + kept == len(names)
+    extract(folder, tmp_path / "b", table(tmp_path, names))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert all(there()[path] == content for path, content in left.items())
 
@@ -415,7 +378,3 @@ def test_wrong_words_are_one_line(tmp_path, video):
             extract(video.parent, tmp_path / "out", tmp_path / "x.csv")
     with pytest.raises(AtlasError, match="no folder"):
         extract(tmp_path / "nowhere", tmp_path / "out", table(tmp_path, ["a"]))
-    with pytest.raises(AtlasError, match="0 pixels"):
-        extract(video.parent, tmp_path / "out", table(tmp_path, ["good"]), size=0)
-    with pytest.raises(AtlasError, match="no column start"):
-        extract(video.parent, tmp_path / "out", table(tmp_path, ["a"], "ms3"), "ms3", whole=True)

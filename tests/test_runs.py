@@ -13,7 +13,7 @@ import torch
 from conftest import LIGHT, ROOT, SHARED, TINY, one_line, real, run
 
 import train
-from atlas import prepare, protocols
+from atlas import protocols
 from atlas.errors import AtlasError
 from atlas.journal import Journal
 from atlas.methods import METHODS
@@ -409,14 +409,13 @@ def test_every_name_of_the_table_builds(place):
 
 
 def test_synth_true_makes_the_set_on_first_use(tmp_path, place, monkeypatch):
-    made = []
+    made, make_set = [], synth.make_set
 
     def small(dataset, root):
         made.append(dataset)
-        names = synth.CLASSES[:2]
-        synth.synth_s4(root, size=32, train=1, val=1, test=1, classes=names, progress=False)
+        make_set(dataset, root, size=32, train=1, val=1, test=1, classes=synth.CLASSES[:2])
 
-    monkeypatch.setattr(prepare, "make_set", small)
+    monkeypatch.setattr(synth, "make_set", small)
     root = str(tmp_path / "new")
     here = replace(place, synth=True, data_root=root, cache_dir=str(tmp_path / "c"), base=1)
     for name in ("first", "second"):

@@ -10,7 +10,8 @@ from conftest import run
 from PIL import Image
 
 from atlas.errors import AtlasError
-from atlas.prepare.stock import COLUMNS, check_stock, read_rows, read_stock, write_rows
+from atlas.prepare.stock import COLUMNS, check_stock, read_rows, read_stock
+from atlas.prepare.tree import write_table
 
 COLOUR = {
     "dog": (220, 30, 30),
@@ -80,7 +81,7 @@ class Stock:
 
     def tables(self):
         for kind, rows in self.rows.items():
-            write_rows(self.root, kind, rows)
+            write_table(self.root / f"{kind}.csv", COLUMNS[kind], rows.values())
         return self.root
 
 
@@ -152,7 +153,7 @@ def test_a_stock_may_begin_with_pictures_alone(tmp_path):
 
 def test_rows_come_back_as_written(tmp_path):
     row = dict.fromkeys(COLUMNS["sounds"], "x, y") | {"class": "dog", "sound": "a.wav"}
-    write_rows(tmp_path, "sounds", {("dog", "a"): row})
+    write_table(tmp_path / "sounds.csv", COLUMNS["sounds"], [row])
     assert read_rows(tmp_path, "sounds") == {("dog", "a"): row}
     assert read_rows(tmp_path, "pictures") == {}
     with open(tmp_path / "sounds.csv", newline="") as file:

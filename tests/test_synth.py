@@ -14,16 +14,12 @@ from atlas import prepare
 from atlas.audio import log_mel
 from atlas.clips import CSVS, DOMAINS
 from atlas.errors import AtlasError
-from atlas.prepare import synth
+from atlas.prepare import synth, things
+from atlas.prepare.synth import CLASSES, make_clip, make_set
 from atlas.prepare.timbres import TIMBRES, sound
 
 SMALL = dict(
-    size=48,
-    train=2,
-    val=1,
-    test=1,
-    classes=("helicopter", "dog_barking", "playing_piano"),
-    progress=False,
+    size=48, train=2, val=1, test=1, classes=("helicopter", "dog_barking", "playing_piano")
 )
 
 
@@ -37,19 +33,19 @@ def tree(root):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return synth.synth_s4(tmp_path_factory.mktemp("synth") / "data", **SMALL)
+    return make_set("s4", tmp_path_factory.mktemp("synth") / "data", **SMALL)
 
 
 def test_seed_makes_the_bytes(small, tmp_path):
-    assert tree(synth.synth_s4(tmp_path / "again", **SMALL)) == tree(small)
-    other = tree(synth.synth_s4(tmp_path / "other", seed=1, **SMALL))
+    assert tree(make_set("s4", tmp_path / "again", **SMALL)) == tree(small)
+    other = tree(make_set("s4", tmp_path / "other", seed=1, **SMALL))
     assert other.keys() == tree(small).keys()
     same = [path for path, content in tree(small).items() if other[path] == content]
     assert same == ["Single-source/s4_meta_data.csv"]
 
 
 def test_more_clips_begin_with_the_same(small, tmp_path):
-    more = tree(synth.synth_s4(tmp_path / "more", **{**SMALL, "train": 3, "test": 2}))
+    more = tree(make_set("s4", tmp_path / "more", **{**SMALL, "train": 3, "test": 2}))
     before = {path: content for path, content in tree(small).items() if not path.endswith(".csv")}
     assert len(more) > len(before) + 1 and before.items() <= more.items()
 
@@ -95,26 +91,26 @@ def test_files_are_what_avsbench_holds(small):
 
 
 def test_the_classes_are_avsbenchs_and_differ():
-    assert len(set(synth.CLASSES)) == 23 and [len(names) for names in DOMAINS.values()] == [
+    assert len(set(CLASSES)) == 23 and [len(names) for names in DOMAINS.values()] == [
         3,
         6,
         6,
         4,
         4,
     ]
-    assert set(synth.CLASSES) == set(synth.LOOKS) == set(TIMBRES)
+    assert set(CLASSES) == set(things.LOOKS) == set(TIMBRES)
     assert (
-        len({look[:2] for look in synth.LOOKS.values()}) == 23
+        len({look[:2] for look in things.LOOKS.values()}) == 23
     )  # shape with texture is enough; no single cue is
-    assert all(len({look[cue] for look in synth.LOOKS.values()}) < 23 for cue in range(4))
-    assert {look[0] for look in synth.LOOKS.values()} == set(synth.SHAPES) and {
-        look[1] for look in synth.LOOKS.values()
-    } == set(synth.TEXTURES)
+    assert all(len({look[cue] for look in things.LOOKS.values()}) < 23 for cue in range(4))
+    assert {look[0] for look in things.LOOKS.values()} == set(things.SHAPES) and {
+        look[1] for look in things.LOOKS.values()
+    } == set(things.TEXTURES)
 
 
-@pytest.mark.parametrize("name", synth.CLASSES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_heard_thing_is_in_sight_and_every_second_sounds(name):
-    frames, masks, wave = synth.make_clip(name, np.random.default_rng(7))
+    frames, masks, wave = make_clip(name, np.random.default_rng(7))
     assert (
         frames.shape == (5, 96, 96, 3)
         and frames.dtype == np.uint8
@@ -127,23 +123,23 @@ def test_heard_thing_is_in_sight_and_every_second_sounds(name):
     assert np.abs(wave).max() <= 1 and seconds.min() > 0.4 * seconds.max() and seconds.min() > 0.01
 
 
-@pytest.mark.parametrize("name", synth.CLASSES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_area_is_what_was_drawn(name):
-    thing = synth.draw_object(name, np.random.default_rng(3))
+    thing = things.draw_object(name, np.random.default_rng(3))
     thing.path[:] = 0.5
-    _, masks = synth.render_frame([thing], 2, np.zeros((192, 192, 3), np.float32))
+    _, masks = things.render_frame([thing], 2, np.zeros((192, 192, 3), np.float32))
     assert masks.mean() == pytest.approx(thing.area[2], rel=0.04)
 
 
 def test_the_later_thing_hides_the_earlier():
     rng = np.random.default_rng(0)
-    back, front = synth.draw_object("playing_tabla", rng), synth.draw_object("playing_piano", rng)
+    back, front = things.draw_object("playing_tabla", rng), things.draw_object("playing_piano", rng)
     back.path[:], front.path[:] = 0.5, 0.55
     grid = np.zeros((96, 96, 3), np.float32)
-    _, both = synth.render_frame([back, front], 0, grid)
+    _, both = things.render_frame([back, front], 0, grid)
     (alone_back,), (alone_front,) = (
-        synth.render_frame([back], 0, grid)[1],
-        synth.render_frame([front], 0, grid)[1],
+        things.render_frame([back], 0, grid)[1],
+        things.render_frame([front], 0, grid)[1],
     )
     assert (
         (both[1] == alone_front).all()
@@ -153,9 +149,7 @@ def test_the_later_thing_hides_the_earlier():
 
 
 def test_the_scene_does_not_depend_on_the_size():
-    small, large = (
-        synth.make_clip("race_car", np.random.default_rng(5), size)[1] for size in (48, 192)
-    )
+    small, large = (make_clip("race_car", np.random.default_rng(5), size)[1] for size in (48, 192))
     assert (small ^ large[:, 2::4, 2::4]).mean() < 0.01
 
 
@@ -163,12 +157,12 @@ def test_only_the_sound_tells_which_thing_is_heard():
     """Heard and silent things have the same area, place, travel and layer on average."""
     rng, measured = np.random.default_rng(0), {True: [], False: []}
     for _ in range(200):
-        names = rng.choice(synth.CLASSES, 2 + rng.integers(2), replace=False).tolist()
-        things = synth.draw_scene(names, rng)
-        for layer, thing in enumerate(things):
+        names = rng.choice(CLASSES, 2 + rng.integers(2), replace=False).tolist()
+        scene = things.draw_scene(names, rng)
+        for layer, thing in enumerate(scene):
             travel = np.hypot(*(thing.path[-1] - thing.path[0]))
             measured[thing.name == names[0]].append(
-                (thing.area.mean(), *thing.path.mean(0), travel, layer / (len(things) - 1))
+                (thing.area.mean(), *thing.path.mean(0), travel, layer / (len(scene) - 1))
             )
     heard, silent = np.array(measured[True]), np.array(measured[False])
     error = np.sqrt(heard.var(0) / len(heard) + silent.var(0) / len(silent))
@@ -186,7 +180,7 @@ def log_mel_statistics(name, seed):
 def test_one_second_tells_the_class():
     features = []
     for split, count in enumerate((6, 3)):
-        for c, name in enumerate(synth.CLASSES):
+        for c, name in enumerate(CLASSES):
             features += [log_mel_statistics(name, [split, c, i]) for i in range(count)]
     features = np.array(features)
     learnt = features[: 23 * 6].reshape(23, -1, 128)
@@ -199,26 +193,26 @@ def test_one_second_tells_the_class():
 
 def test_bad_requests_say_what_is_wrong(small, tmp_path):
     with pytest.raises(AtlasError, match=str(small)):
-        synth.synth_s4(small, **SMALL)
-    with pytest.raises(AtlasError, match="'kazoo'"):
-        synth.synth_s4(tmp_path / "a", classes=("helicopter", "kazoo"))
-    with pytest.raises(AtlasError, match="two classes"):
-        synth.synth_s4(tmp_path / "a", classes=("helicopter",))
+        make_set("s4", small, **SMALL)
+    with pytest.raises(AtlasError, match="kazoo: give two classes or more of"):
+        make_set("s4", tmp_path / "a", classes=("helicopter", "kazoo"))
+    with pytest.raises(AtlasError, match="helicopter: give two classes"):
+        make_set("s4", tmp_path / "a", classes=("helicopter",))
     with pytest.raises(AtlasError, match="size 8"):
-        synth.synth_s4(tmp_path / "a", size=8)
+        make_set("s4", tmp_path / "a", size=8)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(synth, "write_csv", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        synth.synth_s4(tmp_path / "data", **SMALL)
+        make_set("s4", tmp_path / "data", **SMALL)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_missing_set_is_made_once(tmp_path, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(prepare, "make_set", lambda *words: made.append(words))
+    monkeypatch.setattr(synth, "make_set", lambda *words: made.append(words))
     config = SimpleNamespace(synth=False, dataset="s4", data_root=str(tmp_path))
     prepare.make_missing(config)
     assert not made
@@ -233,6 +227,6 @@ def test_a_missing_set_is_made_once(tmp_path, monkeypatch, capsys):
 
 def test_the_sets_are_named(tmp_path):
     small = {**SMALL, "size": 32}
-    prepare.make_set("s4", tmp_path, **small)
-    prepare.make_set("ms3", tmp_path, **small)
+    make_set("s4", tmp_path, **small)
+    make_set("ms3", tmp_path, **small)
     assert all((tmp_path / csv).is_file() for csv in CSVS.values())

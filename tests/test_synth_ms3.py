@@ -10,8 +10,8 @@ from conftest import one_line, run
 from atlas.audio import RATE
 from atlas.clips import T, load_clip, read_ms3
 from atlas.errors import AtlasError
-from atlas.prepare.synth import CLASSES, draw_background, draw_scene, paint
-from atlas.prepare.synth_ms3 import SCENES, draw_cast, make_ms3_clip, synth_ms3
+from atlas.prepare.synth import SCENES, draw_cast, make_ms3_clip, make_set
+from atlas.prepare.things import CLASSES, draw_background, draw_scene, paint
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_every_class_is_in_one_scene_and_a_cast_is_of_one():
 
 def test_a_larger_set_begins_with_the_same_clips_and_other_trees_stay(ms3_tree, tmp_path):
     (tmp_path / "Single-source").mkdir()
-    synth_ms3(tmp_path, size=32, train=2, val=0, test=2, classes=list(CLASSES[:6]), progress=False)
+    make_set("ms3", tmp_path, size=32, train=2, val=0, test=2, classes=list(CLASSES[:6]))
     small, large = read_ms3(tmp_path), {clip.id: clip for clip in read_ms3(ms3_tree)}
     for clip in small:
         for a, b in zip(load_clip(clip, 32), load_clip(large[clip.id], 32)):
@@ -105,29 +105,15 @@ def test_a_larger_set_begins_with_the_same_clips_and_other_trees_stay(ms3_tree, 
 
 def test_bad_requests_say_what_is_wrong(ms3_tree, tmp_path):
     with pytest.raises(AtlasError, match="Multi-sources is there already"):
-        synth_ms3(ms3_tree)
-    with pytest.raises(AtlasError, match="'kazoo'"):
-        synth_ms3(tmp_path, classes=["helicopter", "kazoo"])
+        make_set("ms3", ms3_tree)
+    with pytest.raises(AtlasError, match="kazoo: give two classes or more of"):
+        make_set("ms3", tmp_path, classes=["helicopter", "kazoo"])
     one_line(
         run("prepare_data.py", "synth", "--dataset", "ms3", "--out", ms3_tree), "there already"
     )
 
 
 def test_it_is_a_command(tmp_path):
-    done = run(
-        "prepare_data.py",
-        "synth",
-        "--dataset",
-        "ms3",
-        "--out",
-        tmp_path / "s",
-        "--size",
-        32,
-        "--train",
-        3,
-        "--val",
-        1,
-        "--test",
-        1,
-    )
+    words = ["--size", 32, "--train", 3, "--val", 1, "--test", 1]
+    done = run("prepare_data.py", "synth", "--dataset", "ms3", "--out", tmp_path / "s", *words)
     assert done.returncode == 0 and len(read_ms3(tmp_path / "s")) == 5, done.stderr

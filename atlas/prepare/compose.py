@@ -1,12 +1,9 @@
 """An open AVS set from a stock of real pictures and sounds, written as an AVSBench tree, S4 or MS3.
 
-A clip shows pictures side by side. In S4 it is two, one of them heard in all T seconds; in MS3 two
-or three, of which one or two are heard, each in seconds of its own. The truth of a second is every
-pixel of the classes heard in it. No picture shows a class that another one of its clip is heard as.
-A source (a photo, a video, a recording) is in one split only. Silent pictures are drawn, cut and
-moved like heard ones, and all recordings have one loudness: only the sound tells what is heard.
-
-Shapes: T frames (5), H W pixels of the frame. Masks are 1 on the sounding object.
+Pictures stand side by side: in S4 two, one heard in all T seconds; in MS3 two or three, one or two
+heard, each in seconds of its own. The truth of a second is every pixel of the classes heard in it;
+no other picture shows them. A source is in one split only. Silent pictures are drawn, cut and moved
+like heard ones, and all recordings have one loudness: only the sound tells what is heard.
 """
 
 import json
@@ -37,8 +34,6 @@ RMS = 0.05  # of a recording
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a set is to be like."""
-
     dataset: str = "s4"
     seed: int = 0
     clips: int | None = None  # None: CLIPS
@@ -50,21 +45,19 @@ class Recipe:
 def make_open_set(stock, out, recipe):
     """Make the set of a Recipe at `out`; return the report, which is also out/compose.json.
 
-    It holds the recipe; heard {class: {split: count()}}; left_out {class: why it is not heard}; and
-    clips [{id, split, and what make_clip says}].
+    It holds the recipe; heard {class: {split: count()}}; clips [{id, split, what make_clip says}].
     """
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise AtlasError(f"{out} is not empty: remove it, or give another --out")
+    if Path(out).exists():
+        raise AtlasError(f"{out} is there already: remove it, or give another --out")
     if recipe.size < 32 or recipe.seed < 0 or (recipe.clips or 4) < 4 or not 0 <= recipe.alone <= 1:
-        limits = "--size 32 or more, --seed 0 or more, --clips 4 or more and --alone from 0 to 1"
-        raise AtlasError(f"compose needs {limits}")
-    pools, left_out = gather(stock, recipe)
+        raise AtlasError("compose needs --size of 32, --seed of 0, --clips of 4, --alone of 0 to 1")
+    pools = gather(stock, recipe)
     sources = sorted({picture.source for pool in pools.values() for picture in pool.pictures})
-    written, made, takes = [], [], Counter()
+    clips, made, takes = [], [], Counter()
     with built_beside(out) as folder:
         for split, pool in pools.items():
             plan = pool.plan(split, recipe)
-            for first in tqdm(plan, f"composing {split}", unit="clip", disable=None):
+            for first in tqdm(plan, f"composing {split}", disable=None):
                 *files, entry = make_clip(pool, first, recipe)
                 number = sources.index(entry["source"])
                 name = f"p{number:010d}_{takes[number]}"  # clips.source_of() finds the source in it
@@ -72,21 +65,21 @@ def make_open_set(stock, out, recipe):
                 clip = ms3_clip(folder, name, split)
                 if recipe.dataset == "s4":
                     clip = s4_clip(folder, name, first, split)
-                written.append(write_clip(clip, *files))
+                clips.append(write_clip(clip, *files))
                 made.append({"id": name, "split": split, **entry})
-        counts = {c: {split: count(made, c, split) for split in SPLITS} for c in pool.heard}
-        report = {"recipe": asdict(recipe), "heard": counts, "left_out": left_out, "clips": made}
+        heard = {name: {split: count(made, name, split) for split in SPLITS} for name in pool.heard}
+        report = {"recipe": asdict(recipe), "heard": heard, "clips": made}
         Path(folder, "compose.json").write_text(json.dumps(report, indent=1) + "\n")
-        write_csv(folder, written, recipe.dataset)
+        write_csv(folder, clips, recipe.dataset, [entry["mask"] for entry in made])
     return report
 
 
 def gather(stock, recipe):
-    """({split: Pool}, {class: why it is not heard}): the stock divided for a recipe."""
+    """{split: Pool}: the stock divided for a recipe."""
     pictures, sounds = read_stock(stock)
-    bar = tqdm(pictures, "reading masks", unit="picture", disable=None)
+    bar = tqdm(pictures, "reading masks", disable=None)
     pictures = [picture for picture in bar if large_enough(picture)]
-    heard, left_out = choose_classes(sources_of(pictures), sources_of(sounds), recipe.classes)
+    heard = choose_classes(sources_of(pictures), sources_of(sounds), recipe.classes)
     sounds = [sound for sound in sounds if sound.category in heard]
     rng = np.random.default_rng(recipe.seed)
     seen_in = divide(sources_of(pictures), heard, rng)
@@ -96,40 +89,30 @@ def gather(stock, recipe):
         shown = [picture for picture in pictures if seen_in[picture.source] == split]
         known = [sound for sound in sounds if heard_in[sound.source] == split]
         pools[split] = Pool(shown, known, heard, rng)
-    return pools, left_out
+    return pools
 
 
 def large_enough(picture):
-    """Whether the class fills VISIBLE of a half frame in each mask, with some room to cut."""
+    """Whether the class fills VISIBLE of a half frame in each mask, with room to cut."""
     masks = [read_mask(path) for path in picture.masks]
     return all(m.sum() >= 1.5 * VISIBLE * min(m.shape[0], 2 * m.shape[1]) ** 2 for m in masks)
 
 
 def choose_classes(shown, known, classes):
-    """(classes to be heard, {other class: why not}), of {class: sources} of pictures and sounds."""
+    """The classes to be heard, of {class: sources}."""
     least = 3 if classes else LEAST  # three can be divided
-    left_out = {}
-    names = sorted({*shown, *known, *(classes or ())})
-    for name in names:
-        why = f"sources: {len(shown[name])} of pictures, {len(known[name])} of sounds"
-        if classes and name not in classes:
-            left_out[name] = "not in --classes"
-        elif min(len(shown[name]), len(known[name])) < least:
-            left_out[name] = why
-            if classes:
-                raise AtlasError(f"{name} cannot be heard, {why}, of {least} needed")
-    if len(left_out) == len(names):
-        raise AtlasError(f"no class of the stock has {least} sources of pictures and of sounds")
-    return [name for name in names if name not in left_out], left_out
+    enough = [name for name in shown if min(len(shown[name]), len(known[name])) >= least]
+    heard = sorted(set(classes or enough))
+    if not heard or not set(heard) <= set(enough):
+        few = ", ".join(sorted(set(heard) - set(enough))) or "every class"
+        raise AtlasError(f"too few sources of pictures or of sounds, {least} needed: {few}")
+    return heard
 
 
 def divide(sources, heard, rng):
-    """{source: split} of {class: sources}, each class near SHARE, the rarest first.
-
-    Sources of several classes may leave a heard class without one in a split: then it draws again.
-    """
+    """{source: split} of {class: sources}, each class near SHARE, the rarest first."""
     order = sorted(sources, key=lambda name: (name not in heard, len(sources[name]), name))
-    for _ in range(200):
+    for _ in range(200):  # sources of several classes may leave one without any in a split
         split_of = {}
         for name in order:
             mine = sorted(sources[name])
@@ -141,7 +124,7 @@ def divide(sources, heard, rng):
         lacking = [c for c in heard if len({split_of[s] for s in sources[c]}) < len(SPLITS)]
         if not lacking:
             return split_of
-    what = f"{lacking[0]} shares its sources with other classes and cannot be divided into splits"
+    what = f"{lacking[0]} shares its sources with other classes and cannot be split"
     raise AtlasError(f"{what}: add sources, or leave a class out with --classes")
 
 
@@ -156,7 +139,7 @@ class Pool:
     used: Counter = field(default_factory=Counter)
 
     def plan(self, split, recipe):
-        """The class that each clip is about, in turn."""
+        """The class that each clip is about."""
         train = recipe.clips or CLIPS[recipe.dataset]
         if recipe.dataset == "ms3":
             train = -(-train // len(self.heard))
@@ -170,7 +153,6 @@ class Pool:
         return [name for k in range(train) for name in self.heard if k < counts[name]]
 
     def showing(self, name, without):
-        """The pictures of class `name` that show none of the classes `without`."""
         return [p for p in self.pictures if p.category == name and not p.also & set(without)]
 
     def draw(self, role, items):
@@ -210,9 +192,8 @@ class Pool:
 def make_clip(pool, first, recipe):
     """(frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [T * RATE], entry of the report).
 
-    The entry: source, of its first heard picture; mask, "drawn" where people drew the masks of all
-    heard ones; heard [classes]; pictures from left to right, with their columns [first, behind the
-    last], schedule [T x 0 or 1] and, where they are heard, recording.
+    The entry: source, of the picture of `first`; mask, "drawn" where all of the heard are; heard,
+    classes; pictures from left to right, with their columns [from, to).
     """
     heard, silent = pool.cast(first, recipe)
     names = heard + silent
@@ -223,9 +204,9 @@ def make_clip(pool, first, recipe):
         name = names[place]
         role = "heard" if place < len(heard) else "silent"
         picture = pool.draw(role, pool.showing(name, {*heard} - {name}))
-        entry = {"class": name, "picture": picture.name, "source": picture.source,
-            "mask": picture.mask, "columns": [left, right], "schedule": [0] * T,
-            "recording": None, "recording_source": None}  # fmt: skip
+        entry = {"class": name, "picture": picture.name, "source": picture.source}
+        entry |= {"mask": picture.mask, "columns": [left, right], "schedule": [0] * T}
+        entry |= {"recording": None, "recording_source": None}
         seen, mask = view(picture, (recipe.size, right - left), pool.rng)
         schedule = np.full(T, role == "heard")
         if role == "heard":
@@ -234,7 +215,7 @@ def make_clip(pool, first, recipe):
             if recipe.dataset == "ms3":
                 schedule = draw_schedule(own, CHANCES[place], pool.rng)
             wave += own * gate(schedule)
-            entry |= {"schedule": schedule.astype(int).tolist()}
+            entry["schedule"] = schedule.astype(int).tolist()
             entry |= {"recording": sound.name, "recording_source": sound.source}
         frames.append(seen)
         masks.append(mask & schedule[:, None, None])
@@ -250,7 +231,7 @@ def make_clip(pool, first, recipe):
 def view(picture, shape, rng):
     """(frames [T, H, W, 3] uint8, masks [T, H, W] bool): a window pans and zooms around the object.
 
-    Of 30 draws the first is taken that keeps VISIBLE of the whole frame in sight, or the best.
+    It is the first of 30 draws that keeps VISIBLE of the frame in sight, or the best.
     """
     height, width = shape
     pairs = read_pictures(picture) * (T // len(picture.files))
@@ -282,7 +263,7 @@ def view(picture, shape, rng):
 
 
 def load_sound(path):
-    """A recording as T seconds of one loudness, [T * RATE]: trimmed of silence, looped if short."""
+    """A recording at one loudness, [T * RATE]: trimmed of silence, looped if short."""
     wave = read_wave(path).numpy()
     audible = np.flatnonzero(np.abs(wave) > 1e-3 * np.abs(wave).max(initial=0))
     if not len(audible):
@@ -292,7 +273,6 @@ def load_sound(path):
 
 
 def count(made, name, split):
-    """{"clips", "picture_sources", "sound_sources"} of the clips of a split that sound a class."""
     mine = [p for clip in made if clip["split"] == split for p in clip["pictures"]]
     mine = [p for p in mine if p["recording"] and p["class"] == name]
     pictures = len({p["source"] for p in mine})

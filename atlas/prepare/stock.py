@@ -1,18 +1,12 @@
 """A stock: real pictures with masks, and sounds, in plain folders by class (docs/data.md).
 
-    STOCK/pictures/CLASS/NAME.jpg    STOCK/masks/CLASS/NAME.png    STOCK/sounds/CLASS/NAME.wav
-    STOCK/pictures.csv: class,picture,source,also,mask,dataset,repository,path
-    STOCK/sounds.csv: class,sound,source,dataset,repository,path
+    pictures/CLASS/NAME.jpg    masks/CLASS/NAME.png    sounds/CLASS/NAME.wav    (tables: COLUMNS)
 
-A video is a folder of frames and one of masks. `source` must stay in one split: a photo, a video, a
-recording. `also` names other classes that the picture shows, and `mask` says whether people have
-`drawn` it or a program has `made` it. A file without a row is its own source and shows nothing
-else; there need be no tables.
+A video is a folder of frames and one of masks. A `source` stays in one split; `also` names other
+classes that the picture shows. A file without a row is its own source and shows nothing else.
 """
 
-import csv
 import hashlib
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +27,7 @@ LEAST = 10  # sources of pictures, and of sounds, that a class needs to be heard
 
 @dataclass(frozen=True)
 class Item:
-    """A photo (one file and mask), a video (T of each) or a sound (one file, no mask)."""
+    """A photo (a file and a mask), a video (T of each) or a sound (no mask)."""
 
     category: str
     name: str
@@ -45,71 +39,59 @@ class Item:
 
 
 def read_stock(root):
-    """(pictures, sounds) of a stock, as Items, by class and name. Only the tables are opened."""
-    pictures, sounds = [], []
-    for category, path, row in _files(root, "pictures"):
-        files, masks = [path], Path(root, "masks", category)
-        if path.is_dir():
-            masks = masks / path.name
-            frames = _visible(path)
-            if not frames:
-                raise AtlasError(f"the video {path} has no frames: remove its folder, or fill it")
-            files = [frames[k] for k in np.linspace(0, len(frames) - 1, T).round().astype(int)]
-        masks = tuple(masks / f"{file.stem}.png" for file in files)
-        also = frozenset(row.get("also", "").replace(";", " ").split())
-        drawn = row.get("mask") or "drawn"
-        item = Item(category, path.name, row["source"], tuple(files), masks, also, drawn)
-        pictures.append(item)
-    for category, path, row in _files(root, "sounds"):
-        sounds.append(Item(category, path.name, row["source"], (path,)))
-    return pictures, sounds
-
-
-def _files(root, kind):
-    """Yield (class, path, row) of everything in ROOT/KIND/CLASS/."""
+    """(pictures, sounds): Items, by class and name. Only the tables are opened."""
     if not any(Path(root, kind).is_dir() for kind in COLUMNS):
         raise AtlasError(f"{root} is no stock: it holds neither pictures/ nor sounds/")
-    rows = read_rows(root, kind)
-    for folder in sorted(path for path in Path(root, kind).glob("[!.]*") if path.is_dir()):
-        for path in _visible(folder):
-            row = rows.get((folder.name, path.stem), {})
-            source = row.get("source") or f"{folder.name}/{path.name}"
-            yield folder.name, path, row | {"source": source}
+    return _items(root, "pictures"), _items(root, "sounds")
 
 
-def _visible(folder):
-    return sorted(folder.glob("[!.]*"))
+def _items(root, kind):
+    rows, items = read_rows(root, kind), []
+    for path in sorted(Path(root, kind).glob("[!.]*/[!.]*")):
+        category = path.parent.name
+        row = rows.get((category, path.stem), {})
+        source = row.get("source") or f"{category}/{path.name}"
+        if kind == "sounds":
+            items.append(Item(category, path.name, source, (path,)))
+            continue
+        files = [path]
+        if path.is_dir():
+            files = evenly(sorted(path.glob("[!.]*")))
+            if not files:
+                raise AtlasError(f"the video {path} has no frames: remove its folder, or fill it")
+        places = [file.relative_to(Path(root, kind)).with_suffix(".png") for file in files]
+        masks = tuple(Path(root, "masks", place) for place in places)
+        also = frozenset(row.get("also", "").replace(";", " ").split())
+        drawn = row.get("mask") or "drawn"
+        items.append(Item(category, path.name, source, tuple(files), masks, also, drawn))
+    return items
+
+
+def evenly(frames):
+    """T of the frames of a video, or none."""
+    places = np.linspace(0, len(frames) - 1, T).round().astype(int)
+    return [frames[k] for k in places if frames]
 
 
 def read_pictures(item):
-    """[(frame [H, W, 3] uint8, mask [H, W] bool)] of a photo or video, all of one size."""
-    pairs = []
-    for path, mask_path in zip(item.files, item.masks):
-        pairs.append((read_frame(path), read_mask(mask_path)))
-        if len({pairs[0][1].shape, *(array.shape[:2] for array in pairs[-1])}) > 1:
-            raise AtlasError(f"{path}, {mask_path} or those before them differ in size")
+    """[(frame [H, W, 3] uint8, mask [H, W] bool)], all of one size."""
+    pairs = [(read_frame(path), read_mask(mask)) for path, mask in zip(item.files, item.masks)]
+    if len({array.shape[:2] for pair in pairs for array in pair}) > 1:
+        raise AtlasError(f"{item.files[0]}, its masks or its other frames differ in size")
     return pairs
 
 
 def read_rows(root, kind):
-    """{(class, name without suffix): row} of the table of pictures or sounds, {} without one."""
-    path, name = Path(root, f"{kind}.csv"), kind[:-1]
-    rows = read_table(path, ("class", name, "source")) if path.is_file() else []
-    return {(row["class"], Path(row[name]).stem): row for row in rows}
+    """{(class, name without suffix): row} of a stock's table, {} without one."""
+    path, columns = Path(root, f"{kind}.csv"), ("class", kind[:-1], "source")
+    return by_place(read_table(path, columns), kind) if path.is_file() else {}
 
 
-def write_rows(root, kind, rows):
-    path = Path(root, f"{kind}.csv")
-    beside = path.with_suffix(".tmp")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS[kind], restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
-    os.replace(beside, path)
+def by_place(rows, kind):
+    return {(row["class"], Path(row[kind[:-1]]).stem): row for row in rows}
 
 
 def sources_of(items):
-    """{class: its sources}."""
     found = defaultdict(set)
     for item in items:
         found[item.category].add(item.source)
@@ -117,15 +99,9 @@ def sources_of(items):
 
 
 def check_stock(root):
-    """(counts, errors, warnings), lists of lines.
-
-    Errors would stop or falsify a set made of the stock: what cannot be read, masks that are not
-    binary, empty or of another size, silent sounds, and what stands twice. The same photo may serve
-    several classes under one source.
-    """
+    """(counts, errors, warnings), lists of lines. A photo may serve several classes."""
     pictures, sounds = read_stock(root)
-    errors, warnings = [], []
-    contents = defaultdict(list)
+    errors, warnings, contents = [], [], defaultdict(list)
     for item in tqdm(pictures + sounds, "checking the stock", unit="file", disable=None):
         try:
             contents[_content(item)].append(item)
@@ -136,13 +112,13 @@ def check_stock(root):
             named = ", ".join(f"{i.category}/{i.name} (source {i.source})" for i in same)
             errors.append(f"the same content stands several times: {named}")
     shown, known = sources_of(pictures), sources_of(sounds)
-    counts = [f"{'class':<16}{'pictures':>9}{'drawn':>8}{'sources':>8}{'sounds':>8}{'sources':>8}"]
+    line = "{:<16}{:>9}{:>8}{:>8}{:>8}{:>8}".format
+    counts = [line("class", "pictures", "drawn", "sources", "sounds", "sources")]
     for name in sorted({*shown, *known}):
         masks = [item.mask for item in pictures if item.category == name]
         files = sum(item.category == name for item in sounds)
         seen, heard = len(shown[name]), len(known[name])
-        drawn = masks.count("drawn")
-        counts.append(f"{name:<16}{len(masks):>9}{drawn:>8}{seen:>8}{files:>8}{heard:>8}")
+        counts.append(line(name, len(masks), masks.count("drawn"), seen, files, heard))
         if seen and min(seen, heard) < LEAST:
             found = f"{seen} sources of pictures and {heard} of sounds, of {LEAST}"
             warnings.append(f"{name} is too small to be heard by default: it has {found}")
@@ -150,15 +126,14 @@ def check_stock(root):
 
 
 def _content(item):
-    """A digest of the pixels or samples of an item that can be used."""
-    digest = hashlib.sha256()
-    for frame, mask in read_pictures(item):
-        if not mask.any():
+    """What tells the pixels or samples of an item from others."""
+    if item.masks:
+        frames, masks = zip(*read_pictures(item))
+        if not all(mask.any() for mask in masks):
             raise AtlasError(f"{item.category}/{item.name}: its mask is empty")
-        digest.update(str(frame.shape).encode() + frame.tobytes())
-    if not item.masks:
-        wave = read_wave(item.files[0]).numpy()
-        if not wave.any():
+        content = np.stack(frames)
+    else:
+        content = read_wave(item.files[0]).numpy()
+        if not content.any():
             raise AtlasError(f"the sound {item.files[0]} is silent")
-        digest.update(wave.tobytes())
-    return digest.digest()
+    return content.shape, hashlib.sha256(content).digest()

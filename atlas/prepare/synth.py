@@ -1,260 +1,75 @@
-"""A synthetic AVSBench in S4's tree, made from a seed: things that look and sound alike.
+"""Synthetic sets in AVSBench's trees, made from a seed: things that look and sound alike.
 
-A class is a combination of shape, texture and two colours (LOOKS) and a timbre (timbres.py). A clip
-shows one heard and one or two silent things of other classes, drifting and turning, all drawn by
-one law: only the sound tells which is heard. The mask is what is seen of it.
+A class has its own look (things.py) and timbre (timbres.py). All things are drawn by one law: only
+the sound tells what is heard. The mask of a second is what is seen of the things heard in it.
 
-A clip depends on the seed, its class, split and number, and on the classes of the set, so a larger
-set begins with the same clips. Lengths are in frame widths, areas in frame areas; x points right
-and y down. Images are [H, W, 3] with H = W = size.
+S4: one heard and one or two silent things. MS3: two or three things, of which one or two of one
+scene (SCENES) are heard, each in seconds of its own; the two clips of a source share their cast.
+A larger set of the same seed and classes begins with the same clips.
 """
 
-import functools
-import itertools
-from dataclasses import dataclass
+import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from atlas.clips import CSVS, DOMAINS, SPLITS, T, built_beside, s4_clip
+from atlas.clips import CSVS, RATE, SPLITS, T, built_beside, ms3_clip, s4_clip
 from atlas.errors import AtlasError
+from atlas.prepare.things import CLASSES, draw_background, draw_scene, paint
 from atlas.prepare.timbres import sound
-from atlas.prepare.tree import write_clip, write_csv
+from atlas.prepare.tree import draw_schedule, gate, write_clip, write_csv
 
-CLASSES = tuple(name for names in DOMAINS.values() for name in names)
-VISIBLE = 0.65  # of a thing is in sight in every frame
-
-PALETTE = {  # hue, saturation, value
-    "red": (0.0, 0.9, 0.85), "orange": (0.07, 0.95, 0.95), "yellow": (0.15, 0.9, 0.95),
-    "lime": (0.25, 0.85, 0.8), "green": (0.36, 0.9, 0.5), "teal": (0.48, 0.85, 0.7),
-    "sky": (0.55, 0.6, 0.95), "blue": (0.63, 0.9, 0.8), "violet": (0.74, 0.7, 0.75),
-    "magenta": (0.85, 0.8, 0.85), "pink": (0.94, 0.5, 0.97), "brown": (0.06, 0.75, 0.42),
-    "white": (0.1, 0.04, 0.97), "black": (0.6, 0.2, 0.08),
-}  # fmt: skip
-LOOKS = {  # shape, texture, two colours; none of them gives a class away alone
-    "baby_laughter": "disc gradient pink white",
-    "female_singing": "heart gradient red yellow",
-    "male_speech": "drop gradient blue sky",
-    "dog_barking": "trefoil blotches brown white",
-    "cat_meowing": "star stripes orange black",
-    "lions_roaring": "burst blotches yellow brown",
-    "horse_clip-clop": "crescent blotches violet black",
-    "coyote_howling": "triangle blotches sky white",
-    "mynah_bird_singing": "chevron stripes blue yellow",
-    "playing_acoustic_guitar": "dumbbell rings orange brown",
-    "playing_tabla": "disc rings black yellow",
-    "playing_violin": "hourglass rings red black",
-    "playing_piano": "square stripes black white",
-    "playing_ukulele": "dumbbell stripes lime white",
-    "playing_glockenspiel": "bar stripes teal magenta",
-    "helicopter": "spikes checker green black",
-    "race_car": "arrow checker red white",
-    "driving_buses": "bar halves yellow blue",
-    "ambulance_siren": "cross halves red sky",
-    "typing_on_computer_keyboard": "frame dots violet white",
-    "chainsawing_trees": "gear spokes magenta black",
-    "cap_gun_shooting": "burst dots teal black",
-    "lawn_mowing": "ring spokes green lime",
-}
-LOOKS = {name: tuple(look.split()) for name, look in LOOKS.items()}
+CLIPS = {"s4": (32, 3, 5), "ms3": (1200, 60, 120)}  # of each split: of a class (S4), in all (MS3)
+SCENES = (  # classes of like log-mel spectra, so that a cluster of sounds is a cluster of classes
+    ("lions_roaring", "race_car", "chainsawing_trees", "lawn_mowing"),
+    ("playing_glockenspiel", "typing_on_computer_keyboard", "cap_gun_shooting"),
+    ("female_singing", "mynah_bird_singing", "playing_violin"),
+    ("baby_laughter", "coyote_howling", "ambulance_siren"),
+    ("male_speech", "playing_acoustic_guitar", "playing_tabla", "playing_piano", "helicopter",
+     "driving_buses"),
+    ("dog_barking", "cat_meowing", "horse_clip-clop", "playing_ukulele"),
+)  # fmt: skip
+CHANCES = (0.85, 0.5)  # that the first and the second heard thing are heard in a given second
 
 
-def _star(u, v, points, inner):
-    """Points at distance 1, notches at `inner`; inner = cos(π / points) is the regular polygon."""
-    half = np.pi / points
-    angle = np.abs((np.arctan2(u, -v) + half) % (2 * half) - half)
-    r = np.hypot(u, v)
-    ex = inner * np.cos(half) - 1
-    ey = inner * np.sin(half)
-    return ((r * np.cos(angle) - 1) * ey - r * np.sin(angle) * ex) / np.hypot(ex, ey)
+def make_set(dataset, root, seed=0, size=96, classes=CLASSES, **counts):
+    """Write a synthetic tree below `root`, whole or not at all; return the root.
 
-
-def _box(u, v, width, height):
-    return np.maximum(np.abs(u) - width, np.abs(v) - height)
-
-
-def _heart(u, v):
-    point = (np.abs(u) + np.abs(v) - 0.85) * 0.71
-    return np.minimum(point, np.hypot(np.abs(u) - 0.425, v + 0.425) - 0.6)
-
-
-def _drop(u, v):
-    tip = np.maximum((np.abs(u) - 0.5 * (v + 1.1)) * 0.89, v - 0.1)
-    return np.minimum(np.hypot(u, v - 0.35) - 0.65, tip)
-
-
-def _arrow(u, v):
-    tip = np.maximum((np.abs(u) - 0.85 * (v + 1)) * 0.76, v)
-    return np.minimum(tip, _box(u, v - 0.4, 0.36, 0.6))
-
-
-# u (right), v (down) -> about the signed distance to the outline, negative inside; radius about 1.
-SHAPES = {
-    "disc": lambda u, v: np.hypot(u, v) - 1,
-    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.28,
-    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.68 - np.hypot(u - 0.55, v)),
-    "heart": _heart,
-    "drop": _drop,
-    "triangle": lambda u, v: _star(u, v, 3, 0.5),
-    "square": lambda u, v: _box(u, v, 0.75, 0.75),
-    "frame": lambda u, v: np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.6) - 0.24,
-    "bar": lambda u, v: _box(u, v, 1, 0.38),
-    "cross": lambda u, v: np.minimum(_box(u, v, 1, 0.34), _box(u, v, 0.34, 1)),
-    "star": lambda u, v: _star(u, v, 5, 0.5),
-    "spikes": lambda u, v: _star(u, v, 4, 0.4),
-    "burst": lambda u, v: _star(u, v, 9, 0.65),
-    "gear": lambda u, v: np.hypot(u, v) - 0.84 - 0.14 * np.tanh(3 * np.cos(7 * np.arctan2(v, u))),
-    "trefoil": lambda u, v: (np.hypot(u, v) - 0.7 - 0.28 * np.cos(3 * np.arctan2(u, -v))) * 0.8,
-    "arrow": _arrow,
-    "chevron": lambda u, v: np.maximum(
-        np.abs(u) - 0.95, (np.abs(v + 0.35 - 0.75 * np.abs(u)) - 0.42) * 0.8
-    ),
-    "hourglass": lambda u, v: np.maximum(
-        np.abs(v) - 0.9, (np.abs(u) - 0.15 - 0.7 * np.abs(v)) * 0.82
-    ),
-    "dumbbell": lambda u, v: np.minimum(np.hypot(np.abs(u) - 0.6, v) - 0.42, _box(u, v, 0.6, 0.2)),
-}
-
-
-def _hard(wave):
-    """A wave in ±1 to near black and white, 0 to 1: edges about a pixel soft."""
-    return 0.5 + 0.5 * np.clip(3 * wave, -1, 1)
-
-
-def _blotches(u, v, p, k):
-    across = np.sin(4 * k * u + 1.7 * np.sin(3 * v + p[0]))
-    return _hard(across + np.sin(5 * k * v + 1.7 * np.sin(4 * u + p[1])))
-
-
-# u, v, two phases in radians, a fineness (about 1) -> the share of the second colour, 0 to 1.
-TEXTURES = {
-    "gradient": lambda u, v, p, k: np.clip(0.5 + 0.6 * v + 0.1 * np.sin(p[0]), 0, 1),
-    "halves": lambda u, v, p, k: _hard(3 * u + 0.4 * np.sin(p[0])),
-    "stripes": lambda u, v, p, k: _hard(np.sin(7.5 * k * u + p[0])),
-    "checker": lambda u, v, p, k: _hard(
-        2 * np.sin(5.5 * k * u + p[0]) * np.sin(5.5 * k * v + p[1])
-    ),
-    "dots": lambda u, v, p, k: _hard(np.sin(8 * k * u + p[0]) + np.sin(8 * k * v + p[1]) - 0.6),
-    "rings": lambda u, v, p, k: _hard(np.sin(9 * k * np.hypot(u, v) + p[0])),
-    "spokes": lambda u, v, p, k: _hard(np.sin(6 * np.arctan2(v, u) + p[0])),
-    "blotches": _blotches,
-}
-
-
-@dataclass(frozen=True)
-class Thing:
-    """One object of one class on its way through the T frames."""
-
-    name: str
-    path: np.ndarray  # [T, 2] centre: x, y
-    area: np.ndarray  # [T] of the whole thing, hidden parts included
-    angle: np.ndarray  # [T] radians
-    colours: np.ndarray  # [2, 3] RGB in 0 to 1
-    phase: np.ndarray  # [2] of the texture
-    fineness: float
-
-
-def draw_object(name, rng):
-    """A thing of class `name`. Area, place and motion follow the same law for every class."""
-    area = rng.uniform(0.07, 0.15) * np.exp(np.linspace(-1, 1, T) * rng.uniform(-0.12, 0.12))
-    margin = 0.75 * np.sqrt(area.max() / 1.5)  # a typical radius; long corners may leave the frame
-    start = rng.uniform(margin, 1 - margin, 2)
-    heading = rng.uniform(0, 2 * np.pi)
-    step = rng.uniform(0.08, 0.3) * np.array([np.cos(heading), np.sin(heading)])
-    end = np.clip(start + step, margin, 1 - margin)
-    hsv = np.array([PALETTE[colour] for colour in LOOKS[name][2:]])
-    hsv = hsv + rng.uniform(-1, 1, (2, 3)) * (0.025, 0.08, 0.08)
-    return Thing(
-        name=name,
-        area=area,
-        path=start + np.linspace(0, 1, T)[:, None] * (end - start),
-        angle=rng.uniform(-0.5, 0.5) + np.linspace(-0.5, 0.5, T) * rng.uniform(-0.6, 0.6),
-        colours=np.array([_rgb(*colour) for colour in hsv]),
-        phase=rng.uniform(0, 2 * np.pi, 2),
-        fineness=rng.uniform(0.85, 1.15),
-    )
-
-
-def _rgb(hue, saturation, value):
-    saturation, value = np.clip((saturation, value), 0, 1)
-    sector = (np.array([5, 3, 1]) + 6 * hue) % 6
-    return value * (1 - saturation * np.clip(np.minimum(sector, 4 - sector), 0, 1))
-
-
-@functools.cache
-def _unit_area(shape):
-    """The area of a shape in its own coordinates."""
-    grid = np.linspace(-1.3, 1.3, 400)
-    return (SHAPES[shape](grid, grid[:, None]) < 0).mean() * 2.6**2
-
-
-def render_frame(things, t, background):
-    """Paint `things` in order, the last in front, on background [H, W, 3] in 0 to 1.
-
-    Returns the image in 0 to 1 and what is seen of each thing, [len(things), H, W] bool.
+    counts: the clips of each split, where they are not CLIPS.
     """
-    image, masks = background.copy(), []
-    size = len(image)
-    pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
-    for thing in things:
-        shape, texture = LOOKS[thing.name][:2]
-        radius = np.sqrt(thing.area[t] / _unit_area(shape))
-        x, y = (pixels[:, None] - thing.path[t]).T / radius
-        y = y[:, None]
-        cos, sin = np.cos(thing.angle[t]), np.sin(thing.angle[t])
-        u = (cos * x + sin * y).astype(np.float32)
-        v = (cos * y - sin * x).astype(np.float32)
-        cover = np.clip(0.5 - SHAPES[shape](u, v) * np.float32(radius * size), 0, 1)
-        second = TEXTURES[texture](u, v, thing.phase, thing.fineness)[..., None]
-        first, other = thing.colours.astype(np.float32)
-        image += cover[..., None] * (first + second * (other - first) - image)
-        masks = [mask & (cover < 0.5) for mask in masks] + [cover >= 0.5]
-    return image, np.array(masks)
+    tree = Path(root, CSVS[dataset]).parent
+    counts = dict(zip(SPLITS, CLIPS[dataset])) | counts
+    if len(set(classes)) < 2 or not set(classes) <= set(CLASSES):
+        given = ", ".join(classes)
+        raise AtlasError(f"{given}: give two classes or more of {', '.join(CLASSES)}")
+    classes = [name for name in CLASSES if name in classes]
+    if size < 32 or min(seed, *counts.values()) < 0:
+        given = f"size {size}, seed {seed}, clips {counts}"
+        raise AtlasError(f"{given}: the size must be at least 32, the others 0")
+    if tree.exists() or tree.parent.is_file():
+        raise AtlasError(f"{tree} is there already: remove it, or name another --out")
+    clips_of = {"s4": s4_clips, "ms3": ms3_clips}[dataset]
+    total = sum(counts.values()) * (len(classes) if dataset == "s4" else 1)
+    with built_beside(tree, inside=tree.name) as folder:
+        made = clips_of(folder, seed, size, classes, counts)
+        bar = tqdm(made, f"synthetic {dataset.upper()}", total, disable=None)
+        write_csv(folder, [write_clip(*files) for files in bar], dataset)
+    return Path(root)
 
 
-def draw_scene(names, rng):
-    """Things of the classes `names`, back to front in random order, none of them hidden."""
-    order = rng.permutation(len(names))
-    while True:
-        things = [draw_object(names[k], rng) for k in order]
-        if not _crowded(things) and all(_in_sight(things, t) for t in range(T)):
-            return things
-
-
-def _crowded(things):
-    """Whether two things come so close that one must hide the other: a cheap first test."""
-    for a, b in itertools.combinations(things, 2):
-        distance = np.hypot(*(a.path - b.path).T)
-        if (distance / (np.sqrt(a.area) + np.sqrt(b.area))).min() < 0.4:
-            return True
-    return False
-
-
-def _in_sight(things, t):
-    """Whether VISIBLE of each thing is seen in frame t, on a grid that does not know the size."""
-    seen = render_frame(things, t, np.zeros((48, 48, 3), np.float32))[1].mean((1, 2))
-    return (seen >= [VISIBLE * thing.area[t] for thing in things]).all()
-
-
-def draw_background(rng, size):
-    """A greyish, smooth backdrop [H, W, 3] in 0 to 1."""
-    backdrop = np.full((size, size, 3), rng.uniform(0.3, 0.7), np.float32)
-    for cells, grey, colour in ((3, 0.1, 0.03), (9, 0.04, 0.015)):
-        coarse = rng.normal(0, grey, (cells, cells, 1)) + rng.normal(0, colour, (cells, cells, 3))
-        for channel in range(3):
-            plane = Image.fromarray(coarse[..., channel].astype(np.float32))
-            plane = plane.resize((size, size), Image.Resampling.BICUBIC)
-            backdrop[..., channel] += np.asarray(plane)
-    return np.clip(backdrop, 0.1, 0.9)
+def s4_clips(folder, seed, size, classes, counts):
+    """Yield (clip, frames, masks, wave)."""
+    for name in classes:
+        for split, split_name in enumerate(SPLITS):
+            for i in range(counts[split_name]):
+                where = CLASSES.index(name), split, i
+                clip = s4_clip(folder, "s{:02d}{}{:05d}".format(*where), name, split_name)
+                yield clip, *make_clip(name, np.random.default_rng([seed, *where]), size, classes)
 
 
 def make_clip(name, rng, size=96, classes=CLASSES):
-    """One S4 clip of class `name`, with silent things of `classes`.
-
-    Returns frames [T, H, W, 3] uint8, masks [T, H, W] bool of the heard thing, wave [samples].
-    """
+    """One S4 clip: frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [samples]."""
     others = [other for other in classes if other != name]
     silent = rng.choice(others, min(rng.integers(1, 3), len(others)), replace=False)
     things = draw_scene([name, *silent.tolist()], rng)
@@ -264,52 +79,45 @@ def make_clip(name, rng, size=96, classes=CLASSES):
     return frames, visible[:, heard], wave
 
 
-def paint(things, backdrop, rng):
-    """Frames [T, H, W, 3] uint8 with a little grain; what is seen [T, things, H, W] bool."""
-    size = len(backdrop)
-    frames = np.empty((T, size, size, 3), np.uint8)
-    masks = np.empty((T, len(things), size, size), bool)
-    for t in range(T):
-        image, masks[t] = render_frame(things, t, backdrop)
-        image += 0.015 * rng.standard_normal((size, size, 1), dtype=np.float32)
-        frames[t] = np.clip(image * 255 + 0.5, 0, 255)
-    return frames, masks
+def ms3_clips(folder, seed, size, classes, counts):
+    """Yield (clip, frames, masks, wave), then write scenes.json: what is heard and when."""
+    scenes = {}
+    for split, split_name in enumerate(SPLITS):
+        for i in range(counts[split_name]):
+            where = [seed, split, i // 2]
+            name = f"m{split}{i // 2:09d}" + "_2" * (i % 2)
+            heard, silent = draw_cast(np.random.default_rng(where), classes)
+            rng = np.random.default_rng([*where, i % 2])
+            *files, schedules = make_ms3_clip(heard, silent, rng, size)
+            yield ms3_clip(folder, name, split_name), *files
+            seconds = {thing: np.flatnonzero(on).tolist() for thing, on in schedules.items()}
+            scenes[name] = {"heard": seconds, "silent": silent}
+    Path(folder, CSVS["ms3"]).with_name("scenes.json").write_text(json.dumps(scenes))
 
 
-def chosen_classes(tree, classes, seed, size, counts):
-    """The classes of a set in CLASSES' order. Bad arguments and a `tree` that exists are errors."""
-    unknown = sorted(set(classes or ()) - set(CLASSES))
-    if unknown:
-        raise AtlasError(f"there is no class {unknown[0]!r}; the classes are {', '.join(CLASSES)}")
-    names = [name for name in CLASSES if classes is None or name in classes]
-    if len(names) < 2:
-        raise AtlasError("a synthetic set needs at least two classes: some things are silent")
-    if size < 32 or seed < 0 or min(counts) < 0:
-        given = f"size {size}, seed {seed}, clips {counts}"
-        raise AtlasError(f"{given}: the size must be at least 32, the others 0")
-    if tree.exists() or tree.parent.is_file():
-        raise AtlasError(f"{tree} is there already: remove it, or name another --out")
-    return names
+def draw_cast(rng, classes):
+    """(one or two heard classes of one scene, silent ones): two or three in all."""
+    heard = [str(rng.choice(classes))]
+    scene = next(set(names) for names in SCENES if heard[0] in names)
+    beside = [name for name in classes if name in scene - {heard[0]}]
+    if beside and rng.random() < 0.5:
+        heard += rng.choice(beside, 1).tolist()
+    others = [name for name in classes if name not in heard]
+    silent = rng.choice(others, min(rng.integers(2, 4) - len(heard), len(others)), replace=False)
+    return heard, silent.tolist()
 
 
-def synth_s4(root, seed=0, size=96, train=32, val=3, test=5, classes=None, progress=True):
-    """Write a synthetic S4 as ROOT/Single-source/, the whole tree or nothing; return the root.
-
-    `train`, `val`, `test`: clips of each class. `classes`: default all 23.
-    """
-    tree = Path(root, CSVS["s4"]).parent
-    counts = (train, val, test)
-    classes = chosen_classes(tree, classes, seed, size, counts)
-    jobs = []
-    for name, (split, number) in itertools.product(classes, zip(SPLITS, counts)):
-        jobs += [(name, split, i) for i in range(number)]
-    clips = []
-    with built_beside(tree, inside=tree.name) as folder:
-        for name, split, i in tqdm(jobs, "synthetic S4", unit="clip", disable=not progress or None):
-            where = CLASSES.index(name), SPLITS.index(split), i
-            video = "s{:02d}{}{:05d}".format(*where)
-            clip = s4_clip(folder, video, name, split)
-            made = make_clip(name, np.random.default_rng([seed, *where]), size, classes)
-            clips.append(write_clip(clip, *made))
-        write_csv(folder, clips)
-    return Path(root)
+def make_ms3_clip(heard, silent, rng, size=96):
+    """What make_clip gives, and schedules {class: [T] bool}."""
+    things = draw_scene([*heard, *silent], rng)
+    backdrop = draw_background(rng, size)
+    wave = np.zeros(T * RATE)
+    schedules = {}
+    for name, chance in zip(heard, CHANCES):
+        own = sound(name, rng)
+        schedules[name] = draw_schedule(own, chance, rng)
+        wave += own * gate(schedules[name])
+    frames, visible = paint(things, backdrop, rng)  # visible [T, things, H, W]
+    on = np.array([schedules.get(thing.name, np.zeros(T, bool)) for thing in things])  # [things, T]
+    masks = (visible & on.T[:, :, None, None]).any(1)
+    return frames, masks, wave / max(1, np.abs(wave).max() / 0.95), schedules

@@ -12,8 +12,8 @@ TIMBRES = {
         throb=(5, 1.0)),
     "female_singing": dict(f0=330, tilt=1.0, formants=(850, 2900), glide=(0.05, 6),
         throb=(0.8, 0.3)),
-    "male_speech": dict(f0=115, tilt=0.9, formants=(500, 1600), glide=(0.12, 1.2), throb=(3.5, 0.9),
-        ),
+    "male_speech": dict(f0=115, tilt=0.9, formants=(500, 1600), glide=(0.12, 1.2),
+        throb=(3.5, 0.9)),
     "dog_barking": dict(f0=260, tilt=0.5, formants=(900,), noise=(500, 2500), hiss=0.6,
         strike=(2.8, 0.09)),
     "cat_meowing": dict(f0=620, tilt=0.6, formants=(1900,), glide=(0.35, 1), throb=(1.1, 0.8)),
@@ -30,8 +30,8 @@ TIMBRES = {
     "playing_violin": dict(f0=650, tilt=0.5, formants=(2600,), glide=(0.03, 5.5), throb=(1, 0.2),
         notes=(0, 2)),
     "playing_piano": dict(f0=290, tilt=2.2, strike=(4, 0.35), notes=(0, 4, 7)),
-    "playing_ukulele": dict(f0=500, tilt=0.9, formants=(2200,), strike=(6.5, 0.06), notes=(0, 4, 7),
-        ),
+    "playing_ukulele": dict(f0=500, tilt=0.9, formants=(2200,), strike=(6.5, 0.06),
+        notes=(0, 4, 7)),
     "playing_glockenspiel": dict(f0=1600, partials=(1, 2.76, 3.9), strike=(3.5, 0.25),
         notes=(0, 2, 4)),
     "helicopter": dict(f0=50, tilt=1.2, noise=(60, 1200), hiss=1.5, throb=(11, 1.0)),
@@ -46,7 +46,7 @@ TIMBRES = {
 
 
 def sound(name, rng):
-    """T seconds of class `name`'s timbre, [T * RATE] in ±1, no second of it silent."""
+    """T seconds of a class, [T * RATE] in ±1, none of them silent."""
     timbre = TIMBRES[name]
     clock = np.arange(T * RATE) / RATE
     pitch, tempo = np.exp(rng.uniform(-0.12, 0.12, 2))
@@ -78,17 +78,13 @@ def sound(name, rng):
 
 
 def _tone(phase, pitch, rng, timbre):
-    """A sum of sines at the given phase [samples], of a fundamental of `pitch` Hz."""
     if "partials" in timbre:
-        wave = 0
-        for k, ratio in enumerate(timbre["partials"]):
-            wave = wave + np.sin(ratio * phase + rng.uniform(0, 2 * np.pi)) / (k + 1)
-        return wave
+        parts = enumerate(timbre["partials"], 1)
+        return sum(np.sin(ratio * phase + rng.uniform(0, 2 * np.pi)) / k for k, ratio in parts)
     # Glides and notes may raise a harmonic by half an octave. It stays below RATE / 2.
     k = np.arange(1, max(2, int(5000 / pitch)))
-    peaks = 0
-    for formant in timbre.get("formants", ()):
-        peaks = peaks + np.exp(-(((k * pitch - formant) / (0.15 * formant)) ** 2))
+    formants = timbre.get("formants", ())
+    peaks = sum(np.exp(-(((k * pitch - hertz) / (0.15 * hertz)) ** 2)) for hertz in formants)
     level = k ** -timbre.get("tilt", 1.0) * (1 + 6 * peaks)
     # One period by inverse FFT, then looked up. A sine for each harmonic is ten times slower.
     spectrum = np.zeros(2049, complex)
@@ -97,7 +93,7 @@ def _tone(phase, pitch, rng, timbre):
 
 
 def _noise(samples, rng, band):
-    """White noise between two frequencies, of unit level."""
+    """White noise in a band in Hz, of unit level."""
     low, high = (min(int(hertz * samples / RATE), samples // 2) for hertz in band)
     spectrum = np.zeros(samples // 2 + 1, complex)
     spectrum[low:high] = rng.standard_normal((high - low, 2)) @ (1, 1j)

@@ -1,9 +1,7 @@
-"""Writing AVSBench's tree (clips.py), and the sounds of what is composed.
-
-Shapes: T seconds (= frames, 5), H W pixels. Masks are 1 on the sounding object.
-"""
+"""Writing AVSBench's tree (clips.py), and when a composed sound is heard."""
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,41 +10,49 @@ from PIL import Image
 
 from atlas.clips import CSVS, RATE, T
 
+COLUMNS = {"s4": ("name", "start", "category", "split"), "ms3": ("video_id", "split")}
 AUDIBLE = 0.1  # a second below this share of its recording's loudness (-20 dB) is silent
 FADE = 0.02  # seconds
 
 
-def write_clip(clip, frames, masks, wave, rate=RATE):
-    """Write a clip's files and return it.
-
-    frames [T, H, W, 3] uint8; masks [T, H, W] bool, those it has a path for; wave [samples] in ±1.
-    """
+def write_clip(clip, frames, masks, wave):
+    """Write a clip: frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [samples] in ±1."""
     for path in (clip.frames[0], clip.masks[0], clip.audio):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     for path, frame in zip(clip.frames, frames):
         Image.fromarray(frame).save(path, compress_level=1)
     for path, mask in zip(clip.masks, masks):
         if path:
-            Image.fromarray(mask.astype(np.uint8) * 255, mode="L").save(path)
-    soundfile.write(clip.audio, np.clip(wave, -1, 1), rate, subtype="PCM_16")
+            Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+    soundfile.write(clip.audio, np.clip(wave, -1, 1), RATE, subtype="PCM_16")
     return clip
 
 
-def write_csv(root, clips, dataset="s4"):
-    """Write AVSBench's table of `clips`. It comes last: a tree without it is not finished."""
-    rows = [["video_id", "split"], *([clip.id, clip.split] for clip in clips)]
-    if dataset == "s4":
-        rows = [["name", "start", "category", "split"]]
-        rows += [[clip.id, 0, clip.category, clip.split] for clip in clips]
-    with open(Path(root, CSVS[dataset]), "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+def write_csv(root, clips, dataset="s4", masks=None):
+    """Write AVSBench's table of `clips`; `masks`: "drawn" or "made", a further column."""
+    rows = []
+    for clip in clips:
+        row = {"name": clip.id, "video_id": clip.id, "start": 0}
+        rows.append(row | {"category": clip.category, "split": clip.split})
+    columns = COLUMNS[dataset]
+    if masks:
+        columns += ("mask",)
+        rows = [row | {"mask": mask} for row, mask in zip(rows, masks)]
+    write_table(Path(root, CSVS[dataset]), columns, rows)
+
+
+def write_table(path, columns, rows):
+    """Write the `columns` of rows, dicts, beside `path` and rename."""
+    beside = path.with_suffix(".tmp")
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
 
 
 def draw_schedule(wave, chance, rng):
-    """Where the recording `wave` [T * RATE] is let through: [T] bool.
-
-    Each second by `chance`, at least one, and none in which the recording itself is silent.
-    """
+    """[T] bool: where a recording [T * RATE] is let through, by `chance`, and is not silent."""
     loudness = np.sqrt(np.mean(wave.reshape(T, RATE) ** 2, axis=1))
     audible = loudness >= AUDIBLE * np.sqrt(np.mean(wave**2))
     while not (schedule := audible & (rng.random(T) < chance)).any():
@@ -55,10 +61,7 @@ def draw_schedule(wave, chance, rng):
 
 
 def gate(schedule):
-    """The loudness [T * RATE] of a schedule [T] bool: 1 where it sounds, 0 elsewhere.
-
-    Straight fades of FADE seconds stand inside both ends of a stretch.
-    """
+    """The loudness [T * RATE] of a schedule, which fades at both ends of a stretch."""
     steps = np.diff(schedule.astype(int), prepend=0, append=0)
     time = (np.arange(T * RATE) + 0.5) / RATE
     loudness = np.zeros(T * RATE)

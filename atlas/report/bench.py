@@ -62,7 +62,7 @@ from atlas.learner import compiled
 from atlas.lra import Step
 from atlas.metrics import MaskMeter, score
 from atlas.model import clip_losses, weighted
-from atlas.prepare.synth import CLASSES, synth_s4
+from atlas.prepare.synth import CLASSES, make_set
 from atlas.results import read_results
 from atlas.runs import Run, TaskClips
 from atlas.updates import Updates
@@ -105,7 +105,7 @@ class Bench(Run):
         )
         if not Path(config.data_root).is_dir():
             counts = {"train": clips, "val": 1, "test": 4, "classes": CLASSES[:4]}
-            synth_s4(config.data_root, size=config.image_size, progress=False, **counts)
+            make_set("s4", config.data_root, size=config.image_size, **counts)
         super().__init__(config)
         self.chosen = list(self.sequence[0].train)
         self.files = READERS["s4"](config.data_root)
