@@ -1,13 +1,12 @@
-"""Sound: reading a file, the front ends, and the frozen audio encoders.
+"""Sound: the reader of files, the reader of weights, and the frozen audio encoders.
 
-It runs once a clip, when the cache is packed. An encoder maps what its `front_end` makes of a
-clip's wave to a context a [T, D_a] and tokens U [T, N, D_u], both per second.
+An encoder maps what its `front_end` makes of a wave to a context a [T, D_a] and tokens U
+[T, N, D_u], both per second. It runs once a clip, when the cache is packed.
 """
 
 import functools
 import hashlib
 import re
-from pathlib import Path
 
 import av
 import numpy as np
@@ -28,32 +27,27 @@ SAMPLES = 2**27  # of all channels of a file, at most: 25 minutes of stereo at 4
 LOUDEST = 10  # full scale is 1; a file of larger numbers is in another unit, or broken
 CUT_OFF = re.compile(r"data : (\d+) \(should be (\d+)\)")  # libsndfile's note on a WAV file
 STREAMED = 0x7F000000  # bytes; a WAV file written into a pipe states more, unknowing
-AUDIOMAE_MEAN, AUDIOMAE_STD = -4.2677393, 4.5689974  # of its filter banks over AudioSet
 AUDIOMAE_HUB = "hf_hub:gaunernst/vit_base_patch16_1024_128.audiomae_as2m_ft_as20k"
 RELEASES = "https://github.com/harritaylor/torchvggish/releases/download"
 VGGISH_FILE = f"{RELEASES}/v0.1/vggish-10086976.pth"
 
 
 def read_wave(path):
-    """The sound in `path` as mono float32 [samples] at 16 kHz, in ±1.
-
-    Channels are averaged, other rates resampled. What cannot be heard as it was meant is refused.
-    """
+    """The sound in `path` as mono float32 [samples] at 16 kHz, in ±1; the only reader of sounds."""
     try:
         with soundfile.SoundFile(path) as file:
-            rate, frames, notes = file.samplerate, file.frames, file.extra_info
+            rate, frames, cut = file.samplerate, file.frames, CUT_OFF.search(file.extra_info)
             if rate not in RATES or frames * file.channels > SAMPLES:
-                what = f"the sound {path} has {frames} samples at {rate} Hz"
-                raise AtlasError(f"{what}; cut it to minutes, at an ordinary rate")
+                what = f"it has {frames} samples at {rate} Hz"
+                raise ValueError(f"{what}; cut it to minutes, at an ordinary rate")
             wave = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        if not len(wave):
+            raise ValueError("it is empty")
+        if len(wave) < 0.98 * frames or (cut and int(cut[2]) < int(cut[1]) < STREAMED):
+            raise ValueError("it is cut off: it ends before its header says")
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         why = why_unreadable(path, error)
         raise AtlasError(f"the sound {path} is not readable: {why}") from None
-    if not len(wave):
-        raise AtlasError(f"the sound {path} is empty")
-    cut = CUT_OFF.search(notes)
-    if len(wave) < 0.98 * frames or (cut and int(cut[2]) < int(cut[1]) < STREAMED):
-        raise AtlasError(f"the sound {path} is cut off: it ends before its header says")
     return resampled(torch.from_numpy(mono(wave, path)), rate)
 
 
@@ -71,14 +65,11 @@ def mono(channels, path):
 
 
 def resampled(wave, rate):
-    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)] at 16 kHz, by FFmpeg.
-
-    Silence stands before and after it. (FFmpeg would mirror the beginning, so it gets a second.)
-    """
+    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)] at 16 kHz, by FFmpeg."""
     if rate == RATE:
         return wave
-    heard = nn.functional.pad(wave.float(), (rate, 0)).numpy()[None]
-    frame = av.AudioFrame.from_ndarray(heard, format="fltp", layout="mono")
+    padded = nn.functional.pad(wave.float(), (rate, 0))  # FFmpeg would mirror the beginning
+    frame = av.AudioFrame.from_ndarray(padded.numpy()[None], format="fltp", layout="mono")
     frame.sample_rate = rate
     resampler = av.AudioResampler("fltp", "mono", RATE)
     parts = [*resampler.resample(frame), *resampler.resample(None)]
@@ -88,7 +79,7 @@ def resampled(wave, rate):
 
 
 def best_stream(container, kind):
-    """The default stream of a kind, or else the first; None: there is none. A cover is no video."""
+    """The default stream of a kind, or else the first, or None. A cover picture is no video."""
     found = [s for s in container.streams if s.type == kind]
     found = [s for s in found if not s.disposition & Disposition.attached_pic]
     default = [s for s in found if s.disposition & Disposition.default]
@@ -96,8 +87,7 @@ def best_stream(container, kind):
 
 
 def mel_filters():
-    """VGGish's filter bank [257, 64], 125 to 7500 Hz, the DC bin zero (mel_features.py): triangles
-    that are linear in mel = 1127 ln(1 + f / 700)."""
+    """VGGish's filters [257, 64] (mel_features.py): triangles, linear in mel, 125 to 7500 Hz."""
 
     def mel(hertz):
         return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
@@ -114,9 +104,8 @@ def mel_filters():
 def log_mel(wave, seconds, offset=0.01):
     """VGGish's log-mel patches [seconds, 1, 96, 64] of wave [samples] (vggish_input.py).
 
-    Frames of 400 samples every 160, periodic Hann window, magnitude of a 512-point FFT, mel
-    filters, log(mel + offset). Patch k starts at 0.96 k s. A sound shorter than a patch is padded
-    with silence; then the last patch is repeated.
+    log(mel + offset) of magnitudes of a 512-point FFT, periodic Hann windows of 25 ms every 10.
+    Patch k starts at 0.96 k s; where the sound ends before, the last one is repeated.
     """
     shortest = WINDOW + HOP * (PATCH - 1)
     wave = nn.functional.pad(wave.double(), (0, max(0, shortest - len(wave))))
@@ -129,11 +118,7 @@ def log_mel(wave, seconds, offset=0.01):
 
 
 def fbank(wave, seconds):
-    """AudioMAE's input, Kaldi's filter banks [frames, 128], of the first `seconds` of a wave.
-
-    Frames of 25 ms every 10. Of each: mean removed, pre-emphasis 0.97, symmetric Hann window, power
-    of a 512-point FFT, 128 triangles in mel from 20 to 8000 Hz, log(max(., 1.2e-7)).
-    """
+    """AudioMAE's input: Kaldi's log filter banks [frames, 128], Hann windows of 25 ms every 10."""
     wave = wave[: seconds * RATE].double()
     wave = nn.functional.pad(wave, (0, max(0, WINDOW - len(wave))))
     options = {"sample_frequency": RATE, "window_type": "hanning", "num_mel_bins": 128}
@@ -142,10 +127,10 @@ def fbank(wave, seconds):
 
 
 class LogMel(nn.Module):
-    """No weights at all: a = mean and standard deviation over time of the 64 bands; U = the same
-    over 6 slices of 16 frames."""
+    """No weights: a = mean and standard deviation of the 64 bands over time; U = the same over
+    6 slices of 16 frames."""
 
-    context_dim, token_dim, tokens = 2 * BANDS, 2 * BANDS, 6
+    context_dim, token_dim = 2 * BANDS, 2 * BANDS
     front_end = staticmethod(log_mel)
 
     def forward(self, patches):
@@ -157,10 +142,9 @@ class LogMel(nn.Module):
 
 
 class VGGish(nn.Module):
-    """torchvggish's network and state-dict names (72.1 M parameters): a = the 128-d embedding,
-    U = its 6 x 4 grid of 512-d features."""
+    """torchvggish's network and names: a = the 128-d embedding, U = its 6 x 4 grid of features."""
 
-    context_dim, token_dim, tokens = 128, 512, 24
+    context_dim, token_dim = 128, 512
     front_end = staticmethod(log_mel)
 
     def __init__(self):
@@ -183,10 +167,9 @@ class VGGish(nn.Module):
 
 
 class YAMNet(nn.Module):
-    """AudioSet's MobileNet v1 in timm: a = the 1024-d pooled embedding, U = its last feature grid
-    (3 x 2)."""
+    """AudioSet's MobileNet v1 in timm: a = its pooled embedding, U = its last grid (3 x 2)."""
 
-    context_dim, token_dim, tokens = 1024, 1024, 6
+    context_dim, token_dim = 1024, 1024
     front_end = staticmethod(functools.partial(log_mel, offset=0.001))
 
     def __init__(self):
@@ -200,15 +183,14 @@ class YAMNet(nn.Module):
 
 
 class AudioMAE(nn.Module):
-    """AudioMAE fine-tuned on AudioSet-20K, timm's ViT-B on 16 x 16 patches of 1024 x 128.
+    """AudioMAE fine-tuned on AudioSet-20K: timm's ViT-B on 16 x 16 patches of 1024 x 128.
 
-    U = the 48 patch tokens of the second (6 in time x 8 in pitch), a = their mean. The network sees
-    the clip once, padded to 1024 frames, as it was trained. A second is 6.25 patches wide: second
-    t has the patch columns floor(6.25 t) to + 5. One whose last column the sound does not reach
-    repeats the second before it (ours).
+    It sees the clip once. U = the 48 patch tokens (6 in time x 8 in pitch) of second t, from patch
+    column floor(6.25 t) on; a = their mean. Where the sound ends before a second's last column, the
+    second before is repeated (ours).
     """
 
-    context_dim, token_dim, tokens = 768, 768, 48
+    context_dim, token_dim = 768, 768
     front_end = staticmethod(fbank)
 
     def __init__(self):
@@ -220,7 +202,7 @@ class AudioMAE(nn.Module):
         """mel [frames, 128] of fbank -> a [T, 768], U [T, 48, 768]."""
         mel = mel[:1024]
         x = nn.functional.pad(mel, (0, 0, 0, 1024 - len(mel)))
-        x = (x - AUDIOMAE_MEAN) / (2 * AUDIOMAE_STD)
+        x = (x + 4.2677393) / (2 * 4.5689974)  # mean and deviation over AudioSet
         tokens = self.net.forward_features(x[None, None])[0, self.net.num_prefix_tokens :]
         columns = tokens.unflatten(0, (64, 8))  # [time, pitch, 768]
         first = [25 * t // 4 for t in range(T)]
@@ -234,23 +216,19 @@ ENCODERS = {"logmel": LogMel, "vggish": VGGish, "yamnet": YAMNet, "audiomae": Au
 
 
 def build_audio_encoder(name, weights):
-    """The frozen encoder in eval mode.
-
-    `weights`: a file; true (from the web; not yamnet); false (random, from a fixed seed).
-    """
+    """The frozen encoder, in eval mode. `weights`: a file; true: from the web; false: random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = ENCODERS[name]().eval().requires_grad_(False)
-    if weights is False or name == "logmel":
-        return encoder
-    if weights is not True:
-        state = read_weights(weights, "audio_weights")
-        load_strictly(getattr(encoder, "net", encoder), state, weights)
-        return encoder
-    if name == "yamnet":
+        encoder = ENCODERS[name]()
+    if name == "yamnet" and weights is True:
         raise AtlasError("audio=yamnet has no public address; set audio_weights to a file")
     try:
-        if name == "audiomae":
+        if name == "logmel" or weights is False:
+            pass
+        elif weights is not True:
+            state = read_weights(weights, "audio_weights")
+            load_strictly(getattr(encoder, "net", encoder), state, weights)
+        elif name == "audiomae":
             encoder.net = timm.create_model(AUDIOMAE_HUB, pretrained=True, num_classes=0)
         else:
             fetch = torch.hub.load_state_dict_from_url
@@ -263,34 +241,32 @@ def build_audio_encoder(name, weights):
 
 
 def read_weights(path, key):
-    """The state dict in a safetensors or torch file, also under `state_dict` or `model`, in fp32.
+    """The state dict in a safetensors or torch file, or under `state_dict` or `model`, in fp32.
 
-    `key` is the config key, for errors.
+    It is the only reader of weights files. `key` is the config's, for errors.
     """
-    if not Path(path).is_file():
-        raise AtlasError(f"{key}: no file {path}")
     try:
         if str(path).endswith(".safetensors"):
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        for name in ("state_dict", "model"):
+            if isinstance(state, dict) and isinstance(state.get(name), dict):
+                state = state[name]
+        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+            raise ValueError("it holds no state dict of tensors (or under `model`)")
+        state = {n: v.float() if v.is_floating_point() else v for n, v in state.items()}
+        for name, value in state.items():
+            if not value.isfinite().all():
+                raise ValueError(f"it holds numbers that are not finite, in {name}")
     except Exception as error:  # whatever a broken file makes the two readers raise
         why = why_unreadable(path, str(error).split("\n")[0])
         raise AtlasError(f"{key}: {path} is not a readable weights file: {why}") from None
-    for name in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise AtlasError(f"{key}: {path} holds no state dict of tensors (or under `model`)")
-    state = {n: v.float() if v.is_floating_point() else v for n, v in state.items()}
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise AtlasError(f"{key}: {path} holds numbers that are not finite, in {name}")
     return state
 
 
 def load_strictly(module, state, path):
-    """Load `state`, which has the module's keys and no others but AudioMAE's classifier `head`."""
+    """Load `state`: the module's keys and no others, but for a classifier `head`."""
     own = module.state_dict()
     kept = {n: v for n, v in state.items() if n in own or not n.startswith("head.")}
     try:
@@ -307,12 +283,6 @@ def fingerprint(module):
         digest.update(name.encode() + str(tuple(value.shape)).encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def encode_clip(encoder, path, seconds):
-    """(a [T, D_a], U [T, N, D_u]) of a file as float16 arrays; `path` None: of a zero waveform."""
-    wave = torch.zeros(seconds * RATE) if path is None else read_wave(path)
-    return encode_wave(encoder, wave, seconds)
 
 
 @torch.inference_mode()

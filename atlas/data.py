@@ -1,9 +1,10 @@
 """Clips as tensors: the packed cache, the dataset, batches.
 
 Shapes: B clips, M annotated frames of a batch, T seconds (= frames, 5), H W pixels, N audio tokens
-a second. Masks are 1 on the sounding object. `annotated[b, t]` is True where a mask exists.
+a second. Masks are 1 on the sounding object.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,23 +18,18 @@ import torchvision.transforms.v2.functional as tvf
 from tqdm import tqdm
 
 from atlas import parallel
-from atlas.audio import encode_clip, fingerprint
-from atlas.clips import T, load_clip, locked, why_unreadable
+from atlas.audio import encode_wave, fingerprint, read_wave
+from atlas.clips import RATE, T, load_clip, locked, why_unreadable
 from atlas.errors import AtlasError
 
-VERSION = 2  # of the cache's layout and of what the readers make of a file
-ROWS = ("frames", "masks", "context", "tokens")  # the files that hold a row for each clip
-HEADER = 128  # bytes before the rows
-BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError)
-LISTED = "`python prepare_data.py check --root {root}` lists every such file"
+VERSION = 3  # of the cache's layout and of what the readers make of a file
 
 
 def pack(clips, root, cache_dir, size, encoder):
     """Decode `clips` and run the frozen audio encoder over them, once; return the cache's folder.
 
-    Its name is a hash of every file's path, size and time, the settings and the encoder's weights,
-    so a stale cache is never used. It is built in a hidden folder beside it: what was packed before
-    a kill is kept. Another process at work on the same cache is waited for.
+    Its name is a hash of the files' paths, sizes and times, the settings and the encoder's weights:
+    a stale cache is never used. Another process at work on the same cache is waited for.
     """
     kind = "s4" if clips[0].category else "ms3"
     folder = Path(cache_dir, f"{kind}-{_cache_key(clips, root, size, encoder)}")
@@ -43,90 +39,82 @@ def pack(clips, root, cache_dir, size, encoder):
     with locked(folder.with_name(f".{folder.name}.lock")):
         if folder.name not in os.listdir(cache_dir):  # by the process that was waited for
             build = folder.with_name(f".{folder.name}.part")
-            build.mkdir(exist_ok=True)
-            _fill(build, clips, size, encoder, root)
-            PackedClips(build)  # every file must be whole
-            os.rename(build, folder)
+            shutil.rmtree(build, ignore_errors=True)  # of a process that was killed
+            build.mkdir()
+            try:
+                _fill(build, clips, root, size, encoder)
+                PackedClips(build)  # every file must be whole
+                os.rename(build, folder)
+            finally:
+                shutil.rmtree(build, ignore_errors=True)
     return folder
-
-
-def layout(n, size, context, tokens):
-    """{file: (type, shape)} of a cache of n clips; context (T, D_a), tokens (T, N, D_u)."""
-    return {
-        "frames": (np.uint8, (n, T, size, size, 3)),
-        "masks": (np.uint8, (n, T, -(-size * size // 8))),  # a bit a pixel
-        "annotated": (np.bool_, (n, T)),
-        "context": (np.float16, (n, *context)),
-        "tokens": (np.float16, (n, *tokens)),
-        "mute_context": (np.float16, context),  # of a zero waveform
-        "mute_tokens": (np.float16, tokens),
-    }
-
-
-def _fill(build, clips, size, encoder, root):
-    """Write a cache into the folder `build`, going on after the clips that are in it."""
-    mute = encode_clip(encoder, None, T)
-    shapes = layout(len(clips), size, mute[0].shape, mute[1].shape)
-    files = [_appended(build, name, *shapes[name]) for name in ROWS]
-    done = min(rows for _, rows, _ in files)
-    for file, _, row in files:
-        file.truncate(HEADER + done * row)
-    bar = {"unit": "clip", "initial": done, "total": len(clips), "disable": None}
-    for clip in tqdm(clips[done:], "packing clips", **bar):
-        try:
-            frames, masks = load_clip(clip, size)
-            context, tokens = encode_clip(encoder, clip.audio, T)
-        except AtlasError as error:
-            shutil.rmtree(build, ignore_errors=True)  # a mended file makes a cache of another name
-            raise AtlasError(f"clip {clip.id}: {error}; {LISTED.format(root=root)}") from None
-        masks = np.packbits(masks.reshape(T, -1), axis=-1)
-        for (file, _, _), row in zip(files, (frames, masks, context, tokens)):
-            file.write(row.tobytes())
-    for file, _, _ in files:
-        file.close()
-    annotated = [[mask is not None for mask in clip.masks] for clip in clips]
-    others = {"annotated": annotated, "mute_context": mute[0], "mute_tokens": mute[1]}
-    for name, array in others.items():
-        np.save(build / f"{name}.npy", np.asarray(array))
-    names = ("id", "source", "split", "category")
-    index = {"size": size, "clips": [{n: getattr(c, n) for n in names} for c in clips]}
-    index["sha256"] = _sha256(index)
-    (build / "index.json").write_text(json.dumps(index), encoding="utf-8")
-
-
-def _appended(build, name, dtype, shape):
-    """An .npy file of this shape to append rows to; how many are whole in it; the bytes of one."""
-    file = open(build / f"{name}.npy", "ab")
-    row = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
-    if file.tell() < HEADER:
-        file.truncate(0)
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-    return file, (file.tell() - HEADER) // row, row
-
-
-def _sha256(content):
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _cache_key(clips, root, size, encoder):
     name = type(encoder).__name__
     digest = hashlib.sha256(f"{VERSION} {size} {name} {fingerprint(encoder)}".encode())
     for clip in sorted(clips, key=lambda c: c.id):
-        digest.update(f"\n{clip.id} {clip.category} {clip.split}".encode())
+        digest.update(f"\n{clip.id} {clip.category} {clip.split} {clip.mask}".encode())
         for path in filter(None, (*clip.frames, *clip.masks, clip.audio)):
             try:
                 stat = os.stat(path)
             except OSError as error:
-                why = f"{path}: {why_unreadable(path, error)}"
-                raise AtlasError(f"clip {clip.id}: {why}; {LISTED.format(root=root)}") from None
+                refuse(clip, root, f"{path}: {why_unreadable(path, error)}")
             below = os.path.relpath(path, root)
             digest.update(f" {below} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
+def refuse(clip, root, why):
+    listed = f"`python prepare_data.py check --root {root}` lists every such file"
+    raise AtlasError(f"clip {clip.id}: {why}; {listed}") from None
+
+
+def _fill(build, clips, root, size, encoder):
+    """Write the cache of `clips` into the folder `build`."""
+    n = len(clips)
+    silence = encode_wave(encoder, torch.zeros(T * RATE), T)
+    rows = {  # {file: type and shape}, a row for each clip
+        "frames": ("|u1", (n, T, size, size, 3)),
+        "masks": ("|u1", (n, T, -(-size * size // 8))),  # a bit a pixel
+        "context": ("<f2", (n, *silence[0].shape)),
+        "tokens": ("<f2", (n, *silence[1].shape)),
+    }
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(build / f"{name}.npy", "wb")) for name in rows]
+        for file, (kind, shape) in zip(files, rows.values()):
+            header = {"descr": kind, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        for clip in tqdm(clips, "packing clips", unit="clip", disable=None):
+            try:
+                frames, masks = load_clip(clip, size)
+                sound = encode_wave(encoder, read_wave(clip.audio), T)
+            except AtlasError as error:
+                refuse(clip, root, error)
+            masks = np.packbits(masks.reshape(T, -1), axis=-1)
+            for file, row in zip(files, (frames, masks, *sound)):
+                file.write(row.tobytes())
+    annotated = np.array([[mask is not None for mask in clip.masks] for clip in clips])
+    whole = {"annotated": annotated, "mute_context": silence[0], "mute_tokens": silence[1]}
+    for name, array in whole.items():
+        np.save(build / f"{name}.npy", array)
+        rows[name] = (array.dtype.str, array.shape)
+    names = ("id", "source", "split", "category", "mask")
+    listed = [{name: getattr(clip, name) for name in names} for clip in clips]
+    index = {"size": size, "arrays": rows, "clips": listed}
+    index["sha256"] = _sha256(index)
+    (build / "index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _sha256(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 class PackedClips:
-    """The cache, opened. `[i]` is the only way to a clip's data."""
+    """The cache, opened. `[i]` is the only way to a clip's data; of `clips[i]`, a dict, the rest.
+
+    arrays: by file; `annotated[i, t]` is True where a mask exists.
+    """
 
     def __init__(self, folder):
         self.folder, self.closed, self.arrays = Path(folder), set(), {}
@@ -135,33 +123,24 @@ class PackedClips:
             index = json.loads(path.read_text(encoding="utf-8"))
             if index.pop("sha256") != _sha256(index):
                 raise ValueError("it was changed")
-            self.size, self.clips = index["size"], index["clips"]  # dicts: id, source, ...
-            for name in layout(0, 0, (), ()):
+            self.size, self.clips = index["size"], index["clips"]
+            for name, (kind, shape) in index["arrays"].items():
                 path = self.folder / f"{name}.npy"
-                self.arrays[name] = np.load(path, mmap_mode="r")
-            sound = [self.arrays[name].shape for name in ("mute_context", "mute_tokens")]
-            for name, kind in layout(len(self.clips), self.size, *sound).items():
-                path, array = self.folder / f"{name}.npy", self.arrays[name]
+                array = np.load(path, mmap_mode="r")
                 whole = os.path.getsize(path) == array.offset + array.nbytes
-                if not whole or (array.dtype, array.shape) != kind:
+                if not whole or (array.dtype, array.shape) != (kind, tuple(shape)):
                     raise ValueError("it has another size than index.json says")
                 self.arrays[name] = np.asarray(array)  # the memmap class is slow to index
-        except BROKEN as error:
+        except Exception as error:  # whatever a broken file makes the readers raise
             what = f"the file {path} of the cache is damaged: {why_unreadable(path, error)}"
             remedy = f"delete the folder {self.folder}: the next run packs it anew"
             raise AtlasError(f"{what}; {remedy}") from None
+        self.context_dim = self.arrays["context"].shape[-1]
+        self.token_dim = self.arrays["tokens"].shape[-1]
 
     def close(self, indices):
         """Exemplar-free: from now on, asking for one of these clips is an error."""
         self.closed.update(indices)
-
-    @property
-    def context_dim(self):
-        return self.arrays["context"].shape[-1]
-
-    @property
-    def token_dim(self):
-        return self.arrays["tokens"].shape[-1]
 
     def audio_features(self):
         """Every clip's audio context, the mean over its seconds: [n, D_a] float32."""
@@ -177,18 +156,17 @@ class PackedClips:
 
     def __getitem__(self, i):
         """Clip i as a dict: frames [m, 3, H, W] uint8 and masks [m, H, W] bool of its m annotated
-        frames, their second [m], its sound, index and category (MS3: None)."""
+        frames, their second [m], its sound, index and category."""
+        clip = self.clips[i]
         if i in self.closed:
-            name = self.clips[i]["id"]
-            raise AtlasError(
-                f"train clip {name} was asked for after its task; no past clip may be used"
-            )
+            what = f"train clip {clip['id']} was asked for after its task"
+            raise AtlasError(f"{what}; no past clip may be used")
         second = np.flatnonzero(self.arrays["annotated"][i])
         bits = self.arrays["masks"][i, second]
         masks = np.unpackbits(bits, axis=-1, count=self.size**2).view(np.bool_)
         return {
             "index": i,
-            "category": self.clips[i]["category"],
+            "category": clip["category"],
             "frames": torch.from_numpy(self.arrays["frames"][i, second]).permute(0, 3, 1, 2),
             "masks": torch.from_numpy(masks.reshape(-1, self.size, self.size)),
             "second": torch.from_numpy(second),
@@ -196,18 +174,15 @@ class PackedClips:
         }
 
     def sound(self, i):
-        """The encoder's view of clip i's sound, or of silence (i = None): context [T, D_a], tokens
-        [T, N, D_u], float16."""
+        """Clip i's sound, or silence (None): context [T, D_a], tokens [T, N, D_u], float16."""
+        kinds = ("context", "tokens")
         if i is None:
-            context, tokens = self.arrays["mute_context"], self.arrays["mute_tokens"]
-        else:
-            context, tokens = self.arrays["context"][i], self.arrays["tokens"][i]
-        return {"context": torch.tensor(context), "tokens": torch.tensor(tokens)}
+            return {kind: torch.tensor(self.arrays[f"mute_{kind}"]) for kind in kinds}
+        return {kind: torch.tensor(self.arrays[kind][i]) for kind in kinds}
 
 
 class ClipDataset(torch.utils.data.Dataset):
-    """The clips `indices` of a cache. With `draw` (integers: seed, task, epoch) each is augmented,
-    as `draw` and the clip alone say."""
+    """The clips `indices` of a cache; augmented where `draw`, (seed, task, epoch), is given."""
 
     def __init__(self, cache, indices, draw=None):
         self.cache, self.indices, self.draw = cache, indices, draw
@@ -239,10 +214,7 @@ def augmented(item, rng):
 
 
 def collate(items):
-    """Clips side by side, sounds in float32.
-
-    The M annotated frames of all are concatenated: `clip` [M] and `second` [M] say whose each is.
-    """
+    """A batch of clips: their M annotated frames in a row, of `clip` [M] and `second` [M]."""
     batch = {name: [item[name] for item in items] for name in ("index", "category")}
     for name in ("frames", "masks", "second"):
         batch[name] = torch.cat([item[name] for item in items])
@@ -254,10 +226,7 @@ def collate(items):
 
 
 def loader(dataset, batch_size, workers=0, device="cpu", shared=False):
-    """Batches of `dataset` as stored, pinned where the device is a GPU.
-
-    `shared`: of each batch, this process's part (parallel.py).
-    """
+    """Batches of `dataset` as stored; `shared`: of each, this process's part (parallel.py)."""
     options = {"batch_size": batch_size}
     if shared:
         options = {"batch_sampler": parallel.batches(len(dataset), batch_size)}
@@ -267,13 +236,11 @@ def loader(dataset, batch_size, workers=0, device="cpu", shared=False):
 
 
 def _send_by_value(worker):
-    """In a worker: send batches through a pipe. torch's own way, /dev/shm, is small in containers,
-    and where it is full the run waits for ever."""
+    """In a worker: send batches through a pipe; where /dev/shm is full, torch waits for ever."""
     ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
 
 
 def to_device(batch, device):
-    """A batch with its tensors on `device`."""
     moved = {n: v.to(device, non_blocking=True) for n, v in batch.items() if torch.is_tensor(v)}
     return batch | moved
 

@@ -1,7 +1,6 @@
 """The frozen visual encoder: timm's feature pyramid, its weights, and LoRA on its layers.
 
-LoRA (low-rank adaptation; Hu et al. 2021, arXiv 2106.09685) turns a frozen layer W x into
-W x + (alpha / r) B A x. Only A and B learn. B is zero at the start, so nothing changes there.
+LoRA (Hu et al. 2021, arXiv 2106.09685) makes a frozen layer W x + (alpha / r) B A x, B = 0 first.
 """
 
 import contextlib
@@ -21,21 +20,17 @@ from atlas.errors import AtlasError
 
 
 def build_visual_encoder(config):
-    """timm's model `visual` as a feature pyramid for `image_size`, frozen and in eval mode.
-
-    `visual_weights` is a file, a timm tag, true (timm's hub) or false (random).
-    """
+    """timm's model `visual` as a feature pyramid for `image_size`, frozen and in eval mode."""
     name, weights = config.visual, config.visual_weights
     if weights and timm.is_model_pretrained(f"{name}.{weights}"):
         name, weights = f"{name}.{weights}", True
-    hub = weights is True
     options = {"pad_type": "same"} if config.visual_pad == "same" else {}
     try:
         if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             options["img_size"] = config.image_size
-        encoder = timm.create_model(name, pretrained=hub, features_only=True, **options)
+        encoder = timm.create_model(name, pretrained=weights is True, features_only=True, **options)
     except Exception as error:  # each of timm's models refuses in its own way
-        hint = "; without timm's hub, set visual_weights to a file" if hub else ""
+        hint = "; without timm's hub, set visual_weights to a file" if weights is True else ""
         what = f"visual={name} for image_size={config.image_size}: {error}{hint}"
         raise AtlasError(f"timm builds no feature pyramid of {what}") from None
     if isinstance(weights, str):
@@ -44,10 +39,9 @@ def build_visual_encoder(config):
 
 
 def load_visual_weights(encoder, name, options, path):
-    """Load a file of the whole model into its feature pyramid.
+    """Load a file of the whole model, as timm's own filter translates it, into its pyramid.
 
-    timm's own filter for this model translates names and fits position embeddings to the image
-    size. The file must hold every tensor of the pyramid, and may hold the rest of timm's model.
+    It must hold every tensor of the pyramid, and may hold the rest of timm's model.
     """
     state = clean_state_dict(read_weights(path, "visual_weights"))
     with torch.device("meta"):  # names and shapes only
@@ -59,10 +53,8 @@ def load_visual_weights(encoder, name, options, path):
     except Exception as error:  # the filter trusts that the file is its own model's
         raise AtlasError(f"{path} does not fit {name}: {error!r}") from None
     state, want, known = flat(state), flat(encoder.state_dict()), flat(whole.state_dict())
-    heads = whole.pretrained_cfg.get("classifier") or ()
-    heads = tuple(flat(dict.fromkeys([heads] if isinstance(heads, str) else heads)))
     missing = [key for key in want if key not in state or state[key].shape != want[key].shape]
-    unknown = [key for key in state if key not in known and not key.startswith(heads)]
+    unknown = [key for key in state if key not in known]
     if missing or unknown:
         counts = f"{len(missing)} keys missing or of another shape, {len(unknown)} unknown"
         hint = "is it another model's file, or one for another image_size?"
@@ -79,16 +71,12 @@ def flat(state):
     return {name.replace(".", "_"): value for name, value in state.items()}
 
 
-# ---- LoRA ------------------------------------------------------------------------------------
-
-
 def add_lora(encoder, config):
     """The frozen encoder with peft's LoRA on the layers that `lora_targets` names.
 
     auto: every linear layer and 1x1 convolution. Else a regular expression over whole names.
     """
-    targets = config.lora_targets
-    fits = {}
+    targets, fits = config.lora_targets, {}
     try:
         for name, layer in encoder.named_modules():
             wanted = targets == "auto" or re.fullmatch(targets, name)
@@ -112,12 +100,12 @@ def add_lora(encoder, config):
 
 
 def base_encoder(encoder):
-    """timm's feature pyramid, with or without peft around it."""
+    """timm's feature pyramid, without peft around it."""
     return encoder.get_base_model() if isinstance(encoder, peft.PeftModel) else encoder
 
 
 def lora_layers(encoder):
-    """{name in timm's pyramid: peft's layer} of all layers that have LoRA."""
+    """{name in timm's pyramid: peft's layer}."""
     modules = base_encoder(encoder).named_modules()
     return {name: layer for name, layer in modules if isinstance(layer, BaseTunerLayer)}
 
@@ -137,16 +125,12 @@ def merged(model):
             layer.get_base_layer().weight.data.copy_(weight)
 
 
-# ---- what a new model must show --------------------------------------------------------------
-
-
 @torch.no_grad()
 def prove(model, config):
-    """Send one random image through a new model's encoder; an AtlasError says what is wrong.
+    """Send one random image through a new model's encoder, with B random meanwhile.
 
-    The encoder takes `image_size`. Every layer with LoRA is called: some parents read a layer's
-    weight instead. Folding B A into the weight equals adding B A x: not so where the weight is
-    standardised first. B is random meanwhile, then zero; nothing else changes.
+    An AtlasError says where it cannot take `image_size`, where a layer with LoRA is not called (some
+    parents read its weight), or where folding B A into the weight is not adding B A x.
     """
     visual, size = f"visual={config.visual}", config.image_size
     layers = lora_layers(model.encoder)
@@ -183,7 +167,6 @@ def prove(model, config):
 
 
 def refuse(config, names, why):
-    """Raise an AtlasError if there are `names` of layers on which LoRA does not work."""
     if names:
         layers = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
         how = "leave them out with lora_targets (a regular expression), or set lora_rank=0"

@@ -16,7 +16,7 @@ MEMORY = ("out of memory", "allocate memory", "DataLoader worker (pid")  # in to
 
 
 class AtlasError(Exception):
-    """Bad input. The message says what is wrong, where (file, clip, key), and what to do."""
+    """Bad input. Its text says what is wrong, where (file, clip, key), and what to do."""
 
 
 class Output:
@@ -46,13 +46,9 @@ class Output:
 
 
 def prepare_process():
-    """Call this first in a script, before torch is loaded.
-
-    The output bears any encoding and a closed pipe. Where the user set nothing else, waiting
-    threads spin for a short time only: on a busy machine they take the cores from those who work.
-    """
+    """Call this first, before torch is loaded: any encoding, a closed pipe, a busy machine."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "100000"  # costs a quiet machine nothing
+        os.environ["GOMP_SPINCOUNT"] = "100000"  # waiting threads take cores from those who work
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: closed
         if not isinstance(stream, Output):
@@ -62,10 +58,7 @@ def prepare_process():
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a script's main: what is no bug ends in one line on stderr.
-
-    The exit code is 2 for bad input, 1 where a disk or the memory fails, 130 after Ctrl-C.
-    """
+    """Around a script's main: what is no bug ends in one line on stderr, with an exit code."""
     try:
         yield
         sys.stdout.flush()
@@ -98,5 +91,4 @@ def _end(text, code):
 
 
 def _drop(stream):
-    """Send all further text of a stream, and what it still holds, to nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,12 +1,8 @@
 """The ATLAS network and its task loss: which pixels of a frame belong to what sounds?
 
-    encode:  frames -> frozen encoder with LoRA (encoders.py) -> a feature map at each scale
-    segment: features, sound -> Fusion (gate, cross-attention) -> Decoder -> mask logits
-                                                               -> Classifier -> class logits
-
-Shapes: B clips of T seconds; M annotated frames in a batch, `clip` [M] whose, `second` [M] when;
-L scales, C_l channels, h_l w_l pixels; S pixels a side of the image; D width; K classes. A second
-of sound is a context of D_a numbers and N tokens of D_u. Logits are positive on what sounds.
+Shapes: B clips of T seconds; M annotated frames, `clip` [M] whose, `second` [M] when; L scales of
+C_l channels, h_l w_l pixels; S pixels a side of the image; D width; K classes. A second of sound is
+a context of D_a numbers and N tokens of D_u. Logits are positive on what sounds.
 """
 
 import copy
@@ -20,8 +16,11 @@ from atlas.encoders import add_lora, base_encoder, build_visual_encoder, prove
 
 
 class Atlas(nn.Module):
+    """encode: frames -> frozen encoder with LoRA -> a feature map at each scale.
+    segment: features, sound -> Fusion -> Decoder -> mask logits; Classifier -> class logits."""
+
     def __init__(self, encoder, config, context_dim, token_dim, classes=None):
-        """encoder: of encoders.py. classes: each task's category names, for the classifier."""
+        """classes: each task's category names, for the classifier."""
         super().__init__()
         self.encoder = encoder
         base = base_encoder(encoder)
@@ -44,7 +43,7 @@ class Atlas(nn.Module):
         return self
 
     def encode(self, frames):
-        """frames [M, 3, S, S] uint8 -> L feature maps [M, C_l, h_l, w_l]; no sound is in them."""
+        """frames [M, 3, S, S] uint8 -> L feature maps [M, C_l, h_l, w_l]."""
         features = self.encoder((frames - self.mean) / self.std)
         features = [features[i] for i in self.scales]
         return [x.permute(0, 3, 1, 2) for x in features] if self.channels_last else features
@@ -52,12 +51,11 @@ class Atlas(nn.Module):
     def segment(self, features, batch):
         """features of encode -> {"masks": logits [M, S, S]}, and "classes" [B, K] if it classifies.
 
-        batch: clip, second, context [B, T, D_a], tokens [B, T, N, D_u], and for S size or frames.
+        batch: frames (their size counts), clip, second, context [B, T, D_a], tokens [B, T, N, D_u].
         """
-        size = batch["size"] if "size" in batch else batch["frames"].shape[-1]
         fused, a = self.fusion(features, batch)
-        logits = self.decoder(fused)
-        outputs = {"masks": F.interpolate(logits, (size, size), mode="bilinear")[:, 0]}
+        logits = F.interpolate(self.decoder(fused), batch["frames"].shape[-2:], mode="bilinear")
+        outputs = {"masks": logits[:, 0]}
         if self.classifier and self.classifier.last > self.classifier.first:
             votes = self.classifier(torch.cat([fused[-1].mean((2, 3)), a], 1))  # [M, K]
             outputs["classes"] = clip_means(votes, batch["clip"], len(batch["context"]))
@@ -70,18 +68,17 @@ class Atlas(nn.Module):
 
     def groups(self):
         """The trainables by group, {"lora" | "fusion" | "decoder" | "classifier": {name: p}}."""
-        groups = {"encoder": {}, "fusion": {}, "decoder": {}, "classifier": {}}
+        groups = {"lora": {}, "fusion": {}, "decoder": {}, "classifier": {}}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups[name.split(".")[0]][name] = parameter
-        return {"lora": groups.pop("encoder"), **groups}
+                groups[name.split(".")[0].replace("encoder", "lora")][name] = parameter
+        return groups
 
 
 class Fusion(nn.Module):
     """Lets the sound into the features, at every scale: first a gate, then cross-attention.
 
-    The gate is F_l * (1 + tanh(W_l a + b_l)), one number a channel, zero at the start: the first
-    step sees the plain encoder. `conditioning: none` has no gate.
+    The gate is F_l * (1 + tanh(W_l a + b_l)), one number a channel; W_l, b_l are zero at the start.
     """
 
     def __init__(self, channels, context_dim, token_dim, config):
@@ -114,8 +111,8 @@ class Fusion(nn.Module):
 class CrossAttention(nn.Module):
     """A pre-norm transformer block: x + Attention(LN(x)), then x + MLP(LN(x)).
 
-    Queries are a frame's pixels. Keys and values are the T N audio tokens of its clip, each with a
-    learned embedding of the distance from its second to the frame's.
+    Queries: a frame's pixels. Keys and values: its clip's T N audio tokens, each with a learned
+    embedding of the distance from its second to the frame's.
     """
 
     def __init__(self, token_dim, width, heads):
@@ -150,7 +147,7 @@ class CrossAttention(nn.Module):
 class Decoder(nn.Module):
     """A feature pyramid, from coarse to fine, and a 1x1 head: fused maps -> [M, 1, h_1, w_1].
 
-    In TIL each task owns a head and `active` is the one in use. Elsewhere there is one.
+    In TIL each task owns a head, of which `active` is in use.
     """
 
     def __init__(self, levels, width):
@@ -181,7 +178,7 @@ class Decoder(nn.Module):
 class Classifier(nn.Module):
     """Class logits, from the coarsest fused map and the context: a linear head for each task.
 
-    The heads `first` to `last` - 1 compete: of the tasks seen so far (CIL, DIL), of one (TIL).
+    The heads `first` to `last` - 1 compete: of the tasks seen so far; in TIL of one.
     """
 
     def __init__(self, dim, classes):
@@ -212,8 +209,7 @@ def clip_means(values, clip, B):
 def build_model(config, context_dim, token_dim, classes=None):
     """A config's Atlas in train mode, proven; its initial weights come from the seed alone.
 
-    What an ablation changes is drawn last, so that without gates, without LoRA or at another rank
-    the rest starts from the same weights.
+    What an ablation changes (gates, LoRA) is drawn last: the rest starts from the same weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -234,16 +230,12 @@ def count_parameters(model):
     return {"total": total, "trainable": trainable, "lora": lora}
 
 
-# ---- the task loss ---------------------------------------------------------------------------
-
-
 def clip_losses(outputs, batch):
     """The loss of every clip by term: {"bce", "dice"}, and "class" if it classifies; each [B].
 
-    Mask terms are means over a clip's frames; nothing is pooled across clips. bce is the binary
-    cross-entropy, averaged over pixels. dice is 1 - (2 sum p g + 1) / (sum p + sum g + 1) with
-    p = sigmoid(logit) and the truth g; the 1 defines it on a silent frame. class is the
-    cross-entropy over the competing classes.
+    bce: binary cross-entropy, mean over pixels and the clip's frames. dice: the frames' mean of
+    1 - (2 sum p g + 1) / (sum p + sum g + 1), p = sigmoid(logit), g the truth; the 1 defines it on
+    a silent frame. class: cross-entropy over the competing classes.
     """
     logits = outputs["masks"].float().flatten(1)
     truth = batch["masks"].to(logits.dtype).flatten(1)  # [M, S S]

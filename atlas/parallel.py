@@ -1,11 +1,7 @@
 """One model trained by several processes: each takes its part of every batch.
 
-    torchrun --nproc_per_node=2 train.py --cfg configs/ss_cil.yaml
-
-`batch_size` is that of the whole batch, so the number of processes changes a run by rounding only.
-The trainables are few: one flat all-reduce sums their gradients after the backward pass. Unlike
-DistributedDataParallel, it bears heads that a task does not use, and a last batch smaller than the
-number of processes. Without torchrun there is one process, and every function here does nothing.
+`torchrun --nproc_per_node=2 train.py ...`: `batch_size` stays that of the whole batch. One flat
+all-reduce sums the gradients. Without torchrun, every function here does nothing.
 """
 
 import functools
@@ -41,12 +37,11 @@ def processes():
 
 
 def quiet():
-    """tqdm's `disable`: no bar where no terminal is, and one bar for all processes."""
+    """tqdm's `disable`: a bar of the first process alone, and where a terminal is."""
     return True if rank() else None
 
 
 def wait():
-    """Until all processes are here."""
     if processes() > 1:
         dist.barrier()
 
@@ -62,7 +57,7 @@ def in_turn(work):
 
 
 def first_only(function):
-    """A function that only process 0 carries out; the others get None."""
+    """A decorator: only process 0 carries it out; the others get None."""
 
     @functools.wraps(function)
     def of_first(*words, **named):
@@ -110,10 +105,10 @@ def gathered(x):
 
 
 def sum_gradients(parameters):
-    """The gradients of a whole batch, from each process's own, weighted by its `share`."""
+    """The gradients of a whole batch, from each process's own, weighted by its share."""
     if processes() == 1:
         return
-    for p in parameters:
+    for p in parameters:  # a head that the task does not use has none
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
