@@ -36,7 +36,7 @@ class MaskMeter:
         self.sums["curve"] = torch.zeros(THRESHOLDS, dtype=torch.float64)
 
     def update(self, logits, masks, annotated):
-        """logits and masks [B, T, H, W], annotated [B, T] bool -> J and the clip of each frame [M]."""
+        """logits and masks [B, T, H, W], annotated [B, T] -> J and the clip of each frame [M]."""
         clip = annotated.nonzero()[:, 0]  # [M]
         x = logits[annotated].flatten(1).float()  # [M, HW]
         g = masks[annotated].flatten(1).bool()

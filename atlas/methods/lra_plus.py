@@ -6,13 +6,10 @@ drawn at random. The DISTILLED ones for which it masks most are taken. With y it
 probabilities for (the clip's frames, such a sound), z the present model's logits for the same and
 p = sigmoid(z),
 
-    L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2 + strength (D + HEARING H)
+    L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2 + strength D
     D = mean over sounds and frames of BCE(y, z) + 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1)
-    H = mean over scales and over gate, keys, values of  mean (h - h_last)^2 / (var h_last + 1e-6)
 
-The sums of D are over a frame's pixels; both its terms are least at p = y. h is what of the sound
-of each past class reaches the frames, so H needs no frame. Its mean and variance are over sounds
-and channels.
+The sums of D are over a frame's pixels; both its terms are least at p = y.
 
 The last model is LRA's own anchor, run on the batch without gradients. Visual features are those
 of the step itself, so only fusion and decoder run again with gradients. What is kept of a class is
@@ -35,7 +32,6 @@ from atlas.model import clip_means
 
 CANDIDATES = 8  # sounds that the last model hears for each clip
 DISTILLED = 2  # of those, the ones that the present model hears too
-HEARING = 10.0  # the weight of H beside D
 
 
 class LraPlus(LowRankAnchoring):
@@ -101,8 +97,7 @@ class LraPlus(LowRankAnchoring):
         if not len(self.sounds) or not self.listen:
             return held
         last = dict(zip([f"model.{name}" for name in self.names], self.split(self.anchor)))
-        apart = self.disagreement(batch, outputs, last)
-        distillation = self.listen * (apart + HEARING * self.misheard(batch, last))
+        distillation = self.listen * self.disagreement(batch, outputs, last)
         if self.trigger:
             self.distilled = self.slope(distillation)
         return held + distillation
@@ -128,17 +123,6 @@ class LraPlus(LowRankAnchoring):
             apart = apart + distance(z.float().flatten(1), target.flatten(1)) / DISTILLED
         model.decoder.use_head(active)
         return apart
-
-    def misheard(self, batch, last):
-        """H, on the sound of each class remembered."""
-        sounds = split_sounds(self.sounds, batch)
-        ears = Ears(self.run.model)
-        with torch.no_grad():
-            before = functional_call(ears, last, sounds)
-        errors = []
-        for h, h_last in zip(ears(*sounds), before):
-            errors.append((h - h_last).square().mean() / (h_last.var() + 1e-6))
-        return sum(errors) / len(errors)
 
     def ask(self, batch):
         """CANDIDATES sounds for every clip: {"context" [CANDIDATES, B, T, D_a], "tokens"}.
@@ -173,24 +157,6 @@ class Answers(torch.nn.Module):
             heard = batch | {"context": context, "tokens": tokens}
             masks.append(self.model.segment(features, heard)["masks"])
         return torch.stack(masks)
-
-
-class Ears(torch.nn.Module):
-    """What of sounds reaches the frames: for every scale the gate, the keys and the values."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, context, tokens):
-        """context [K, D_a], tokens [K, N, D_u]."""
-        fusion = self.model.fusion
-        a = fusion.context_norm(context)
-        u = fusion.token_norm(tokens)
-        heard = [torch.tanh(gate(a)) for gate in fusion.gates or ()]
-        for attend in fusion.attend:
-            heard += attend.key_value(attend.token(u)).chunk(2, -1)
-        return heard
 
 
 def noting(clips, noted):
