@@ -64,7 +64,7 @@ class Config:
     audio_weights: bool | str = key(True, "a file, true: published ones, false: random")
     width: int = key(256, "D, of fusion and decoder", low=8, high=8192)
     heads: int = key(8, "attention heads; divides width", low=1)
-    conditioning: str = key("gate", "does sound gate visual features?", "gate none")
+    conditioning: str = key("gate", "gate and attention; one alone", "gate none gate_only")
     classify: bool = key(False, "also classify the clips")
     lora_rank: int = key(16, "r; 0: no LoRA", high=8192)
     lora_alpha: float = key(16.0, "alpha; the update is (alpha / r) B A")

@@ -90,7 +90,8 @@ class Fusion(nn.Module):
         attend = [CrossAttention(token_dim, width, config.heads) for _ in channels]
         self.attend = nn.ModuleList(attend)
         self.gates = None
-        if config.conditioning == "gate":
+        self.deaf = config.conditioning == "gate_only"  # then attention hears no sound
+        if config.conditioning != "none":
             self.gates = nn.ModuleList([nn.Linear(context_dim, c) for c in channels])
             for parameter in self.gates.parameters():
                 nn.init.zeros_(parameter)
@@ -100,6 +101,7 @@ class Fusion(nn.Module):
         clip, second = batch["clip"], batch["second"]
         a = self.context_norm(batch["context"])[clip, second]  # the frame's own second
         u = self.token_norm(batch["tokens"])[clip]  # [M, T, N, D_u], all seconds of its clip
+        u = torch.zeros_like(u) if self.deaf else u
         fused = []
         for level, x in enumerate(features):
             if self.gates:

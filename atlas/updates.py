@@ -14,7 +14,8 @@ class Updates:
     def __init__(self, run, t, steps):
         """steps: of the whole schedule, of which `done` are taken."""
         config = self.config = run.config
-        self.constant, self.steps, self.done = run.is_stream, steps, 0
+        self.constant = config.protocol == "tfcl"  # of `joint` too
+        self.steps, self.done = steps, 0
         self.peak = config.lr_first if t == 1 or run.is_stream else rate_of(config)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         decay = {"weight_decay": config.weight_decay}

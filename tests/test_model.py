@@ -68,10 +68,25 @@ def test_at_the_start_lora_and_gate_change_nothing(visual):
     assert count_parameters(plain)["lora"] == 0 < count_parameters(full)["lora"]
 
 
+def test_one_of_the_two_ways_of_the_sound_can_be_closed():
+    batch = batch_of()
+    others = {name: torch.randn_like(batch[name]) for name in ("context", "tokens")}
+    for conditioning, heard in (("none", {"tokens"}), ("gate_only", {"context"})):
+        model = model_of(conditioning=conditioning).eval()
+        for gate in model.fusion.gates or ():
+            torch.nn.init.normal_(gate.weight)
+        with torch.no_grad():
+            masks = model(batch)["masks"]
+            for name, value in others.items():
+                same = torch.equal(model(batch | {name: value})["masks"], masks)
+                assert same == (name not in heard)
+
+
 def test_what_an_ablation_changes_is_drawn_last():
     full = model_of(lora_rank=2).state_dict()
     for keys in (
         {"conditioning": "none"},
+        {"conditioning": "gate_only"},
         {"lora_rank": 4},
         {"lora_rank": 0},
         {"method": "frozen"},
