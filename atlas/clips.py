@@ -178,21 +178,25 @@ def read_table(path, columns):
         if "\0" in text or not text.strip() or content.startswith(POINTER):
             raise ValueError("it holds no text")
         return _parsed(text, columns)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         why = why_unreadable(path, error)
-        raise AtlasError(f"cannot read the table {path}: {why}; it must be a UTF-8 CSV") from None
+        what = "save it as a UTF-8 CSV" if isinstance(error, UnicodeError) else "mend it"
+        raise AtlasError(f"cannot read the table {path}: {why}; {what}") from None
 
 
 def _parsed(text, columns):
     mark = max(",;\t", key=text.lstrip().split("\n")[0].count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     rows = []
-    for cells in lines:
-        row = [cell.strip() for cell in cells]
-        rows += [row] if any(row) else []
-        width = len(rows[0]) if rows else 0
-        if any(row) and len(row) < width or any(row[width:]):
-            raise ValueError(f"line {lines.line_num} has {len(row)} values in {width} columns")
+    try:
+        for cells in lines:
+            row = [cell.strip() for cell in cells]
+            rows += [row] if any(row) else []
+            width = len(rows[0]) if rows else 0
+            if any(row) and len(row) < width or any(row[width:]):
+                raise csv.Error(f"{len(row)} values in {width} columns")
+    except csv.Error as error:
+        raise ValueError(f"line {lines.line_num}: {error}") from None
     header = rows.pop(0)
     for column in columns:
         if header.count(column) != 1:

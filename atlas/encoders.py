@@ -129,8 +129,8 @@ def merged(model):
 def prove(model, config):
     """Send one random image through a new model's encoder, with B random meanwhile.
 
-    An AtlasError says where it cannot take `image_size`, where a layer with LoRA is not called (some
-    parents read its weight), or where folding B A into the weight is not adding B A x.
+    An AtlasError says where it cannot take `image_size`, where a layer with LoRA is not called, or
+    where folding B A into the weight is not adding B A x.
     """
     visual, size = f"visual={config.visual}", config.image_size
     layers = lora_layers(model.encoder)

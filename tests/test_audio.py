@@ -15,7 +15,7 @@ from atlas.audio import (
     VGGish,
     YAMNet,
     build_audio_encoder,
-    encode_clip,
+    encode_wave,
     fbank,
     load_strictly,
     log_mel,
@@ -24,7 +24,7 @@ from atlas.audio import (
     read_weights,
     resampled,
 )
-from atlas.clips import read_s4, read_table
+from atlas.clips import RATE, read_s4, read_table
 from atlas.errors import AtlasError
 
 
@@ -212,7 +212,7 @@ def test_weights_files_that_are_none_are_named_in_a_line(tmp_path):
     ):
         (tmp_path / name).write_bytes(content)
     for name, word in {
-        "none.pt": "no file",
+        "none.pt": "the file is missing",
         "list.pt": "no state dict",
         "nan.pt": "not finite, in a",
         "cut_half.safetensors": "not a readable",
@@ -347,10 +347,10 @@ def test_audiomae_is_a_vit_b():
 
 
 def test_audiomae_hears_a_file_and_silence(tree, small):
-    context, tokens = encode_clip(small, read_s4(tree)[0].audio, 5)
+    context, tokens = encode_wave(small, read_wave(read_s4(tree)[0].audio), 5)
     assert context.shape == (5, 192) and tokens.shape == (5, 48, 192)
     np.testing.assert_allclose(context, tokens.astype(np.float32).mean(1), atol=2e-3)
-    mute = encode_clip(small, None, 5)[0]
+    mute = encode_wave(small, torch.zeros(5 * RATE), 5)[0]
     assert np.isfinite(mute).all() and not np.array_equal(mute, context)
 
 
@@ -448,7 +448,7 @@ def test_the_real_yamnet_tells_real_sounds_apart():
     vectors, labels = [], []
     for category in ("car", "chainsaw", "crying_baby", "dog"):
         for row in [row for row in rows if row["category"] == category][:5]:
-            context = encode_clip(encoder, esc / "audio" / row["filename"], 5)[0]
+            context = encode_wave(encoder, read_wave(esc / "audio" / row["filename"]), 5)[0]
             vectors.append(context.astype(float).mean(0))
             labels.append(category)
     v = np.array(vectors)

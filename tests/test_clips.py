@@ -250,7 +250,7 @@ def test_a_table_of_clips_holds_names_splits_and_each_id_once(tmp_path):
         ("x,0,dog,dev", "'dev'"),
         ("../x,0,dog,train", "plain file name"),
         ("x,0,,train", "plain file name"),
-        ("x,0,dog,train\nx,0,cat,val", "x stands twice"),
+        ("x,0,dog,train\nx,0,cat,val", "x: its id stands twice"),
     ):
         table.write_text(f"name,start,category,split\n{rows}\n")
         with pytest.raises(AtlasError, match=word):
