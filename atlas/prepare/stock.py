@@ -47,7 +47,7 @@ def read_stock(root):
 
 def _items(root, kind):
     rows, items = read_rows(root, kind), []
-    for path in sorted(Path(root, kind).glob("[!.]*/[!.]*")):
+    for path in (path for folder in entries(Path(root, kind)) for path in entries(folder)):
         category = path.parent.name
         row = rows.get((category, path.stem), {})
         source = row.get("source") or f"{category}/{path.name}"
@@ -56,7 +56,7 @@ def _items(root, kind):
             continue
         files = [path]
         if path.is_dir():
-            files = evenly(sorted(path.glob("[!.]*")))
+            files = evenly(entries(path))
             if not files:
                 raise AtlasError(f"the video {path} has no frames: remove its folder, or fill it")
         places = [file.relative_to(Path(root, kind)).with_suffix(".png") for file in files]
@@ -65,6 +65,13 @@ def _items(root, kind):
         drawn = row.get("mask") or "drawn"
         items.append(Item(category, path.name, source, tuple(files), masks, also, drawn))
     return items
+
+
+def entries(folder):
+    """What a folder holds, without hidden files. (glob passes over what it may not read.)"""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def evenly(frames):
