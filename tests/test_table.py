@@ -13,12 +13,12 @@ from atlas.report.table import (
     brief,
     cell,
     comparison,
+    holm,
     joint_of,
     paired_p,
     problems,
     rows_of,
     value_of,
-    verdicts,
 )
 
 TASKS = []
@@ -104,6 +104,7 @@ def test_mean_deviation_and_best():
     assert "**" in lra["J listening"]
     assert lra["J intransigence"] == finetune["J intransigence"] == "not run"
     assert "paired t-test" in table and "CAUTION" not in table
+    assert lra["Δ to finetune"].startswith("+0.100 (p 0.00") and finetune["Δ to finetune"] == "–"
 
 
 def test_rows_are_ranked_by_validation_clips_and_joint_comes_last():
@@ -115,20 +116,33 @@ def test_rows_are_ranked_by_validation_clips_and_joint_comes_last():
     assert row(table, "si")["val J final"] == "0.300"
 
 
-def test_not_significantly_worse_is_marked_and_less_is_better_is_kept_in_mind():
-    values = [{0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.6, 1: 0.55, 2: 0.66}, {0: 0.1, 1: 0.2, 2: 0.3}]
-    assert verdicts(values, [True] * 3, False) == ["near", "best", ""]
-    assert verdicts(values, [True] * 3, True) == ["", "", "best"]
-    assert verdicts(values, [True, False, True], False) == ["best", "", ""]
-    assert verdicts([values[0], {0: 0.5, 1: 0.51}], [True] * 2, False) == ["best", ""]
-    assert verdicts(values[:1], [True], False) == [""]
+def test_the_gain_is_on_the_finetune_that_validation_prefers_and_holm_corrects():
+    runs = [made("finetune", s, d, lr=0.1) for s, d in enumerate((0, 0.011, 0.019))]
+    for results in runs:
+        results["val_matrix"] = {"J": [[0.1] * 3] * 4}
+    runs += [made("finetune", s, 0.1 + d, lr=1.0) for s, d in enumerate((0, 0.01, 0.02))]
+    runs += [made("ewc", s, 0.2 + d) for s, d in enumerate((0, 0.012, 0.018))]
+    runs += [made("joint", s, 0.3) for s in range(3)]
+    table = comparison(runs)
+    assert row(table, "finetune lr=1.0")["Δ to finetune"] == "–"
+    assert row(table, "ewc")["Δ to finetune"].startswith("+0.100 (p 0.00")
+    assert row(table, "finetune lr=0.1")["Δ to finetune"].startswith("-0.100 (p 0.00")
+    assert "p" not in row(table, "joint")["Δ to finetune"]
+    # 4 tests: .01 x 4, .02 x 3, then .03 x 2 = .06 and .9 x 1
+    assert holm({"d": 0.9, "a": 0.01, "c": 0.03, "b": 0.02}) == {
+        "a": pytest.approx(0.04),
+        "b": pytest.approx(0.06),
+        "c": pytest.approx(0.06),
+        "d": 0.9,
+    }
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
 
 
 def test_two_seeds_are_not_tested_and_that_is_said():
     runs = [made(seed=s, shift=0.1) for s in (0, 1)] + [made("finetune", s) for s in (0, 1)]
     table = comparison(runs)
-    assert "†" not in row(table, "finetune")["J final"]
-    assert "not tested with fewer than 3 of them." in table
+    assert row(table, "lra")["Δ to finetune"] == "+0.100"
+    assert "not tested with fewer than 3 seeds." in table
 
 
 def test_intransigence_is_against_the_joint_run_of_the_same_seed():
@@ -192,7 +206,8 @@ def test_the_brief_table_has_a_row_a_method_and_the_cells_of_the_long_one():
     long = dict(zip(("TIL", "CIL"), comparison(runs).split("### CIL")))
     for method in ("lra", "finetune", "joint"):
         found = row(brief(runs), method)
-        names = [f"{p}: J {name}" for p in long for name in ("final", "forgetting")]
+        columns = ("J final", "Δ to finetune", "J forgetting")
+        names = [f"{p}: {column}" for p in long for column in columns]
         assert list(found) == ["method", *names]
         for name in names:
             protocol, _, column = name.partition(": ")
@@ -229,7 +244,7 @@ def test_the_same_run_twice_counts_once_and_two_runs_of_one_config_are_an_error(
         comparison([made(), made(shift=0.1, name="again")])
     empty = rows_of("ewc", [made()])
     assert [r["label"] for r in empty] == ["ewc"]
-    assert cell(empty[0], ("J", "final"), {}, "") == "not run"
+    assert cell(empty[0], ("J", "final"), {}) == "not run"
 
 
 @pytest.mark.parametrize("name, rows", [

@@ -24,20 +24,20 @@ OWN = (
     "lora_",
     "strength",
 )  # keys of single methods: that methods differ in them is no news
-NAMES = ("final", "incremental", "forgetting", "fwt", "listening", "intransigence")
-COLUMNS = [("val J", "final"), *(("J", name) for name in NAMES)]
-COLUMNS += [("F", name) for name in NAMES if name != "listening"]
+SCORES = [("val J", "final"), *(("J", name) for name in ("final", "learning", "forgetting"))]
+SCORES += [("J", "listening"), ("J", "intransigence"), ("J_source", "final"), ("J_drawn", "final")]
+SCORES += [("F", "final")]
 BRIEF = [("J", "final"), ("J", "forgetting")]
 LESS_IS_BETTER = ("forgetting", "intransigence")
+GAIN = "Δ to finetune"
 DEFAULTS = as_dict(Config())
-LEVEL = 0.05  # of the test
-COMMON = 3  # the fewest common seeds it is made with
-MARK, NONE, UNDEFINED = "†", "not run", "–"
+COMMON = 3  # the fewest common seeds that are tested
+NONE, UNDEFINED = "not run", "–"
 UNDER = (
     "Mean ± standard deviation over seeds, ranked by final J on validation clips (val J). Of "
     "forgetting and intransigence, less is better. **Bold**: the best, joint apart. "
-    f"{MARK}: not shown to be worse than the best (paired t-test over common seeds, "
-    f"p ≥ {LEVEL}, two-sided, uncorrected); not tested with fewer than {COMMON} of them."
+    f"{GAIN}: in final J, over common seeds; p of a paired t-test, two-sided, by Holm's correction "
+    f"for all rows of the table; not tested with fewer than {COMMON} seeds."
 )
 
 
@@ -148,6 +148,8 @@ def value_of(results, column, runs):
         return mean_known(results["val_matrix"]["J"][-1])
     if name == "listening":
         return results["metrics"]["listening"]
+    if score in ("J_source", "J_drawn"):
+        return results["metrics"].get(score)  # an older version had none
     joint = joint_of(results, runs) if name == "intransigence" else None
     if joint is None or results["method"] == "joint":
         return results["metrics"][score][name]
@@ -180,14 +182,18 @@ def comparison(runs):
 
 
 def brief(runs):
-    """One table of all problems, of each final J and forgetting alone."""
+    """One table of all problems, of each final J, its gain on finetune's and forgetting."""
     found, head, told = problems(runs), ["method"], {}
     methods = [row["method"] for row in found[0]["rows"]]
     for k, problem in enumerate(found):
-        head += [f"{problem['title']}: {score} {name}" for score, name in BRIEF]
-        for row, cells in zip(problem["rows"], cells_of(problem["rows"], BRIEF)):
+        columns = [f"{score} {name}" for score, name in BRIEF]
+        columns.insert(1, GAIN)
+        head += [f"{problem['title']}: {column}" for column in columns]
+        rows = problem["rows"]
+        for row, cells, gain in zip(rows, cells_of(rows, BRIEF), gains(rows)):
             place = methods.index(row["method"]), row["label"]
-            told.setdefault(place, [[NONE] * len(BRIEF)] * len(found))[k] = cells
+            cells.insert(1, gain)
+            told.setdefault(place, [[NONE] * len(columns)] * len(found))[k] = cells
     return markdown(head, [[label, *sum(told[place, label], [])] for place, label in sorted(told)])
 
 
@@ -198,53 +204,71 @@ def markdown(head, rows):
 
 def section(problem):
     def rank(row):
-        values = values_of(row, COLUMNS[0]).values()
+        values = values_of(row, SCORES[0]).values()
         return row["method"] == "joint", -mean(values) if values else 0.0
 
     rows = sorted(problem["rows"], key=rank)
-    head = ["method", "runs", *(f"{score} {name}" for score, name in COLUMNS)]
-    head.append("s train / consolidate / evaluate")
+    told = [c for c in SCORES if "J" in c[0][-1] or any(values_of(row, c) for row in rows)]
+    head = ["method", "runs", *(f"{score} {name}" for score, name in told)]
+    head += [GAIN, "MB kept", "s train / consolidate / evaluate"]
     lines = []
-    for row, cells in zip(rows, cells_of(rows, COLUMNS)):
-        lines.append([row["label"], str(len(row["runs"])), *cells, seconds(row)])
+    for row, cells, gain in zip(rows, cells_of(rows, told), gains(rows)):
+        counted = [row["label"], str(len(row["runs"]))]
+        lines.append([*counted, *cells, gain, memory(row), seconds(row)])
     under = "  \n".join([UNDER, *notes(rows)])
     return f"### {problem['title']}\n\n{markdown(head, lines)}\n\n{under}"
 
 
 def cells_of(rows, columns):
-    """The cells of each row."""
+    """The cells of each row; the best of a column, `joint` apart, is bold."""
     runs = [results for row in rows for results in row["runs"]]
-    competes = [row["method"] != "joint" for row in rows]
     cells = [[] for _ in rows]
     for column in columns:
         values = [values_of(row, column, runs) for row in rows]
-        marks = verdicts(values, competes, column[1] in LESS_IS_BETTER)
-        for row, own, of_row, mark in zip(rows, cells, values, marks):
-            own.append(cell(row, column, of_row, mark))
+        means = [mean(v.values()) for v, r in zip(values, rows) if v and r["method"] != "joint"]
+        best = (min if column[1] in LESS_IS_BETTER else max)(means, default=None)
+        for row, own, of_row in zip(rows, cells, values):
+            said = cell(row, column, of_row)
+            wins = len(means) > 1 and row["method"] != "joint" and of_row
+            own.append(f"**{said}**" if wins and mean(of_row.values()) == best else said)
     return cells
 
 
-def verdicts(values, competes, less_is_better):
-    """ "best", "near" (not shown to be worse than the best) or "" for each row of one column.
+def gains(rows):
+    """Of each row the gain in final J on finetune's row, the one that validation clips prefer."""
+    values = [values_of(row, BRIEF[0]) for row in rows]
+    finetune = [k for k, row in enumerate(rows) if row["method"] == "finetune" and values[k]]
+    if not finetune:
+        return [UNDEFINED if row["runs"] else NONE for row in rows]
+    base = max(finetune, key=lambda k: mean(values_of(rows[k], SCORES[0]).values() or [0]))
+    found, p = {}, {}
+    for k, row in enumerate(rows):
+        common = sorted(values[k].keys() & values[base].keys())
+        if k == base or not common:
+            continue
+        own, other = ([values[i][key] for key in common] for i in (k, base))
+        found[k] = mean(own) - mean(other)
+        if len(common) >= COMMON and row["method"] != "joint":
+            p[k] = paired_p(own, other)
+    p = holm(p)
+    told = []
+    for k in range(len(rows)):
+        said = f" (p {p[k]:.3f})" if k in p else ""
+        empty = UNDEFINED if rows[k]["runs"] else NONE
+        told.append(f"{found[k]:+.3f}{said}" if k in found else empty)
+    return told
 
-    values: of values_of, for each row. A row with too few seeds in common with the best gets none.
-    """
-    means = {i: mean(v.values()) for i, v in enumerate(values) if v and competes[i]}
-    found = [""] * len(values)
-    if len(means) < 2:
-        return found
-    best = (min if less_is_better else max)(means, key=means.get)
-    for i, m in means.items():
-        common = sorted(values[i].keys() & values[best].keys())
-        if m == means[best]:
-            found[i] = "best"
-        elif len(common) >= COMMON:
-            pair = [[values[k][key] for key in common] for k in (best, i)]
-            found[i] = "near" if paired_p(*pair) >= LEVEL else ""
-    return found
+
+def holm(p):
+    """{name: p} corrected for the number of tests (Holm 1979): p_(k) (m - k + 1), never falling."""
+    corrected, least = {}, 0.0
+    for k, name in enumerate(sorted(p, key=p.get)):
+        least = max(least, min(1.0, p[name] * (len(p) - k)))
+        corrected[name] = least
+    return corrected
 
 
-def cell(row, column, values, verdict):
+def cell(row, column, values):
     """Mean ± deviation over the runs; in brackets of how many, where not of all of the row."""
     if not values:
         no_joint = column[1] == "intransigence" and row["method"] != "joint"
@@ -253,7 +277,15 @@ def cell(row, column, values, verdict):
     said = f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
     if len(found) < len(row["runs"]):
         said += f" ({len(found)})"
-    return {"best": f"**{said}**", "near": f"{said} {MARK}", "": said}[verdict]
+    return said
+
+
+def memory(row):
+    """What the method keeps beside the model, at most over the runs."""
+    kept = [results.get("method_memory_bytes") for results in row["runs"]]
+    kept = [value for value in kept if value is not None]
+    empty = UNDEFINED if row["runs"] else NONE
+    return f"{max(kept) / 1e6:.1f}" if kept else empty
 
 
 def seconds(row):
