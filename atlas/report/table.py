@@ -29,15 +29,14 @@ SCORES += [("J", "listening"), ("J", "intransigence"), ("J_source", "final"), ("
 SCORES += [("F", "final")]
 BRIEF = [("J", "final"), ("J", "forgetting")]
 LESS_IS_BETTER = ("forgetting", "intransigence")
-GAIN = "Δ to finetune"
 DEFAULTS = as_dict(Config())
 COMMON = 3  # the fewest common seeds that are tested
 NONE, UNDEFINED = "not run", "–"
 UNDER = (
     "Mean ± standard deviation over seeds, ranked by final J on validation clips (val J). Of "
     "forgetting and intransigence, less is better. **Bold**: the best, joint apart. "
-    f"{GAIN}: in final J, over common seeds; p of a paired t-test, two-sided, by Holm's correction "
-    f"for all rows of the table; not tested with fewer than {COMMON} seeds."
+    "Δ: in final J, over common seeds; p of a paired t-test, two-sided, by Holm's correction for "
+    f"all rows of the table; not tested with fewer than {COMMON} seeds."
 )
 
 
@@ -187,10 +186,11 @@ def brief(runs):
     methods = [row["method"] for row in found[0]["rows"]]
     for k, problem in enumerate(found):
         columns = [f"{score} {name}" for score, name in BRIEF]
-        columns.insert(1, GAIN)
-        head += [f"{problem['title']}: {column}" for column in columns]
         rows = problem["rows"]
-        for row, cells, gain in zip(rows, cells_of(rows, BRIEF), gains(rows)):
+        base, gained = gains(rows)
+        columns.insert(1, f"Δ to {base}")
+        head += [f"{problem['title']}: {column}" for column in columns]
+        for row, cells, gain in zip(rows, cells_of(rows, BRIEF), gained):
             place = methods.index(row["method"]), row["label"]
             cells.insert(1, gain)
             told.setdefault(place, [[NONE] * len(columns)] * len(found))[k] = cells
@@ -210,9 +210,10 @@ def section(problem):
     rows = sorted(problem["rows"], key=rank)
     told = [c for c in SCORES if "J" in c[0][-1] or any(values_of(row, c) for row in rows)]
     head = ["method", "runs", *(f"{score} {name}" for score, name in told)]
-    head += [GAIN, "MB kept", "s train / consolidate / evaluate"]
+    base, gained = gains(rows)
+    head += [f"Δ to {base}", "MB kept", "s train / consolidate / evaluate"]
     lines = []
-    for row, cells, gain in zip(rows, cells_of(rows, told), gains(rows)):
+    for row, cells, gain in zip(rows, cells_of(rows, told), gained):
         counted = [row["label"], str(len(row["runs"]))]
         lines.append([*counted, *cells, gain, memory(row), seconds(row)])
     under = "  \n".join([UNDER, *notes(rows)])
@@ -235,12 +236,15 @@ def cells_of(rows, columns):
 
 
 def gains(rows):
-    """Of each row the gain in final J on finetune's row, the one that validation clips prefer."""
+    """(name, [the gain of each row on the row of that name in final J, and p]).
+
+    The row is finetune's, the one that validation clips prefer; else a method with nothing changed.
+    """
     values = [values_of(row, BRIEF[0]) for row in rows]
-    finetune = [k for k, row in enumerate(rows) if row["method"] == "finetune" and values[k]]
-    if not finetune:
-        return [UNDEFINED if row["runs"] else NONE for row in rows]
-    base = max(finetune, key=lambda k: mean(values_of(rows[k], SCORES[0]).values() or [0]))
+    plain = [k for k, row in enumerate(rows) if row["label"] == row["method"]]
+    base = [k for k, row in enumerate(rows) if row["method"] == "finetune" and values[k]]
+    preferred = [mean(values_of(row, SCORES[0]).values() or [0]) for row in rows]
+    base = max(base or plain or [0], key=preferred.__getitem__)
     found, p = {}, {}
     for k, row in enumerate(rows):
         common = sorted(values[k].keys() & values[base].keys())
@@ -256,7 +260,7 @@ def gains(rows):
         said = f" (p {p[k]:.3f})" if k in p else ""
         empty = UNDEFINED if rows[k]["runs"] else NONE
         told.append(f"{found[k]:+.3f}{said}" if k in found else empty)
-    return told
+    return rows[base]["method"], told
 
 
 def holm(p):
