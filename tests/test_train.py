@@ -24,7 +24,7 @@ STREAM = {
     "stream_checkpoints": 2,
     "batch_size": 2,
     "method": "lra",
-    "lra_trigger": "plateau",
+    "lra_trigger": "every:4",
     "lra_window": 2,
     "lra_lambda": 1.0,
 }
