@@ -19,6 +19,7 @@ PROBLEM = ("protocol", "dataset", "image_size", "base", "step", "domains")
 PROBLEM += ("stream_blur", "stream_checkpoints")
 # These keys are no setting of a method; an older version wrote `watch`.
 ELSEWHERE = (*PROBLEM, *PLACES, "method", "seed", "data_root", "synth", "compile", "watch")
+ELSEWHERE += ("full_scores",)
 OWN = (
     "lra_",
     "lora_",
