@@ -2,7 +2,7 @@
 
     eval.py RUN                    the matrix R and the table of a run
     eval.py RUN --rescore          score its checkpoints again, and compare
-    eval.py RUN --figures          draw R, classes and masks into RUN/figures/
+    eval.py RUN --figures          draw R and masks into RUN/figures/
     eval.py RUN RUN ...            a table of several runs, in Markdown
     eval.py RUN RUN ... --brief    final J and forgetting alone, in one table
     eval.py RUN RUN ... --figures --out DIR      draw them side by side
@@ -26,9 +26,8 @@ TOLERANCE = 1e-6  # a score that differs by more is another score
 
 
 def parse(words=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     flag = parser.add_argument
     flag("run", nargs="+", help="folders of runs, or files of runs")
     flag("--rescore", action="store_true", help="exit 1 where a score is another one")
@@ -46,10 +45,10 @@ def parse(words=None):
 
 def main(given):
     """Do what the command line asks. Returns the exit status."""
-    if not given.video and (given.audio or given.task is not None):
-        raise AtlasError("--audio and --task go with --video FILE")
     if given.video:
         return show(given)
+    if given.audio or given.task is not None:
+        raise AtlasError("--audio and --task go with --video FILE")
     runs = [results for path in given.run for results in read_runs(path)]
     if given.pack:
         finished = [results for results in runs if results["complete"]]
@@ -134,8 +133,6 @@ def rescore(folder):
         found = score_tasks(run, k)
         pairs = [(results["matrix"][name][k], found["test"][name]) for name in TEST_SCORES]
         pairs.append((results["val_matrix"]["J"][k], found["val"]))
-        if results.get("class_matrix"):
-            pairs.append((results["class_matrix"]["J"][k], found["classes"]))
         largest = max(largest, *(difference(*pair) for pair in pairs))
         values = " ".join("  –  " if v is None else f"{v:5.3f}" for v in found["test"]["J"])
         print(f"row {k}  J: {values}   largest difference so far {largest:.1e}", flush=True)
@@ -146,13 +143,9 @@ def rescore(folder):
 
 def difference(old, new):
     """The largest difference between two rows of scores; infinite where only one is defined."""
-    largest = 0.0
-    for a, b in zip(old, new, strict=True):
-        if (a is None) != (b is None):
-            return float("inf")
-        if a is not None:
-            largest = max(largest, abs(a - b))
-    return largest
+    if [a is None for a in old] != [b is None for b in new]:
+        return float("inf")
+    return max((abs(a - b) for a, b in zip(old, new) if a is not None), default=0.0)
 
 
 def show(given):

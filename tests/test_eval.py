@@ -88,7 +88,7 @@ def test_the_difference_of_two_rows():
 
 def test_the_figures_of_one_run(til_run, tmp_path, capsys):
     assert evaluate(til_run, "--figures", "--out", tmp_path / "figures") == 0
-    expected = {f"{n}.{e}" for n in ("heatmap", "classes", "masks") for e in ("png", "pdf")}
+    expected = {f"{n}.{e}" for n in ("heatmap", "masks") for e in ("png", "pdf")}
     assert names(tmp_path / "figures") == expected
     begun = made(complete=False)  # no checkpoints, no config
     begun["matrix"]["J"] = begun["matrix"]["J"][:1]

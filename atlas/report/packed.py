@@ -23,9 +23,8 @@ def read_runs(path):
         for group in packed["groups"]:
             flat += [packed["shared"] | group["shared"] | own for own in group["runs"]]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise AtlasError(
-            f"{path} is no file of runs; give the folder of a run, or a file of eval.py --pack"
-        ) from None
+        said = "is no file of runs; give the folder of a run, or a file of eval.py --pack"
+        raise AtlasError(f"{path} {said}") from None
     return [checked(path, nested(one)) for one in flat]
 
 
@@ -58,10 +57,9 @@ def pack(path, runs):
 def flattened(results):
     flat = {}
     for key, value in results.items():
-        digits = DIGITS.get(key, 5)
         inner = value if isinstance(value, dict) else {"": value}
         for name, one in inner.items():
-            flat[f"{key}/{name}" if name else key] = rounded(one, digits)
+            flat[f"{key}/{name}".rstrip("/")] = rounded(one, DIGITS.get(key, 5))
     return flat
 
 

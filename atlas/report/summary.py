@@ -2,6 +2,12 @@
 
 from atlas.results import METRICS
 
+BESIDE = {
+    "listening": "   J minus J with another clip's sound",
+    "mute_area": "   area masked when it hears nothing",
+    "class_accuracy": "",
+}
+
 
 def row_text(results, k):
     """Row k of J, a number a task. A learned task is followed by its change against its best past
@@ -22,18 +28,18 @@ def summary(results):
     """The matrix of J, the metrics and the costs of one run."""
     tasks, matrix = results["tasks"], results["matrix"]["J"]
     joint, stream = results["method"] == "joint", results["protocol"] == "tfcl"
-    column, stage = ("segment", "checkpoint") if stream else ("task", "task")
-    learned = ["joint"] if joint else [f"{stage} {k + 1}" for k in range(len(tasks))]
+    column, row = ("segment", "checkpoint") if stream else ("task", "task")
+    learned = ["joint"] if joint else [f"{row} {k + 1}" for k in range(len(tasks))]
     stages = ["untrained", *learned]
     width = len(column) + 3
     lines = [
         f"{results['method']} · {results['protocol'].upper()} · seed {results['seed']}",
         "",
-        f"R, J on test clips: a row after each {stage}, a column for each {column}",
+        f"R, J on test clips: a row after each {row}, a column for each {column}",
         " " * 13 + "".join(f"{f'{column} {j + 1}':>{width}}" for j in range(len(tasks))),
     ]
-    for name, row in zip(stages, matrix):
-        cells = [f"{shown(value):>{width}}" for value in row or [None] * len(tasks)]
+    for name, scores in zip(stages, matrix):
+        cells = [f"{shown(value):>{width}}" for value in scores or [None] * len(tasks)]
         lines.append(f"{name:<13}" + "".join(cells))
     lines.append("")
     if not results["complete"]:
@@ -54,11 +60,7 @@ def scores_text(metrics):
     for name in METRICS:
         if J[name] is not None:
             lines.append(f"{name:<14}{shown(J[name]):>6}  {shown(F[name]):>6}")
-    for name, said in (
-        ("listening", "   J minus J with another clip's sound"),
-        ("mute_area", "   area masked when it hears nothing"),
-        ("class_accuracy", ""),
-    ):
+    for name, said in BESIDE.items():
         if metrics[name] is not None:
             lines.append(f"{name.replace('_', ' '):<14}{shown(metrics[name]):>6}{said}")
     if found := metrics.get("source_disjoint"):
@@ -70,10 +72,8 @@ def scores_text(metrics):
 def costs_text(results):
     """The lines of parameters, memory and seconds, and a warning of random weights."""
     p, kept = results["parameters"], results.get("method_memory_bytes")
-    lines = [
-        f"parameters: {p['total']:,} without the audio encoder, {p['trainable']:,} trainable, "
-        f"{p['lora']:,} of them LoRA"
-    ]
+    said = f"{p['total']:,} without the audio encoder, {p['trainable']:,} trainable"
+    lines = [f"parameters: {said}, {p['lora']:,} of them LoRA"]
     if kept is not None:
         lines.append(f"memory: the method keeps {kept / 1e6:.1f} MB beside the model")
     words = {"train": "training", "consolidate": "consolidating", "evaluate": "evaluating"}
