@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import tempfile
-import time
+import timeit
 from pathlib import Path
 
 from atlas.errors import one_line_errors, prepare_process
@@ -64,14 +64,11 @@ from atlas.updates import Updates
 
 def seconds(work, repeat=1):
     """The seconds that `work` takes, a mean over `repeat` calls."""
-    start = time.perf_counter()
-    for _ in range(repeat):
-        work()
-    return (time.perf_counter() - start) / repeat
+    return timeit.timeit(work, number=repeat) / repeat
 
 
 def compared(pairs, kind, ours, plain, repeat=1):
-    """A line of the JSON: `pairs` of runs in turn; ours runs `repeat` times if it is short.
+    """A line of the JSON, of `pairs` of runs in turn; ours runs `repeat` times if it is short.
 
     kind: "ratio" is plain / ours, "cost" and "share" are ours / plain.
     """
@@ -79,15 +76,13 @@ def compared(pairs, kind, ours, plain, repeat=1):
     plain()
     times = [(seconds(ours, repeat), seconds(plain)) for _ in range(pairs)]
     values = [b / a if kind == "ratio" else a / b for a, b in times]
+    ours, plain = map(statistics.median, zip(*times))
     line = {"kind": kind, "median": statistics.median(values), "min": min(values)}
-    line |= {"max": max(values), "runs": pairs}
-    for side, spent in zip(("ours", "plain"), zip(*times)):
-        line[side] = statistics.median(spent)
-    return line
+    return line | {"max": max(values), "runs": pairs, "ours": ours, "plain": plain}
 
 
 class Bench(Run):
-    """A run without a folder, on `clips` train clips of each of four classes, at rate 0."""
+    """A run on `clips` train clips of each of four classes, at rate 0."""
 
     def __init__(self, folder, scale, words="", clips=8):
         config = load_config(
@@ -107,10 +102,7 @@ class Bench(Run):
         self.updates.peak = 0.0
 
     def stepping(self, size, forward=None):
-        """A learning step without a penalty on `size` clips, as a function.
-
-        forward: instead of the model's own.
-        """
+        """A learning step without a penalty on `size` clips, as a function."""
         clips = [self.cache[i] for i in self.chosen[:size]]
         batch = to_device(collate(clips), self.device)
         return functools.partial(self.step, batch, forward or self.model)
@@ -124,7 +116,7 @@ class Bench(Run):
 
 
 def plain_clip(clip):
-    """AVSBench's S4Dataset: at every access five PNG, the masks and the log-mel from its file."""
+    """AVSBench's S4Dataset: five PNG, the masks and the log-mel from its file."""
     frames = torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in clip.frames])
     masks = [to_tensor(Image.open(path).convert("1")) for path in clip.masks if path]
     mel = torch.from_numpy(np.load(f"{clip.audio}.npy"))
@@ -150,22 +142,19 @@ def plain_forward(bench, clips):
     frames = torch.from_numpy(bench.cache.arrays["frames"][clips]).flatten(0, 1)
     audio = build_audio_encoder(bench.config.audio, False)
     mels = torch.cat([log_mel(read_wave(bench.files[i].audio), T) for i in clips])
-    place = {
-        "frames": frames.permute(0, 3, 1, 2),
-        "clip": torch.arange(len(clips)).repeat_interleave(T),
-        "second": torch.arange(T).repeat(len(clips)),
-    }
+    whole = {"frames": frames.permute(0, 3, 1, 2), "second": torch.arange(T).repeat(len(clips))}
+    whole["clip"] = torch.arange(len(clips)).repeat_interleave(T)
 
     def forward(batch):
         with torch.no_grad():  # half: as the cache stores them
             context, tokens = (x.half().float().unflatten(0, (-1, T)) for x in audio(mels))
-        masks = bench.model(place | {"context": context, "tokens": tokens})["masks"]
+        masks = bench.model(whole | {"context": context, "tokens": tokens})["masks"]
         return {"masks": masks[::T]}
 
     return forward
 
 
-# Each line gives its kind, our way, the plain way and, where ours is short, how often to repeat it.
+# Each line gives its kind, our way, the plain way and, where ours is short, its repeats.
 
 
 def bench_loader(folder, scale):
@@ -195,8 +184,8 @@ def bench_penalty(folder, scale):
     bench = Bench(folder, scale)
     anchor = bench.method.anchor
     bench.method.absorb(torch.rand_like(anchor), torch.zeros_like(anchor))
-    step = bench.stepping(bench.config.batch_size)
-    return "share", lambda: bench.method.penalty().backward(), step, 10
+    ours = bench.method.penalty
+    return "share", lambda: ours().backward(), bench.stepping(bench.config.batch_size), 10
 
 
 def bench_observe(folder, scale):
@@ -230,7 +219,7 @@ def bench_evaluation(folder, scale):
 
 
 def bench_gpu(folder, scale):
-    bench = Bench(folder, scale, "device=cuda amp=bf16", clips=16)
+    bench = Bench(folder, scale, "device=cuda amp=bf16")
 
     def steps(step):
         for _ in range(GPU_STEPS):
@@ -242,7 +231,6 @@ def bench_gpu(folder, scale):
 
 
 def row(name, line):
-    """A line of the table."""
     scale, unit = (100, " %") if line["kind"] == "share" else (1, " x")
     median, low, high = (f"{scale * line[key]:.2f}{unit}" for key in ("median", "min", "max"))
     times = f"{1e3 * line['ours']:.2f} | {1e3 * line['plain']:.2f}"

@@ -16,11 +16,11 @@ OPACITY = 0.5
 
 
 def strip(run, ids=(), count=3):
-    """Test clips (rows) of a run (runs.read_run), each with its middle frame, the truth, and three
-    predictions: after its own task, at the end, and then with the sound of its swap partner.
+    """A figure of test clips (rows) of a run (runs.read_run): the middle frame, the truth, and the
+    predictions after the clip's own task, at the end, and then with its swap partner's sound.
 
-    ids: of the clips. Without, `count` clips of as many tasks that show something: the truth is not
-    empty, and the prediction changed most since the clip's own task.
+    ids: of the clips. Without, `count` clips of as many tasks: the truth is not empty, and the
+    prediction changed most since the clip's own task.
     """
     drawn = predictions(run, ids, count)
     word = column_word(run.results)
@@ -47,7 +47,6 @@ def strip(run, ids=(), count=3):
 
 
 def under(clip, name):
-    """What stands under a picture."""
     if name == "truth" and not clip["truth"].any():
         return "(silent)"
     if name not in clip["J"]:
@@ -78,7 +77,7 @@ def candidates(run, learned, ids):
 
 
 def telling(clips, count):
-    """The `count` clips, each of another task, whose pictures show most, in the order of tasks."""
+    """The `count` clips, each of another task, that show most, in the order of tasks."""
 
     def shown(clip):
         return clip["truth"].any(), (clip["own"] != clip["last"]).mean()
@@ -95,11 +94,11 @@ def predictions(run, ids=(), count=3):
     "last", "swap" [H, W] bool, "J": {"own", "last", "swap"} of this frame}]."""
     last = len(run.results["matrix"]["J"]) - 1
     if last < 1:
-        raise AtlasError(f"{run.folder} has not learned a task yet, so there are no masks to draw")
+        raise AtlasError(f"{run.folder} has not learned a task yet")
     joint = run.config.method == "joint"
     chosen = candidates(run, len(run.tasks) if joint else last, ids)
     clips = [looked_up(run, task, i) for task, i in chosen]
-    own = {task: last if joint else task + 1 for task, _ in chosen}  # the checkpoint after it
+    own = {task: last if joint else task + 1 for task, _ in chosen}  # its own checkpoint
     run.model.eval()
     for learned in sorted({last, *own.values()}):
         run.load_task(learned)
@@ -116,10 +115,10 @@ def predictions(run, ids=(), count=3):
 
 
 def looked_up(run, task, i):
-    """A clip with its middle annotated frame alone, which is all that is shown."""
+    """A clip with its middle annotated frame alone."""
     item, other = run.cache[i], run.partners[i]
-    middle = len(item["second"]) // 2
-    item |= {name: item[name][middle : middle + 1] for name in ("frames", "masks", "second")}
+    middle = slice(len(item["second"]) // 2, len(item["second"]) // 2 + 1)
+    item |= {name: item[name][middle] for name in ("frames", "masks", "second")}
     name, partner = (run.cache.clips[k]["category"] or run.cache.clips[k]["id"] for k in (i, other))
     frame, truth = item["frames"][0].permute(1, 2, 0).numpy(), item["masks"][0].numpy()
     clip = {"name": name, "task": task, "partner": partner, "other": other, "item": item}

@@ -15,13 +15,12 @@ from atlas.report import figures as F
 from atlas.report.table import problems
 
 GREY = "#8C8C8C"  # methods that are not chosen
-LOOKS = {"lra": (F.BLUE, "o"), "lra_plus": (F.ORANGE, "D"), "finetune": (F.RED, "s")}
-LOOKS["joint"] = (F.BLACK, "X")
+COLOURS = {"lra": F.BLUE, "lra_plus": F.ORANGE, "finetune": F.RED, "joint": F.BLACK}
 OTHERS = (F.GREEN, F.PURPLE, F.SKY)
-MARKERS = "^v<>PdphH8"
+MARKERS = "os^Dv<>XPdphH8"
 FEW = 8  # so many rows are all in colour
 NAME = 10  # height of a written name in pixels, at matplotlib's 100 to the inch
-# Where a name may stand beside its point, in pixels: right and left, nearest first
+# where a name may stand beside its point, in pixels: right and left, nearest first
 UP = (8, -8, 0, 18, -18, 28, -28, 40, -40, 55, -55)
 PLACES = [(side * across, up) for across in (7, 25, 50, 80) for up in UP for side in (1, -1)]
 
@@ -46,7 +45,8 @@ def comparison_figures(runs, methods=()):
         if rows:
             figures[f"compare_{name}"] = overview(problem["title"], rows, asked)
         if drawn:
-            figures[f"heatmaps_{name}"] = heatmaps(problem["title"], drawn)
+            title = f"{problem['title']} · mean of {seeds_text(drawn)}"
+            figures[f"heatmaps_{name}"] = F.heatmaps(title, drawn)
     if not figures:
         raise AtlasError("none of these runs is finished, so there is nothing to draw")
     return figures
@@ -59,14 +59,11 @@ def finals(row):
 def looks(rows, asked=()):
     """{label: (colour, marker)}. Rows that are not asked for are grey, where there are many."""
     if not asked:
-        asked = rows if len(rows) <= FEW else [row for row in rows if row["label"] in LOOKS]
-    colours, markers, found = itertools.cycle(OTHERS), itertools.cycle(MARKERS), {}
-    for row in rows:
-        label = row["label"]
-        if row in asked and label in LOOKS:
-            found[label] = LOOKS[label]
-        else:
-            found[label] = (next(colours) if row in asked else GREY, next(markers))
+        asked = rows if len(rows) <= FEW else [row for row in rows if row["label"] in COLOURS]
+    others, found = itertools.cycle(OTHERS), {}
+    for row, marker in zip(rows, itertools.cycle(MARKERS)):
+        colour = GREY if row not in asked else COLOURS.get(row["label"]) or next(others)
+        found[row["label"]] = colour, marker
     return found
 
 
@@ -76,18 +73,16 @@ def seeds_text(rows):
 
 
 def overview(title, rows, asked=()):
-    """Three panels: the final score of each method, the mean over the tasks learned so far, and
-    forward transfer against forgetting."""
+    """The final score of each method, beside forward transfer against forgetting."""
     look = looks(rows, asked)
-    figure = F.new_figure(F.PAGE, max(3.6, 1.0 + 0.23 * len(rows)))
-    axes = figure.subplot_mosaic("FC;FT", width_ratios=[1, 1.75])
-    draw_final(axes["F"], rows, look)
-    draw_curves(axes["C"], rows, look)
-    points = draw_transfer(axes["T"], rows, look)
+    figure = F.new_figure(F.PAGE, max(2.6, 1.0 + 0.2 * len(rows)))
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.75])
+    draw_final(left, rows, look)
+    points = draw_transfer(right, rows, look)
     figure.suptitle(f"{title} · {seeds_text(rows)}, mean ± standard deviation")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the names below must not move the panels
-    name_points(axes["T"], points, look)
+    name_points(right, points, look)
     return figure
 
 
@@ -105,29 +100,6 @@ def draw_final(ax, rows, look):
         tick.set_color(look[row["label"]][0])
     ax.set(ylim=(-0.7, len(rows) - 0.4), xlabel="J on test clips at the end", title="final J")
     ax.grid(axis="x")
-
-
-def draw_curves(ax, rows, look):
-    """The mean over the tasks learned so far, after each task; of joint, at the end."""
-    tasks = len(rows[0]["runs"][0]["tasks"])
-    for row in rows:
-        colour, marker = look[row["label"]]
-        steps, curve = [tasks], [mean(finals(row))]
-        if row["method"] != "joint":
-            steps = range(1, tasks + 1)
-            curve = np.mean([learned_so_far(run) for run in row["runs"]], axis=0)
-        line = {"lw": 0.8, "zorder": 2} if colour == GREY else {"lw": 1.4, "zorder": 3}
-        ax.plot(steps, curve, color=colour, marker=marker, ms=3, **line)
-    word = F.column_word(rows[0]["runs"][0])
-    ax.set(xlabel=f"{word}s learned", ylabel="mean J over them", title="forgetting curve")
-    ax.set_xticks(range(1, tasks + 1))
-    ax.grid()
-
-
-def learned_so_far(results):
-    """After each task, the mean of R over the tasks learned so far, [tasks]."""
-    R = F.matrix_of(results)
-    return [np.nan if np.isnan(R[k]).all() else np.nanmean(R[k, :k]) for k in range(1, len(R))]
 
 
 def draw_transfer(ax, rows, look):
@@ -150,7 +122,7 @@ def draw_transfer(ax, rows, look):
 
 
 def name_points(ax, points, look):
-    """Write the names beside their points, each at the nearest place that is free."""
+    """Write the names beside their points, each at the nearest free place, with a thin line."""
     pixels = {label: ax.transData.transform(point) for label, point in points.items()}
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels.values()]
     page = ax.get_window_extent()
@@ -164,28 +136,8 @@ def name_points(ax, points, look):
                 break
         taken.append(box)
         place = ax.transData.inverted().transform((x, y))
-        line = {"arrowstyle": "-", "color": look[label][0], "lw": 0.4, "shrinkA": 0, "shrinkB": 2}
+        line = {"arrowstyle": "-", "color": look[label][0], "lw": 0.4, "shrinkA": 0}
         line["relpos"] = (float(across < 0), 0.5)
         style = {"color": look[label][0], "size": 6, "va": "center", "arrowprops": line}
         text = ax.annotate(label, points[label], place, **style)
         text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
-
-
-def heatmaps(title, rows):
-    """The heat-maps of R of the rows, at most four side by side, each the mean over its seeds."""
-    across = min(4, len(rows))
-    down = -(-len(rows) // across)
-    tall = 0.62 + 0.17 * len(rows[0]["runs"][0]["matrix"]["J"])
-    figure = F.new_figure(F.PAGE, 0.4 + tall * down)
-    axes = figure.subplots(down, across, squeeze=False)
-    for ax in axes.flat[len(rows) :]:
-        ax.set_axis_off()
-    for ax, row in zip(axes.flat, rows):
-        R = np.mean([F.matrix_of(run) for run in row["runs"]], axis=0)
-        cell = (F.PAGE - 1.1) / across / R.shape[1]
-        image = F.draw_heatmap(ax, R, row["runs"][0], cell, untold=False)
-        ax.set_title(row["label"])
-        ax.label_outer()
-    figure.colorbar(image, ax=axes, pad=0.01, aspect=40).outline.set_linewidth(0.4)
-    figure.suptitle(f"{title} · J on test clips, mean of {seeds_text(rows)}")
-    return figure

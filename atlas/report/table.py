@@ -1,7 +1,8 @@
 """Several runs side by side: Markdown tables, mean ± standard deviation over seeds.
 
 A *problem* is what the rows of one table share: protocol, classes, and how they are cut into tasks.
-A *row* is a method, or one setting of it; its runs differ in their replicate (seed, data_root).
+A *row* is a method, or one setting of it. The runs of a row differ in seed and data_root only;
+(seed, data_root) names a run there, and pairs it with a run of another row.
 """
 
 import json
@@ -33,12 +34,6 @@ DEFAULTS = as_dict(Config())
 LEVEL = 0.05  # of the test
 COMMON = 3  # the fewest common seeds it is made with
 MARK, NONE, UNDEFINED = "†", "not run", "–"
-UNDER = (
-    "Mean ± standard deviation over seeds, ranked by final J on validation clips (val J). Of "
-    "forgetting and intransigence, less is better. **Bold**: the best, joint apart. "
-    f"{MARK}: not shown to be worse than the best (paired t-test over common seeds, "
-    f"p ≥ {LEVEL}, two-sided, uncorrected); not tested with fewer than {COMMON} of them."
-)
 
 
 def problems(runs):
@@ -82,13 +77,14 @@ def rows_of(method, group):
     runs = [results for results in group if results["method"] == method]
     usual = {}
     for key in differing_keys(runs):
-        usual[key] = Counter(value_in(r, key) for r in group).most_common(1)[0][0]
+        values = Counter(text(value_in(results, key)) for results in group)
+        usual[key] = values.most_common(1)[0][0]
     rows = {}
     for results in runs:
-        setting = {key: value_in(results, key) for key in usual}
+        setting = {key: text(value_in(results, key)) for key in usual}
         said = [f"{key}={value}" for key, value in setting.items() if value != usual[key]]
-        row = new_row(" ".join([method, *said]), method)
-        row = rows.setdefault(row["label"], row)
+        label = " ".join([method, *said])
+        row = rows.setdefault(label, empty_row(label, method))
         twins = [other for other in row["runs"] if replicate(other) == replicate(results)]
         if not results["complete"]:
             row["unfinished"] += 1
@@ -96,13 +92,13 @@ def rows_of(method, group):
             row["runs"].append(results)
         elif twins[0]["matrix"] != results["matrix"]:
             raise AtlasError(
-                f"two of the runs are {row['label']}, {results['protocol']}, seed "
-                f"{results['seed']} on {results['config']['data_root']}; give one of them"
+                f"two of the runs are {label}, {results['protocol']}, seed {results['seed']} on "
+                f"{results['config']['data_root']}; give one of them"
             )
-    return list(rows.values()) or [new_row(method, method)]
+    return list(rows.values()) or [empty_row(method, method)]
 
 
-def new_row(label, method):
+def empty_row(label, method):
     return {"label": label, "method": method, "runs": [], "unfinished": 0}
 
 
@@ -111,18 +107,18 @@ def differing_keys(runs):
     found = []
     for key in dict.fromkeys(key for results in runs for key in results["config"]):
         known = [r for r in runs if key in r["config"] or key in DEFAULTS]  # versions differ
-        if key not in ELSEWHERE and len({value_in(r, key) for r in known}) > 1:
+        if key not in ELSEWHERE and len({text(value_in(r, key)) for r in known}) > 1:
             found.append(key)
     return found
 
 
 def value_in(results, key):
-    """A key's value, as text; a null strength or rate stands for the method's own default."""
+    """The value of a key in a run; a null strength or rate stands for the method's own default."""
     config = results["config"]
     value = config.get(key, DEFAULTS.get(key))
     if value is None and key in ("strength", "lr") and results["method"] in METHODS:
         value = getattr(METHODS[results["method"]], key)
-    return text(config.get("lr_first") if value is None and key == "lr" else value)
+    return config.get("lr_first") if value is None and key == "lr" else value
 
 
 def replicate(results):
@@ -136,8 +132,8 @@ def text(value):
 def joint_of(results, runs):
     """The joint run over the same tasks, seed and data with the nearest config, or None."""
     fits = [run for run in runs if run["method"] == "joint" and run["complete"]]
-    own = (replicate(results), results["tasks"])
-    fits = [run for run in fits if (replicate(run), run["tasks"]) == own]
+    fits = [run for run in fits if replicate(run) == replicate(results)]
+    fits = [run for run in fits if run["tasks"] == results["tasks"]]
     return min(fits, key=lambda run: len(differing_keys([run, results])), default=None)
 
 
@@ -158,8 +154,8 @@ def value_of(results, column, runs):
     return mean_known([None if None in pair else pair[0] - pair[1] for pair in pairs])
 
 
-def values_of(row, column, runs=()):
-    """{replicate: value} of a row, without the undefined. `runs`: all of the problem."""
+def values_of(row, column, runs):
+    """{(seed, data_root): value} of a row, without the undefined. `runs`: all of the problem."""
     values = {replicate(results): value_of(results, column, runs) for results in row["runs"]}
     return {key: value for key, value in values.items() if value is not None}
 
@@ -188,7 +184,8 @@ def brief(runs):
         for row, cells in zip(problem["rows"], cells_of(problem["rows"], BRIEF)):
             place = methods.index(row["method"]), row["label"]
             told.setdefault(place, [[NONE] * len(BRIEF)] * len(found))[k] = cells
-    return markdown(head, [[label, *sum(told[place, label], [])] for place, label in sorted(told)])
+    rows = [[label, *sum(told[place, label], [])] for place, label in sorted(told)]
+    return markdown(head, rows)
 
 
 def markdown(head, rows):
@@ -197,18 +194,19 @@ def markdown(head, rows):
 
 
 def section(problem):
-    def rank(row):
-        values = values_of(row, COLUMNS[0]).values()
-        return row["method"] == "joint", -mean(values) if values else 0.0
-
     rows = sorted(problem["rows"], key=rank)
     head = ["method", "runs", *(f"{score} {name}" for score, name in COLUMNS)]
     head.append("s train / consolidate / evaluate")
     lines = []
     for row, cells in zip(rows, cells_of(rows, COLUMNS)):
         lines.append([row["label"], str(len(row["runs"])), *cells, seconds(row)])
-    under = "  \n".join([UNDER, *notes(rows)])
+    under = "  \n".join(notes(rows))
     return f"### {problem['title']}\n\n{markdown(head, lines)}\n\n{under}"
+
+
+def rank(row):
+    values = values_of(row, COLUMNS[0], ())
+    return row["method"] == "joint", -mean(values.values()) if values else 0.0
 
 
 def cells_of(rows, columns):
@@ -246,9 +244,10 @@ def verdicts(values, competes, less_is_better):
 
 def cell(row, column, values, verdict):
     """Mean ± deviation over the runs; in brackets of how many, where not of all of the row."""
+    if not row["runs"] or not values and column[1] == "intransigence" and row["method"] != "joint":
+        return NONE
     if not values:
-        no_joint = column[1] == "intransigence" and row["method"] != "joint"
-        return NONE if no_joint or not row["runs"] else UNDEFINED
+        return UNDEFINED
     found = list(values.values())
     said = f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
     if len(found) < len(row["runs"]):
@@ -259,15 +258,21 @@ def cell(row, column, values, verdict):
 def seconds(row):
     if not row["runs"]:
         return NONE
-    spent = [results["seconds"] for results in row["runs"]]
-    parts = ("train", "consolidate", "evaluate")
-    return " / ".join(f"{mean(sum(times[part]) for times in spent):.0f}" for part in parts)
+    parts = []
+    for part in ("train", "consolidate", "evaluate"):
+        parts.append(mean(sum(results["seconds"][part]) for results in row["runs"]))
+    return " / ".join(f"{part:.0f}" for part in parts)
 
 
 def notes(rows):
-    """What to be careful with in a table, line by line."""
+    """The lines under a table: how to read it, and what to be careful with."""
     runs = [results for row in rows for results in row["runs"]]
-    lines = []
+    lines = [
+        "Mean ± standard deviation over seeds, ranked by final J on validation clips (val J). Of "
+        "forgetting and intransigence, less is better. **Bold**: the best, joint apart. "
+        f"{MARK}: not shown to be worse than the best (paired t-test over common seeds, "
+        f"p ≥ {LEVEL}, two-sided, uncorrected); not tested with fewer than {COMMON} of them."
+    ]
     unfinished = [f"{row['label']} ({row['unfinished']})" for row in rows if row["unfinished"]]
     if unfinished:
         lines.append(f"Left out as unfinished: {', '.join(unfinished)}.")

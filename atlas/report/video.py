@@ -1,7 +1,7 @@
 """What a trained model hears, drawn over a video of any length, frame rate and size.
 
-From its first frame on, the video is a row of clips of T seconds, as in training. It is read frame
-by frame, its sound clip by clip, so memory does not grow with it. Times are seconds, as fractions.
+From its first frame on, it is a row of clips of T seconds, as in training. It is read frame by
+frame, its sound clip by clip, so memory does not grow with it. Times are seconds, as fractions.
 """
 
 import contextlib
@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from atlas import audio
-from atlas.audio import RATE, best_stream, encode_wave
-from atlas.clips import T, resized
+from atlas.audio import LOUDEST, RATES, best_stream, build_audio_encoder, encode_wave, fingerprint
+from atlas.clips import RATE, T, resized
 from atlas.config import load_config
 from atlas.data import to_device
 from atlas.encoders import merged
@@ -54,17 +53,18 @@ def overlay(run, source, out, sound=None, task=None):
 
 def film(learner, encoder, tracks, out):
     """Write the overlay into `out`; returns {"frames", "seconds", "area"}."""
-    count, area, clip, wave = 0, 0.0, 0, None
+    count, area, clip, wave = 0, 0.0, -1, None
     heard, played = (clips_of(s, tracks.sound_start, rate) for s, rate in tracks.sounds)
     with written_beside(out) as output:
         pictures = add_pictures(output, tracks)
         sounds = output.add_stream("aac", rate=PLAYED, layout="mono")
-        for frame in tqdm(tracks.frames, "overlay", unit=" frames", leave=False, disable=None):
+        frames = itertools.chain([tracks.first], tracks.frames)
+        for frame in tqdm(frames, "overlay", unit=" frames", leave=False, disable=None):
             now, second = divmod(math.floor(time_of(frame) - tracks.start), T)
-            while wave is None or clip < now:
-                if wave is not None:
+            while clip < now:
+                if clip >= 0:
                     output.mux(sounds.encode(sound_frame(wave, clip, T)))
-                    clip += 1
+                clip += 1
                 wave, features = next(played), encode_wave(encoder, torch.tensor(next(heard)), T)
             picture = tracks.picture(frame)
             mask = mask_of(learner, picture, second, features)
@@ -72,8 +72,7 @@ def film(learner, encoder, tracks, out):
             area += float(mask.mean())
             drawn = overlaid(picture, mask, max(1, round(min(mask.shape) / 240)))
             output.mux(pictures.encode(tracks.encodable(drawn, frame)))
-        length = (frame.duration or 0) * frame.time_base or 1 / rate_of(tracks.video)
-        end = time_of(frame) + length - tracks.start
+        end = time_of(frame) + 1 / rate_of(tracks.video) - tracks.start
         output.mux(sounds.encode(sound_frame(wave, clip, min(T, end - clip * T))))
         for stream in (pictures, sounds):
             output.mux(stream.encode(None))
@@ -86,11 +85,11 @@ def open_trained(run, task=None):
     config = load_config([Path(run, "config.yaml")])
     learned = len(found["matrix"]["J"]) - 1
     if learned < 1:
-        raise AtlasError(f"{run} has not learned a task yet, so there is no model to show")
-    encoder = audio.build_audio_encoder(config.audio, config.audio_weights)
+        raise AtlasError(f"{run} has not learned a task yet")
+    encoder = build_audio_encoder(config.audio, config.audio_weights)
     classes = [each["classes"] for each in found["tasks"]] if config.classify else None
     learner = Learner(config, (encoder.context_dim, encoder.token_dim), classes)
-    refuse_other_encoders(run, found, learner.visual_sha, audio.fingerprint(encoder))
+    refuse_other_encoders(run, found, learner.visual_sha, fingerprint(encoder))
     learner.load(Path(run, f"task_{learned:02d}"))
     decoder = learner.model.eval().decoder
     heads = len(decoder.heads)
@@ -104,13 +103,9 @@ def mask_of(learner, picture, second, sound):
     """The mask [H, W] bool, True on what sounds, of a picture [H, W, 3] in this second of a clip
     whose sound is (context [T, D_a], tokens [T, N, D_u])."""
     small = torch.tensor(resized(picture, learner.config.image_size))
-    batch = {
-        "frames": small.permute(2, 0, 1)[None],
-        "clip": torch.zeros(1, dtype=torch.long),
-        "second": torch.tensor([second]),
-    }
-    for name, features in zip(("context", "tokens"), sound):
-        batch[name] = torch.from_numpy(features).float()[None]
+    context, tokens = (torch.from_numpy(x).float()[None] for x in sound)
+    batch = {"frames": small.permute(2, 0, 1)[None], "context": context, "tokens": tokens}
+    batch |= {"clip": torch.tensor([0]), "second": torch.tensor([second])}
     with learner.autocast():
         logits = learner.model(to_device(batch, learner.device))["masks"].float()
     large = F.interpolate(logits[:, None], picture.shape[:2], mode="bilinear")
@@ -124,11 +119,10 @@ class Tracks:
     def __init__(self, source, sound, files):
         self.video = opened(source, "video", files)
         self.sounds = [(opened(sound or source, "audio", files), n) for n in (RATE, PLAYED)]
-        frames = decoded(self.video)
-        self.first = next(frames, None)
+        self.frames = decoded(self.video)
+        self.first = next(self.frames, None)
         if self.first is None:
             raise AtlasError(f"{source} holds no frame that can be decoded")
-        self.frames = itertools.chain([self.first], frames)
         self.start = self.sound_start = time_of(self.first)
         if sound:
             began = self.sounds[0][0].container.start_time or 0
@@ -136,18 +130,17 @@ class Tracks:
 
     def picture(self, frame):
         """A frame upright, [H, W, 3] uint8, in the size of the first, made even for H.264."""
-        size = {"width": self.first.width, "height": self.first.height}
+        first = self.first
         with reading(self.video):
-            picture = frame.to_ndarray(format="rgb24", **size)
-        picture = np.rot90(picture, round(self.first.rotation / 90))  # of a phone's video
+            picture = frame.to_ndarray(format="rgb24", width=first.width, height=first.height)
+        picture = np.rot90(picture, round(first.rotation / 90))  # of a phone's video
         height, width, _ = picture.shape
         return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
     def encodable(self, picture, frame):
         """A picture as the frame to encode in place of `frame`; the first one's time is 0."""
-        new = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-            format="yuv420p", dst_colorspace=frame.colorspace
-        )
+        new = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        new = new.reformat(format="yuv420p", dst_colorspace=frame.colorspace)
         new.time_base = frame.time_base
         new.pts = frame.pts - self.first.pts
         return new
@@ -155,14 +148,14 @@ class Tracks:
 
 @contextlib.contextmanager
 def reading(source):
-    """What a broken file makes PyAV raise, as one line. source: a path or a stream."""
+    """What a broken file, a path or a stream, makes PyAV raise, as one line."""
     try:
         yield
     except (av.FFmpegError, ValueError) as error:
         path = source.container.name if isinstance(source, av.stream.Stream) else source
         why = getattr(error, "strerror", None) or error
-        why = f"{path} cannot be read as video or sound: {why}; does it play?"
-        raise AtlasError(why) from None
+        said = f"{path} cannot be read as video or sound: {why}; does it play?"
+        raise AtlasError(said) from None
 
 
 def opened(path, kind, files):
@@ -173,7 +166,7 @@ def opened(path, kind, files):
     if stream is None:
         what = "video" if kind == "video" else "sound; give one to hear with --audio FILE"
         raise AtlasError(f"{path} holds no {what}")
-    if kind == "audio" and stream.rate not in audio.RATES:
+    if kind == "audio" and stream.rate not in RATES:
         raise AtlasError(f"{path} has {stream.rate} samples a second; give an ordinary sound")
     return stream
 
@@ -192,7 +185,6 @@ def decoded(stream):
 
 
 def rate_of(stream):
-    """Frames a second, by the header."""
     return stream.average_rate or stream.guessed_rate or Fraction(25)
 
 
@@ -203,8 +195,7 @@ def time_of(frame):
 def waves(stream, start, rate):
     """The sound from `start` on, mono, in blocks of float32; gaps are silent."""
     resampler = av.AudioResampler(format="fltp", rate=rate)
-    given = 0  # samples so far
-    at = None  # where the resampler's next sample belongs
+    given, at = 0, None  # samples so far, and the place of the resampler's next one
     for frame in itertools.chain(decoded(stream), [None]):
         if frame is not None and frame.pts is not None:
             due = round((time_of(frame) - start) * rate)
@@ -212,7 +203,7 @@ def waves(stream, start, rate):
                 at = due
         with reading(stream):
             blocks = [part.to_ndarray().mean(0) for part in resampler.resample(frame)]
-            if not all(np.abs(block).max(initial=0) <= audio.LOUDEST for block in blocks):
+            if not all(np.abs(block).max(initial=0) <= LOUDEST for block in blocks):
                 raise ValueError("its samples are not finite and within ±1")
         for block in blocks:
             at = at or 0
@@ -236,7 +227,7 @@ def clips_of(stream, start, rate):
 
 @contextlib.contextmanager
 def written_beside(out):
-    """A container that becomes the file `out` when all is written, and leaves nothing before."""
+    """A container that becomes the file `out` when all is written."""
     beside = out.with_name(f".{os.getpid()}.{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +242,7 @@ def written_beside(out):
 
 
 def add_pictures(output, tracks):
-    """A stream of H.264 in the time base, shape and colours of the source."""
+    """A stream of H.264 with the time base, shape and colours of the source."""
     first = tracks.first
     target = output.add_stream("libx264", rate=rate_of(tracks.video), options=QUALITY)
     target.height, target.width, _ = tracks.picture(first).shape
@@ -264,10 +255,9 @@ def add_pictures(output, tracks):
 
 def sound_frame(wave, clip, seconds):
     """So many seconds of the sound of a clip, with silence after its end."""
-    samples = np.zeros((1, round(seconds * PLAYED)), np.float32)
-    wave = wave[: samples.shape[1]]
-    samples[0, : len(wave)] = wave
-    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+    length = round(seconds * PLAYED)
+    samples = np.pad(wave[:length], (0, max(0, length - len(wave))))
+    frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
     frame.sample_rate = PLAYED
     frame.pts = clip * T * PLAYED
     frame.time_base = Fraction(1, PLAYED)
