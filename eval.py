@@ -1,13 +1,10 @@
 """Read runs: tables, figures, masks.
 
-    eval.py RUN                    the matrix R and the table of a run
-    eval.py RUN --rescore          score its checkpoints again, and compare
-    eval.py RUN --figures          draw R and masks into RUN/figures/
-    eval.py RUN RUN ...            a table of several runs, in Markdown
-    eval.py RUN RUN ... --brief    final J and forgetting alone, in one table
-    eval.py RUN RUN ... --figures --out DIR      draw them side by side
-    eval.py RUN RUN ... --pack FILE              keep them in one compact file
+    eval.py RUN                                  the matrix R and the table
+    eval.py RUN --figures                        draw R, and masks of clips
     eval.py RUN --video a.mp4 --out b.mp4        mask what is heard in a video
+    eval.py RUN RUN ...                          a table of several runs
+    eval.py RUN RUN ... --figures --out DIR      draw them side by side
 
 RUN is the folder of a run, or a file of runs that --pack wrote, such as those
 in docs/results/.
@@ -30,11 +27,11 @@ def parse(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     flag = parser.add_argument
     flag("run", nargs="+", help="folders of runs, or files of runs")
-    flag("--rescore", action="store_true", help="exit 1 where a score is another one")
+    flag("--rescore", action="store_true", help="score the checkpoints again; compare")
+    flag("--brief", action="store_true", help="several runs: final J, forgetting alone")
+    flag("--pack", metavar="FILE", help="add the runs to this compact file")
     flag("--figures", action="store_true", help="draw the run or runs (.png, .pdf)")
-    flag("--out", help="where the figures, the table or the video go")
-    flag("--brief", action="store_true", help="several runs: the short table")
-    flag("--pack", metavar="FILE", help="add the runs to this file")
+    flag("--out", help="where the figures or the video go")
     flag("--methods", metavar="A,B", help="figures: methods in colour and as heat-maps")
     flag("--clips", metavar="ID,ID", help="figures: test clips whose masks to draw")
     flag("--video", metavar="FILE", help="the video to draw masks over")
@@ -44,7 +41,7 @@ def parse(words=None):
 
 
 def main(given):
-    """Do what the command line asks. Returns the exit status."""
+    """Do what the command line asks; the exit status."""
     if given.video:
         return show(given)
     if given.audio or given.task is not None:
@@ -66,15 +63,14 @@ def main(given):
 
 
 def compare(runs, given):
-    """Print the table of several runs; with --out, keep it there, with --figures draw them too."""
+    """Print the table of several runs; with --figures draw them, too."""
     from atlas.report.table import brief, comparison
 
     if given.rescore or given.clips:
         raise AtlasError("--rescore and --clips are for one run; give a single folder")
     if given.figures and not given.out:
         raise AtlasError("the figures of several runs need a folder: give --out DIR")
-    table = (brief if given.brief else comparison)(runs)
-    print(table)
+    print((brief if given.brief else comparison)(runs))
     if given.figures:
         from atlas.report.figures import save
         from atlas.report.overview import comparison_figures
@@ -82,23 +78,20 @@ def compare(runs, given):
         methods = given.methods.split(",") if given.methods else ()
         for name, figure in comparison_figures(runs, methods).items():
             print(*save(figure, given.out, name))
-    if given.out:
-        Path(given.out).mkdir(parents=True, exist_ok=True)
-        Path(given.out, "comparison.md").write_text(table + "\n", encoding="utf-8")
     return 0
 
 
 def draw(folder, results, given):
-    """Save the figures of one run. Its masks need checkpoints and data: without them they are left
-    out with a line, unless --clips asks for them."""
-    from atlas.report.figures import run_figures, save
+    """Save the figures of one run. The masks need its checkpoints and data: without these they are
+    left out with a line, unless --clips asks for them."""
+    from atlas.report.figures import heatmaps, save, title_of
     from atlas.report.masks import strip
     from atlas.runs import read_run
 
     out = given.out or Path(folder, "figures")
     print()
-    for name, figure in run_figures(results, folder).items():
-        print(*save(figure, out, name))
+    row = {"label": results["method"], "runs": [results]}
+    print(*save(heatmaps(title_of(results), [row]), out, "heatmap"))
     ids = given.clips.split(",") if given.clips else ()
     try:
         print(*save(strip(read_run(folder), ids), out, "masks"))
@@ -109,8 +102,7 @@ def draw(folder, results, given):
 
 
 def rescore(folder):
-    """Score the checkpoints of a run again, and compare with its results.json. The metrics must
-    follow from the matrices exactly. Returns the exit status."""
+    """Score the checkpoints of a run again, and compare; the exit status."""
     import torch
 
     from atlas.metrics import score_tasks
@@ -133,12 +125,14 @@ def rescore(folder):
         found = score_tasks(run, k)
         pairs = [(results["matrix"][name][k], found["test"][name]) for name in TEST_SCORES]
         pairs.append((results["val_matrix"]["J"][k], found["val"]))
+        if results.get("class_matrix"):
+            pairs.append((results["class_matrix"]["J"][k], found["classes"]))
         largest = max(largest, *(difference(*pair) for pair in pairs))
         values = " ".join("  –  " if v is None else f"{v:5.3f}" for v in found["test"]["J"])
         print(f"row {k}  J: {values}   largest difference so far {largest:.1e}", flush=True)
     same = largest <= TOLERANCE
     print(f"results.json {'agrees with' if same else 'DIFFERS from'} the checkpoints")
-    return 0 if same else 1
+    return int(not same)
 
 
 def difference(old, new):
@@ -149,7 +143,6 @@ def difference(old, new):
 
 
 def show(given):
-    """Write the overlay of a video, and say what was done."""
     if len(given.run) > 1 or given.rescore or given.figures:
         raise AtlasError("--video is for one run, without --rescore and --figures")
     if not given.out:
@@ -157,11 +150,8 @@ def show(given):
     from atlas.report.video import overlay
 
     done = overlay(given.run[0], given.video, given.out, given.audio, given.task)
-    print(
-        f"{given.out}: {done['frames']} frames, {done['seconds']:.1f} s, mean masked area "
-        f"{done['area']:.1%}; the model after task {done['task']}, hearing "
-        f"{given.audio or given.video}"
-    )
+    said = f"{given.out}: {done['frames']} frames, {done['seconds']:.1f} s, mean masked area"
+    print(f"{said} {done['area']:.1%}; the model after task {done['task']}")
     return 0
 
 

@@ -1,6 +1,5 @@
 """Figures of one run, by matplotlib's objects, and how they are written. Pixels are for people."""
 
-import json
 import warnings
 
 import numpy as np
@@ -13,8 +12,9 @@ from atlas.errors import AtlasError
 from atlas.report import figures
 
 
-def labels(figure):
-    return [entry.get_text() for legend in figure.legends for entry in legend.get_texts()]
+def heatmap(results):
+    row = {"label": results["method"], "runs": [results]}
+    return figures.heatmaps(figures.title_of(results), [row])
 
 
 def inside(figure):
@@ -28,31 +28,28 @@ def inside(figure):
 
 
 def grey_cells(ax):
-    cells = set()
-    for patch in ax.patches:
-        if to_hex(patch.get_facecolor()) == figures.PALE.lower():
-            cells.add((round(patch.get_x() + 0.5), round(patch.get_y() + 0.5)))
-    return cells
+    """The cells through which the ground of the axes is seen."""
+    assert to_hex(ax.get_facecolor()) == figures.PALE.lower()
+    return {(j, i) for i, j in zip(*np.nonzero(ax.images[0].get_array().mask))}
 
 
 def test_the_heatmap_has_the_matrix_in_its_cells_and_the_future_in_grey():
     results = made(shift=0.013)
-    figure = figures.heatmap(results)
+    figure = heatmap(results)
     ax = figure.axes[0]
     R = np.array(results["matrix"]["J"])
     written = {text.get_position(): text.get_text() for text in ax.texts}
     future = {(j, i) for i in range(4) for j in range(3) if j >= i}
-    assert written == {(j, i): f"{R[i, j]:.2f}" for i in range(4) for j in range(3)}
+    assert written == {(j, i): f"{R[i, j]:.2f}"[1:] for i in range(4) for j in range(3)}
     assert grey_cells(ax) == future
     shown = ax.images[0].get_array()
-    assert {(j, i) for i, j in zip(*np.nonzero(shown.mask))} == future
     assert np.allclose(shown.compressed(), R[~shown.mask])
     assert all(word in figure.get_suptitle() for word in ("CIL", "lra", "seed 0", "J on test"))
     assert ax.get_xlabel() == "task" and inside(figure)
 
 
 def test_the_heatmap_of_a_joint_run_has_two_rows():
-    ax = figures.heatmap(made("joint")).axes[0]
+    ax = heatmap(made("joint")).axes[0]
     assert len(ax.texts) == 6 and grey_cells(ax) == {(j, 0) for j in range(3)}
 
 
@@ -60,91 +57,32 @@ def test_what_was_not_scored_is_a_dash():
     results = made()
     results["matrix"]["J"][3][0] = None
     results["matrix"]["J"][2] = None
-    texts = [text.get_text() for text in figures.heatmap(results).axes[0].texts]
+    texts = [text.get_text() for text in heatmap(results).axes[0].texts]
     assert texts.count("–") == 4
 
 
 def test_a_stream_has_segments_and_checkpoints():
-    ax = figures.heatmap(made(protocol="tfcl")).axes[0]
+    ax = heatmap(made(protocol="tfcl")).axes[0]
     assert ax.get_xlabel() == "segment" and ax.get_ylabel() == "at checkpoint"
 
 
-def test_every_class_has_a_pair_of_bars_from_its_own_task_and_the_last(tmp_path):
-    names = (["a", "b"], ["c"], ["d", "e"])
-    tasks = [task | {"classes": classes} for task, classes in zip(TASKS, names)]
-    J = np.random.default_rng(0).random((4, 5)).tolist()
-    J[3][1] = None  # a class without a test clip
-    results = made(tasks=tasks) | {"class_matrix": {"classes": list("abcde"), "J": J}}
-    assert list(figures.run_figures(results, tmp_path)) == ["heatmap", "classes"]
-    figure = figures.bars(results)
-    assert labels(figure) == ["right after learning it", "at the end"] and inside(figure)
-    ax = figure.axes[0]
-    first, last = ([bar.get_width() for bar in bars] for bars in ax.containers)
-    assert first == pytest.approx([J[1][0], J[1][1], J[2][2], J[3][3], J[3][4]])
-    assert last == pytest.approx([J[3][0], 0, *J[3][2:]])
-    written = [text.get_text() for text in ax.get_yticklabels()]
-    assert written == ["1 a", "1 b", "2 c", "3 d", "3 e"]
-    begun = results | {"complete": False, "matrix": {"J": results["matrix"]["J"][:3]}}
-    begun["class_matrix"] = {"classes": list("abcde"), "J": J[:3]}
-    begun["class_matrix"]["J"][1] = None  # not scored
-    drawn = figures.bars(begun)  # of the classes learned so far
-    assert len(drawn.axes[0].containers[0]) == 3 and "unfinished" in drawn.get_suptitle()
-    stream = made(tasks=[task | {"classes": []} for task in TASKS])
-    stream["class_matrix"] = results["class_matrix"]
-    for other in (stream, results | {"class_matrix": None}):
-        assert list(figures.run_figures(other, tmp_path)) == ["heatmap"]
-
-
-def test_the_figures_of_a_joint_an_unfinished_and_a_long_run(tmp_path):
-    assert list(figures.run_figures(made("joint"), tmp_path)) == ["heatmap"]
-    begun = made(complete=False)
-    begun["matrix"]["J"] = begun["matrix"]["J"][:2]
-    assert "unfinished" in figures.run_figures(begun, tmp_path)["heatmap"].get_suptitle()
-    long = made(tasks=[TASKS[0] | {"name": f"a_rather_long_class_name_{j}+1"} for j in range(20)])
-    long["matrix"]["J"] = np.random.default_rng(0).random((21, 20)).tolist()
-    assert all(inside(figure) for figure in figures.run_figures(long, tmp_path).values())
-
-
-def test_a_run_that_has_learned_nothing_yet_is_drawn_whole(tmp_path):
+def test_an_unfinished_a_long_and_an_empty_run():
     begun = made(complete=False)
     begun["matrix"]["J"] = begun["matrix"]["J"][:1]
-    drawn = figures.run_figures(begun, tmp_path)
-    assert list(drawn) == ["heatmap"] and inside(drawn["heatmap"])
+    figure = heatmap(begun)
+    assert "unfinished" in figure.get_suptitle() and inside(figure)
+    long = made(tasks=[TASKS[0] | {"name": f"task{j}"} for j in range(20)])
+    long["matrix"]["J"] = np.random.default_rng(0).random((21, 20)).tolist()
+    assert inside(heatmap(long))
     begun["matrix"]["J"] = []
     with pytest.raises(AtlasError, match="no scores yet"):
-        figures.run_figures(begun, tmp_path)
+        heatmap(begun)
 
 
-def test_the_trace_shows_windows_consolidations_and_drifts(tmp_path):
-    lines = [{"task": 1, "consolidated": {}}]
-    for step in range(4, 25, 4):
-        window = {"step": step, "mean": 1 / step, "std": 0.1, "fired": step in (8, 16)}
-        lines.append({"task": 1, "epoch": 1, "window": window})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "log.jsonl").write_text(text + '{"task": 2, "epo')  # a kill tore the last line
-    results = made(protocol="tfcl") | {"drifts": [8, 16]}
-    figure = figures.run_figures(results, tmp_path)["trace"]
-    for ax in figure.axes:
-        marks = [line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1]
-        assert marks == [8, 16]
-    top, bottom = figure.axes
-    assert [text.get_text() for text in bottom.texts] == ["1", "2", "3"]
-    assert np.allclose(top.lines[0].get_ydata(), [1 / step for step in range(4, 25, 4)])
-    assert "2 consolidations, 2 true drifts" in figure.get_suptitle() and inside(figure)
-    assert "trace" not in figures.run_figures(results, tmp_path / "nowhere")
-
-
-def test_a_figure_is_written_in_true_colour_and_a_large_one_with_fewer_pixels(
-    tmp_path, monkeypatch
-):
-    png, _ = figures.save(figures.heatmap(made()), tmp_path, "R")
-    assert Image.open(png).width == 300 * figures.COLUMN
-    figure, axes = figures.panels(1, 1, 1.5, 1.5)
-    axes[0, 0].imshow(np.random.default_rng(0).random((200, 200, 3)))
-    monkeypatch.setattr(figures, "LARGEST_PNG", 50_000)
-    png, pdf = figures.save(figure, tmp_path / "figures", "noise")
-    assert png.stat().st_size < 50_000 and Image.open(png).width < 300 * 1.5
+def test_a_figure_is_written_in_true_colour_and_as_pdf(tmp_path):
+    png, pdf = figures.save(heatmap(made()), tmp_path / "figures", "R")
     assert pdf.read_bytes().startswith(b"%PDF")
+    assert Image.open(png).width == 200 * figures.COLUMN
     assert Image.open(png).mode in ("RGB", "RGBA")
     with pytest.raises(AtlasError, match="not a folder"):
-        figures.save(figure, png, "x")
+        figures.save(heatmap(made()), png, "x")

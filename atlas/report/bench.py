@@ -3,7 +3,6 @@
 
     python -m atlas.report.bench
     python -m atlas.report.bench --only penalty observe --scale paper
-    python -m atlas.report.bench --run runs/cil_lra_seed0
 
 What the lines are, how they are measured, and their targets: docs/speed.md.
 """
@@ -13,23 +12,21 @@ import functools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+import timeit
 from pathlib import Path
 
 from atlas.errors import one_line_errors, prepare_process
 
 HERE = Path(__file__).parents[2]
-LINES = "loader metrics step penalty observe sensitivity evaluation startup gpu".split()
+LINES = "loader metrics step penalty observe sensitivity evaluation gpu".split()
 SCALES = {
     "quick": "image_size=32 width=16 heads=2 lora_rank=2",
     "tiny": "",  # configs/tiny.yaml
     "paper": "image_size=224 visual=pvt_v2_b5 audio=vggish width=256 heads=8 lora_rank=16",
 }
-AT_224 = ("loader", "metrics", "step")  # lines that are at paper scale unless told otherwise
-STEPS = 5  # of a measurement on a GPU
+AT_224 = ("loader", "metrics", "step", "gpu")  # lines that are at paper scale by default
+GPU_BATCH, GPU_STEPS = 16, 5
 
 
 def arguments(words=None):
@@ -37,10 +34,8 @@ def arguments(words=None):
     parser = argparse.ArgumentParser("bench", description=__doc__, formatter_class=form)
     flag = parser.add_argument
     flag("--json", type=Path, metavar="FILE", help="write the figures here, too")
-    flag("--quick", action="store_true", help="small sizes and two pairs")
     flag("--only", nargs="+", choices=LINES, default=LINES, metavar="LINE", help=", ".join(LINES))
-    flag("--scale", choices=("tiny", "paper"), help="default: the line's own")
-    flag("--run", type=Path, metavar="FOLDER", help="only the seconds of a finished run")
+    flag("--scale", choices=SCALES, help="default: the line's own; quick: two pairs")
     return parser.parse_args(words)
 
 
@@ -63,21 +58,17 @@ from atlas.lra import Step
 from atlas.metrics import MaskMeter, score
 from atlas.model import clip_losses, weighted
 from atlas.prepare.synth import CLASSES, make_set
-from atlas.results import read_results
 from atlas.runs import Run, TaskClips
 from atlas.updates import Updates
 
 
 def seconds(work, repeat=1):
     """The seconds that `work` takes, a mean over `repeat` calls."""
-    start = time.perf_counter()
-    for _ in range(repeat):
-        work()
-    return (time.perf_counter() - start) / repeat
+    return timeit.timeit(work, number=repeat) / repeat
 
 
-def compared(name, kind, ours, plain, pairs, repeat=1, **more):
-    """A line of the JSON: `pairs` of runs in turn; ours runs `repeat` times if it is short.
+def compared(pairs, kind, ours, plain, repeat=1):
+    """A line of the JSON, of `pairs` of runs in turn; ours runs `repeat` times if it is short.
 
     kind: "ratio" is plain / ours, "cost" and "share" are ours / plain.
     """
@@ -85,17 +76,13 @@ def compared(name, kind, ours, plain, pairs, repeat=1, **more):
     plain()
     times = [(seconds(ours, repeat), seconds(plain)) for _ in range(pairs)]
     values = [b / a if kind == "ratio" else a / b for a, b in times]
-    line = {"name": name, "kind": kind, "median": statistics.median(values)}
-    for side, spent in zip(("ours", "plain"), zip(*times)):
-        line[side] = statistics.median(spent)
-    return line | {"min": min(values), "max": max(values), "runs": pairs} | more
+    ours, plain = map(statistics.median, zip(*times))
+    line = {"kind": kind, "median": statistics.median(values), "min": min(values)}
+    return line | {"max": max(values), "runs": pairs, "ours": ours, "plain": plain}
 
 
 class Bench(Run):
-    """A run without a folder, on `clips` train clips of each of four classes, at rate 0.
-
-    Its trainables are moved off their start, where half of all gradients are zero.
-    """
+    """A run on `clips` train clips of each of four classes, at rate 0."""
 
     def __init__(self, folder, scale, words="", clips=8):
         config = load_config(
@@ -110,67 +97,44 @@ class Bench(Run):
         self.chosen = list(self.sequence[0].train)
         self.files = READERS["s4"](config.data_root)
         self.batches = loader(ClipDataset(self.cache, self.chosen), config.batch_size)
-        draw = torch.Generator().manual_seed(0)
-        for p in self.model.parameters():
-            if p.requires_grad:
-                p.data += 0.02 * torch.randn(p.shape, generator=draw).to(p.device)
         self.model.train()
         self.updates = Updates(self, 1, 1)
         self.updates.peak = 0.0
 
-    def batch(self, size):
+    def stepping(self, size, forward=None):
+        """A learning step without a penalty on `size` clips, as a function."""
         clips = [self.cache[i] for i in self.chosen[:size]]
-        return to_device(collate(clips), self.device)
+        batch = to_device(collate(clips), self.device)
+        return functools.partial(self.step, batch, forward or self.model)
 
-    def step(self, batch, forward=None):
-        """A learning step without a penalty. forward: instead of the model's own."""
+    def step(self, batch, forward):
         with self.autocast():
-            outputs = (forward or self.model)(batch)
+            outputs = forward(batch)
         loss = sum(weighted(clip_losses(outputs, batch), self.config).values()).mean()
         self.updates.backward(loss, 1.0)
         self.updates.step()
 
 
-# ---- the plain ways ----------------------------------------------------------------------------
+def plain_clip(clip):
+    """AVSBench's S4Dataset: five PNG, the masks and the log-mel from its file."""
+    frames = torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in clip.frames])
+    masks = [to_tensor(Image.open(path).convert("1")) for path in clip.masks if path]
+    mel = torch.from_numpy(np.load(f"{clip.audio}.npy"))
+    return normalize(frames, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), mel, masks
 
 
-class PlainClips(torch.utils.data.Dataset):
-    """AVSBench's S4Dataset: at every access five PNG, the masks and the log-mel from its file."""
-
-    def __init__(self, clips):
-        self.clips = clips
-        for clip in clips:
-            np.save(f"{clip.audio}.npy", log_mel(read_wave(clip.audio), T).numpy())
-
-    def __len__(self):
-        return len(self.clips)
-
-    def __getitem__(self, i):
-        clip = self.clips[i]
-        frames = torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in clip.frames])
-        masks = [to_tensor(Image.open(path).convert("1")) for path in clip.masks if path]
-        mel = torch.from_numpy(np.load(f"{clip.audio}.npy"))
-        return normalize(frames, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), mel, masks
-
-
-def plain_scores(logits, masks):
-    """{"F"} of clips [B, T, H, W], as AVSBench's Eval_Fmeasure: 255 thresholds, one by one."""
+def plain_F(logits, masks):
+    """F of clips [B, T, H, W], as AVSBench's Eval_Fmeasure: 255 thresholds, one by one."""
     best = []
-    for x, g in zip(logits.sigmoid(), masks.float()):
-        curves = []
-        for scores, truth in zip(x, g):
-            if not truth.any():
-                continue
-            curve = torch.zeros(255)
-            for k in range(255):
-                above = (scores >= k / 254).float()
-                hit = (above * truth).sum()
-                precision, recall = hit / (above.sum() + 1e-20), hit / (truth.sum() + 1e-20)
-                curve[k] = 1.3 * precision * recall / (0.3 * precision + recall)
-            curves.append(curve.nan_to_num(0.0))
-        if curves:
-            best.append(torch.stack(curves).mean(0).max())
-    return {"F": torch.stack(best).mean().item()}
+    for scores, truth in zip(logits.sigmoid().flatten(2), masks.float().flatten(2)):
+        curve = torch.zeros(T, 255)
+        for k in range(255):
+            above = (scores >= k / 254).float()
+            hit = (above * truth).sum(1)
+            precision, recall = hit / (above.sum(1) + 1e-20), hit / (truth.sum(1) + 1e-20)
+            curve[:, k] = 1.3 * precision * recall / (0.3 * precision + recall)
+        best.append(curve.nan_to_num(0.0)[truth.any(1)].mean(0).max())
+    return torch.stack(best).nanmean().item()  # without the silent clips
 
 
 def plain_forward(bench, clips):
@@ -178,179 +142,118 @@ def plain_forward(bench, clips):
     frames = torch.from_numpy(bench.cache.arrays["frames"][clips]).flatten(0, 1)
     audio = build_audio_encoder(bench.config.audio, False)
     mels = torch.cat([log_mel(read_wave(bench.files[i].audio), T) for i in clips])
-    place = {
-        "frames": frames.permute(0, 3, 1, 2),
-        "clip": torch.arange(len(clips)).repeat_interleave(T),
-        "second": torch.arange(T).repeat(len(clips)),
-    }
+    whole = {"frames": frames.permute(0, 3, 1, 2), "second": torch.arange(T).repeat(len(clips))}
+    whole["clip"] = torch.arange(len(clips)).repeat_interleave(T)
 
     def forward(batch):
         with torch.no_grad():  # half: as the cache stores them
             context, tokens = (x.half().float().unflatten(0, (-1, T)) for x in audio(mels))
-        masks = bench.model(place | {"context": context, "tokens": tokens})["masks"]
+        masks = bench.model(whole | {"context": context, "tokens": tokens})["masks"]
         return {"masks": masks[::T]}
 
     return forward
 
 
-# ---- the lines ---------------------------------------------------------------------------------
+# Each line gives its kind, our way, the plain way and, where ours is short, its repeats.
 
 
-def bench_loader(folder, scale, pairs):
+def bench_loader(folder, scale):
     bench = Bench(folder, scale)
-    plain = PlainClips([bench.files[i] for i in bench.chosen])
-    decoded = torch.utils.data.DataLoader(plain, bench.config.batch_size)
-    return compared(
-        "loader", "ratio", lambda: list(bench.batches), lambda: list(decoded), pairs, 10
-    )
+    clips = [bench.files[i] for i in bench.chosen]
+    for clip in clips:
+        np.save(f"{clip.audio}.npy", log_mel(read_wave(clip.audio), T).numpy())
+    return "ratio", lambda: list(bench.batches), lambda: list(map(plain_clip, clips)), 10
 
 
-def bench_metrics(folder, scale, pairs):
-    B = 4
+def bench_metrics(folder, scale):
     size = 32 if scale == "quick" else 224
-    masks = torch.zeros(B, T, size, size, dtype=torch.bool)
+    masks = torch.zeros(4, T, size, size, dtype=torch.bool)
     masks[..., size // 4 : size // 2, size // 4 :] = True
-    masks[0, 0] = False  # a silent frame
     logits = 3 * torch.randn(masks.shape, generator=torch.Generator().manual_seed(0)) + 2 * masks
-
-    def ours():
-        meter = MaskMeter()
-        meter.update(logits, masks, torch.ones(B, T, dtype=torch.bool))
-        return meter.compute()
-
-    plain = functools.partial(plain_scores, logits, masks)
-    difference = abs(ours()["F"] - plain()["F"])
-    return compared("metrics", "ratio", ours, plain, pairs, 5, difference=difference)
+    annotated = torch.ones(4, T, dtype=torch.bool)
+    ours = functools.partial(MaskMeter().update, logits, masks, annotated)
+    return "ratio", ours, functools.partial(plain_F, logits, masks), 5
 
 
-def bench_step(folder, scale, pairs):
+def bench_step(folder, scale):
     bench = Bench(folder, scale, clips=2)
-    clips = bench.chosen[:2]
-    batch = bench.batch(len(clips))
-    ours = functools.partial(bench.step, batch)
-    plain = functools.partial(bench.step, batch, plain_forward(bench, clips))
-    gradients = []
-    for way in (ours, plain):
-        way()
-        gradients.append(torch.cat([p.grad.flatten() for p in bench.updates.parameters]))
-    difference = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    return compared("step", "ratio", ours, plain, pairs, difference=difference.item())
+    return "ratio", bench.stepping(2), bench.stepping(2, plain_forward(bench, bench.chosen[:2]))
 
 
-def armed(folder, scale, words=""):
-    """A bench that has consolidated and has gradients, and its step."""
-    bench = Bench(folder, scale, words)
+def bench_penalty(folder, scale):
+    bench = Bench(folder, scale)
     anchor = bench.method.anchor
     bench.method.absorb(torch.rand_like(anchor), torch.zeros_like(anchor))
-    step = functools.partial(bench.step, bench.batch(bench.config.batch_size))
-    step()
-    return bench, step
+    ours = bench.method.penalty
+    return "share", lambda: ours().backward(), bench.stepping(bench.config.batch_size), 10
 
 
-def bench_penalty(folder, scale, pairs):
-    bench, step = armed(folder, scale)
-    sizes = {"anchored": bench.method.anchor.numel(), "bytes": bench.memory()}
-
-    def ours():
-        bench.method.penalty().backward()
-
-    return compared("penalty", "share", ours, step, pairs, 10, **sizes)
-
-
-def bench_observe(folder, scale, pairs):
-    bench, step = armed(folder, scale, "lra_trigger=plateau")
+def bench_observe(folder, scale):
+    bench = Bench(folder, scale, "lra_trigger=plateau")
+    step = bench.stepping(bench.config.batch_size)
+    step()  # there must be gradients
     note = Step(1.0, bench.config.batch_size, bench.updates.parameters)
     ours = functools.partial(bench.method.observe, note)
-    return compared("observe", "share", ours, step, pairs, 2 * bench.config.lra_window)
+    return "share", ours, step, 2 * bench.config.lra_window
 
 
-def bench_sensitivity(folder, scale, pairs):
+def bench_sensitivity(folder, scale):
     bench = Bench(folder, scale)
 
     def epoch():
         bench.model.train()
         for batch in bench.batches:
-            bench.step(batch)
+            bench.step(batch, bench.model)
 
-    sensitivity = functools.partial(bench.method.end_task, TaskClips(bench, 1))
-    return compared("sensitivity", "cost", sensitivity, epoch, pairs)
+    return "cost", functools.partial(bench.method.end_task, TaskClips(bench, 1)), epoch
 
 
-def bench_evaluation(folder, scale, pairs):
+def bench_evaluation(folder, scale):
     bench = Bench(folder, scale)
-    plain = functools.partial(score, bench, bench.sequence[0].test)
-    with merged(bench.model):
-        return compared("evaluation", "cost", functools.partial(plain, True), plain, pairs)
+
+    def scoring(listening):
+        with merged(bench.model):
+            score(bench, bench.sequence[0].test, listening)
+
+    return "cost", functools.partial(scoring, True), functools.partial(scoring, False)
 
 
-def bench_startup(folder, scale, pairs):
-    def call(*words):
-        subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, check=True)
+def bench_gpu(folder, scale):
+    bench = Bench(folder, scale, "device=cuda amp=bf16")
 
-    ours = functools.partial(call, "train.py", "--help")
-    return compared("startup", "ratio", ours, lambda: call("-c", "import train"), min(pairs, 3))
-
-
-def bench_gpu(folder, scale, pairs):
-    """Lines gpu_4 to gpu_64: the compiled step against the eager one; the rest is the eager's."""
-    bench = Bench(folder, "paper", "device=cuda amp=bf16", clips=16)
-
-    def steps(batch, forward):
-        for _ in range(STEPS):
-            bench.step(batch, forward)
+    def steps(step):
+        for _ in range(GPU_STEPS):
+            step()
         torch.cuda.synchronize()
 
-    lines = []
-    for B in (4, 8, 16, 32, 64):
-        batch = bench.batch(B)
-        torch._dynamo.reset()  # each batch size is compiled for itself
-        ours = functools.partial(steps, batch, compiled(bench.model))
-        plain = functools.partial(steps, batch, bench.model)
-        torch.cuda.reset_peak_memory_stats()
-        plain()
-        memory = torch.cuda.max_memory_allocated() / 2**20
-        line = compared(f"gpu_{B}", "ratio", ours, plain, pairs, peak_memory_mb=memory)
-        lines.append(line | {"clips_per_s": B * STEPS / line["plain"]})
-    return lines
+    ways = (bench.stepping(GPU_BATCH, f) for f in (compiled(bench.model), bench.model))
+    return "ratio", *(functools.partial(steps, way) for way in ways)
 
 
-def row(line):
-    """A line of the table."""
+def row(name, line):
     scale, unit = (100, " %") if line["kind"] == "share" else (1, " x")
-    median, low, high = (f"{scale * line[name]:.2f}{unit}" for name in ("median", "min", "max"))
-    rest = ", ".join(f"{name} {value:.6g}" for name, value in list(line.items())[8:])
+    median, low, high = (f"{scale * line[key]:.2f}{unit}" for key in ("median", "min", "max"))
     times = f"{1e3 * line['ours']:.2f} | {1e3 * line['plain']:.2f}"
-    return f"| {line['name']} | {times} | {median} | {low} to {high} | {rest} |"
-
-
-def phases(folder):
-    """Where the seconds of a run went: a table by phase and task."""
-    spent = read_results(folder)["seconds"]
-    total = sum(map(sum, spent.values()))
-    rows = ["| phase | seconds | share | each |", "|---|---|---|---|"]
-    for phase, times in spent.items():
-        each = " ".join(f"{t:.1f}" for t in times)
-        rows.append(f"| {phase} | {sum(times):.1f} | {100 * sum(times) / total:.0f} % | {each} |")
-    return "\n".join([*rows, f"| together | {total:.1f} | | |"])
+    return f"| {name} | {times} | {median} | {low} to {high} |"
 
 
 def main(given):
-    if given.run:
-        print(phases(given.run))
-        return
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}\n")
-    print(f"| line | ours, ms | plain, ms | median | range | |\n{6 * '|---'}|")
+    print(f"| line | ours, ms | plain, ms | median | range |\n{5 * '|---'}|")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in given.only:
             if name == "gpu" and not torch.cuda.is_available():
                 continue
             scale = given.scale or ("paper" if name in AT_224 else "tiny")
-            scale, pairs = ("quick", 2) if given.quick else (scale, 7)
-            lines = globals()[f"bench_{name}"](folder, scale, pairs)
-            for line in lines if isinstance(lines, list) else [lines]:
-                print(row(line), flush=True)
-                found[line["name"]] = line
+            line = globals()[f"bench_{name}"](folder, scale)
+            found[name] = compared(2 if scale == "quick" else 7, *line)
+            print(row(name, found[name]), flush=True)
+            if name == "gpu":
+                speed = GPU_BATCH * GPU_STEPS / found[name]["ours"]
+                memory = torch.cuda.max_memory_allocated() / 2**20
+                found[name] |= {"clips_per_s": speed, "peak_memory_mb": memory}
+                print(f"\n{speed:.1f} clips a second, {memory:.0f} MB")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -1,38 +1,40 @@
 """The strip of masks: what the models of a run mask on test clips."""
 
-import difflib
-
 import numpy as np
 import torch
-from scipy.ndimage import binary_dilation
+from scipy.ndimage import maximum_filter
 
 from atlas.data import collate, to_device
 from atlas.encoders import merged
 from atlas.errors import AtlasError
 from atlas.metrics import MaskMeter
-from atlas.report.figures import PAGE, column_word, panels, shortened, title_of
+from atlas.report.figures import PAGE, column_word, new_figure, shortened, title_of
 
 LOOKED_AT = 12  # test clips of a task that the strip is chosen from
-FILL = (255, 140, 0)  # orange
+FILL = (230, 159, 0)  # orange
+OPACITY = 0.5
 
 
 def strip(run, ids=(), count=3):
-    """Test clips (rows) of a run (runs.read_run), each with its middle frame, the truth, and three
-    predictions: after its own task, at the end, and then with the sound of its swap partner.
+    """A figure of test clips (rows) of a run (runs.read_run): the middle frame, the truth, and the
+    predictions after the clip's own task, at the end, and then with its swap partner's sound.
 
-    ids: of the clips. Without, `count` clips of as many tasks that show something: the truth is not
-    empty, and the prediction changed most since the clip's own task.
+    ids: of the clips. Without, `count` clips of as many tasks: the truth is not empty, and the
+    prediction changed most since the clip's own task.
     """
     drawn = predictions(run, ids, count)
-    joint, word = run.config.method == "joint", column_word(run.results)
+    word = column_word(run.results)
     heads = {"frame": "frame", "truth": "truth", "own": f"after its own {word}"}
     heads |= {"last": "at the end", "swap": "hearing another sound"}
-    if joint:
+    if run.config.method == "joint":
         del heads["own"]
-    figure, axes = panels(len(drawn), len(heads), PAGE, 0.4 + 1.46 * len(drawn))
+    figure = new_figure(PAGE, 0.4 + 1.46 * len(drawn))
+    axes = figure.subplots(len(drawn), len(heads), squeeze=False)
     for row, clip in zip(axes, drawn):
+        grey = clip["frame"].mean(-1, keepdims=True).repeat(3, -1) * 0.7
         for ax, name in zip(row, heads):
-            ax.imshow(clip["frame"] if name == "frame" else overlaid(clip["frame"], clip[name]))
+            picture = clip["frame"] if name == "frame" else overlaid(grey, clip[name])
+            ax.imshow(picture.astype(np.uint8))
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             ax.set_xlabel(under(clip, name), fontsize=5.5, labelpad=1.5)
@@ -40,13 +42,11 @@ def strip(run, ids=(), count=3):
         row[0].set_ylabel(said, fontsize=6.5)
     for ax, head in zip(axes[0], heads.values()):
         ax.set_title(head)
-    how = "" if ids or joint else " · the clips whose masks changed most"
-    figure.suptitle(title_of(run.results) + how)
+    figure.suptitle(title_of(run.results))
     return figure
 
 
 def under(clip, name):
-    """What stands under a picture."""
     if name == "truth" and not clip["truth"].any():
         return "(silent)"
     if name not in clip["J"]:
@@ -55,14 +55,14 @@ def under(clip, name):
     return f"J {clip['J'][name]:.2f}{partner}"
 
 
-def overlaid(frame, mask):
-    """frame [H, W, 3] uint8, mask [H, W] bool (True: sounding) -> the frame in grey, with the mask
-    in orange and, for any ground, a line of white and one of black around it, [H, W, 3] uint8."""
-    grey = np.repeat(frame.mean(-1, keepdims=True), 3, -1) * 0.7
-    picture = np.where(mask[..., None], 0.45 * grey + 0.6 * np.array(FILL), grey)
-    picture[binary_dilation(mask, iterations=2) & ~mask] = 0
-    picture[binary_dilation(mask) & ~mask] = 255
-    return picture.clip(0, 255).astype(np.uint8)
+def overlaid(picture, mask, width=1):
+    """The picture [H, W, 3] with the mask [H, W] bool (True: sounding) in orange, and around it a
+    line of white and one of black, each `width` pixels wide: one is seen on any ground."""
+    drawn = picture.copy()
+    drawn[mask] = ((1 - OPACITY) * picture[mask] + OPACITY * np.array(FILL)).round()
+    drawn[maximum_filter(mask, 4 * width + 1) & ~mask] = 0
+    drawn[maximum_filter(mask, 2 * width + 1) & ~mask] = 255
+    return drawn
 
 
 def candidates(run, learned, ids):
@@ -71,23 +71,21 @@ def candidates(run, learned, ids):
     for j, task in enumerate(run.tasks[:learned]):
         place |= {run.cache.clips[i]["id"]: (j, int(i)) for i in task.test}
         first += [(j, int(i)) for i in task.test[:LOOKED_AT]]
-    for name in ids:
-        if name not in place:
-            near = difflib.get_close_matches(name, place, n=1, cutoff=0.0)[0]
-            raise AtlasError(f"--clips: {name} is no test clip of this run; the nearest is {near}")
+    if wrong := [name for name in ids if name not in place]:
+        raise AtlasError(f"--clips: {wrong[0]} is no test clip of this run, as {[*place][0]} is")
     return [place[name] for name in ids] or first
 
 
 def telling(clips, count):
-    """The `count` clips, each of another task, whose pictures show most, in the order of tasks."""
+    """The `count` clips, each of another task, that show most, in the order of tasks."""
+
+    def shown(clip):
+        return clip["truth"].any(), (clip["own"] != clip["last"]).mean()
+
     best = {}
     for clip in sorted(clips, key=shown, reverse=True):
         best.setdefault(clip["task"], clip)
     return sorted(list(best.values())[:count], key=lambda clip: clip["task"])
-
-
-def shown(clip):
-    return clip["truth"].any(), (clip["own"] != clip["last"]).mean()
 
 
 @torch.inference_mode()
@@ -96,19 +94,19 @@ def predictions(run, ids=(), count=3):
     "last", "swap" [H, W] bool, "J": {"own", "last", "swap"} of this frame}]."""
     last = len(run.results["matrix"]["J"]) - 1
     if last < 1:
-        raise AtlasError(f"{run.folder} has not learned a task yet, so there are no masks to draw")
+        raise AtlasError(f"{run.folder} has not learned a task yet")
     joint = run.config.method == "joint"
     chosen = candidates(run, len(run.tasks) if joint else last, ids)
     clips = [looked_up(run, task, i) for task, i in chosen]
+    own = {task: last if joint else task + 1 for task, _ in chosen}  # its own checkpoint
     run.model.eval()
-    for learned in sorted({last, *(last if joint else task + 1 for task, _ in chosen)}):
+    for learned in sorted({last, *own.values()}):
         run.load_task(learned)
         with merged(run.model):
             for clip in clips:
-                if learned == (last if joint else clip["task"] + 1):
-                    predict(run, clip, "own", clip["item"])
-                if learned == last:
-                    predict(run, clip, "last", clip["item"])
+                for name, needed in (("own", own[clip["task"]]), ("last", last)):
+                    if learned == needed:
+                        predict(run, clip, name, clip["item"])
     clips = clips if ids else telling(clips, count)
     with merged(run.model):
         for clip in clips:
@@ -117,10 +115,10 @@ def predictions(run, ids=(), count=3):
 
 
 def looked_up(run, task, i):
-    """A clip with its middle annotated frame alone, which is all that is shown."""
+    """A clip with its middle annotated frame alone."""
     item, other = run.cache[i], run.partners[i]
-    middle = len(item["second"]) // 2
-    item |= {name: item[name][middle : middle + 1] for name in ("frames", "masks", "second")}
+    middle = slice(len(item["second"]) // 2, len(item["second"]) // 2 + 1)
+    item |= {name: item[name][middle] for name in ("frames", "masks", "second")}
     name, partner = (run.cache.clips[k]["category"] or run.cache.clips[k]["id"] for k in (i, other))
     frame, truth = item["frames"][0].permute(1, 2, 0).numpy(), item["masks"][0].numpy()
     clip = {"name": name, "task": task, "partner": partner, "other": other, "item": item}
@@ -131,8 +129,8 @@ def predict(run, clip, name, item):
     """Put the mask of the model as it is, and its J, into `clip`."""
     run.model.decoder.use_head(clip["task"])
     with run.autocast():
-        logits = run.model(to_device(collate([item]), run.device))["masks"]
-    clip[name] = (logits[0] > 0).cpu().numpy()
+        logits = run.model(to_device(collate([item]), run.device))["masks"].float().cpu()
+    clip[name] = (logits[0] > 0).numpy()
     truth = torch.from_numpy(clip["truth"])[None, None]
     meter, annotated = MaskMeter(with_F=False), torch.ones(1, 1, dtype=torch.bool)
-    clip["J"][name] = meter.update(logits[None].float().cpu(), truth, annotated)[0].item()
+    clip["J"][name] = meter.update(logits[None], truth, annotated)[0].item()

@@ -1,6 +1,6 @@
-"""Figures of several runs: the methods of a problem side by side.
+"""Figures of several runs: the methods of a problem side by side, named at their rows and points.
 
-A few methods are in colour and the others grey. All are named at their rows and points.
+A few methods are in colour and the others grey.
 """
 
 import itertools
@@ -15,13 +15,12 @@ from atlas.report import figures as F
 from atlas.report.table import problems
 
 GREY = "#8C8C8C"  # methods that are not chosen
-LOOKS = {"lra": (F.BLUE, "o"), "lra_plus": (F.ORANGE, "D"), "finetune": (F.RED, "s")}
-LOOKS["joint"] = (F.BLACK, "X")
+COLOURS = {"lra": F.BLUE, "lra_plus": F.ORANGE, "finetune": F.RED, "joint": F.BLACK}
 OTHERS = (F.GREEN, F.PURPLE, F.SKY)
-MARKERS = "^v<>PdphH8"
+MARKERS = "os^Dv<>XPdphH8"
 FEW = 8  # so many rows are all in colour
 NAME = 10  # height of a written name in pixels, at matplotlib's 100 to the inch
-# Where a name may stand beside its point, in pixels: right and left, nearest first
+# where a name may stand beside its point, in pixels: right and left, nearest first
 UP = (8, -8, 0, 18, -18, 28, -28, 40, -40, 55, -55)
 PLACES = [(side * across, up) for across in (7, 25, 50, 80) for up in UP for side in (1, -1)]
 
@@ -32,34 +31,25 @@ def comparison_figures(runs, methods=()):
     `methods`: names of methods or of rows, which are in colour and have heat-maps. Without, a few
     rows are in colour (all, where there are few), and all but joint have heat-maps.
     """
-    figures, found, known = {}, problems(runs), set()
-    for problem in found:
-        for row in problem["rows"]:
-            known |= {row["label"], row["method"]}
+    figures, found = {}, problems(runs)
+    known = {row[name] for p in found for row in p["rows"] for name in ("label", "method")}
     if wrong := set(methods) - known:
         raise AtlasError(f"--methods: {wrong.pop()} is not among {', '.join(sorted(known))}")
     for problem in found:
         rows = [row for row in problem["rows"] if row["runs"] and None not in finals(row)]
-        if not rows:
-            continue
         asked = [row for row in rows if {row["label"], row["method"]} & set(methods)]
         drawn = asked if methods else [row for row in rows if row["method"] != "joint"]
-        shorten_labels(rows)
+        for row in rows:
+            row["label"] = F.shortened(row["label"], 34)
         name = problem["title"].lower().replace(" · ", "_").replace("/", "_")
-        figures[f"compare_{name}"] = overview(problem["title"], rows, asked)
+        if rows:
+            figures[f"compare_{name}"] = overview(problem["title"], rows, asked)
         if drawn:
-            figures[f"heatmaps_{name}"] = heatmaps(problem["title"], drawn)
+            title = f"{problem['title']} · mean of {seeds_text(drawn)}"
+            figures[f"heatmaps_{name}"] = F.heatmaps(title, drawn)
     if not figures:
         raise AtlasError("none of these runs is finished, so there is nothing to draw")
     return figures
-
-
-def shorten_labels(rows):
-    """Shorten the labels of the rows; where all have one method, leave it out."""
-    alike = len({row["method"] for row in rows}) == 1
-    for row in rows:
-        setting = row["label"].partition(" ")[2] if alike else ""
-        row["label"] = F.shortened(setting or row["label"], 34)
 
 
 def finals(row):
@@ -69,37 +59,30 @@ def finals(row):
 def looks(rows, asked=()):
     """{label: (colour, marker)}. Rows that are not asked for are grey, where there are many."""
     if not asked:
-        asked = rows if len(rows) <= FEW else [row for row in rows if row["label"] in LOOKS]
-    colours, markers, found = itertools.cycle(OTHERS), itertools.cycle(MARKERS), {}
-    for row in rows:
-        label = row["label"]
-        if row in asked and label in LOOKS:
-            found[label] = LOOKS[label]
-        else:
-            found[label] = (next(colours) if row in asked else GREY, next(markers))
+        asked = rows if len(rows) <= FEW else [row for row in rows if row["label"] in COLOURS]
+    others, found = itertools.cycle(OTHERS), {}
+    for row, marker in zip(rows, itertools.cycle(MARKERS)):
+        colour = GREY if row not in asked else COLOURS.get(row["label"]) or next(others)
+        found[row["label"]] = colour, marker
     return found
 
 
 def seeds_text(rows):
-    counts = [len(row["runs"]) for row in rows]
-    low, high = min(counts), max(counts)
-    return f"{low}–{high} seeds" if low < high else f"{low} seed{'s' if low > 1 else ''}"
+    counts = {len(row["runs"]) for row in rows}
+    return f"{'–'.join(map(str, sorted(counts)))} seed{'s' if counts != {1} else ''}"
 
 
 def overview(title, rows, asked=()):
-    """Three panels, named at their rows and points: the final score of each method, the mean over
-    the tasks learned so far, and forward transfer against forgetting."""
+    """The final score of each method, beside forward transfer against forgetting."""
     look = looks(rows, asked)
-    figure = F.new_figure(F.PAGE, max(3.6, 1.0 + 0.23 * len(rows)))
-    axes = figure.subplot_mosaic("FC;FT", width_ratios=[1, 1.75])
-    draw_final(axes["F"], rows, look)
-    ends = draw_curves(axes["C"], rows, look)
-    points = draw_transfer(axes["T"], rows, look)
+    figure = F.new_figure(F.PAGE, max(2.6, 1.0 + 0.2 * len(rows)))
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.75])
+    draw_final(left, rows, look)
+    points = draw_transfer(right, rows, look)
     figure.suptitle(f"{title} · {seeds_text(rows)}, mean ± standard deviation")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the names below must not move the panels
-    name_ends(axes["C"], ends, look)
-    name_points(axes["T"], points, look)
+    name_points(right, points, look)
     return figure
 
 
@@ -119,33 +102,6 @@ def draw_final(ax, rows, look):
     ax.grid(axis="x")
 
 
-def draw_curves(ax, rows, look):
-    """The mean over the tasks learned so far, after each task; {label: (x, y) of its end}."""
-    ends = {}
-    tasks = len(rows[0]["runs"][0]["tasks"])
-    for row in rows:
-        colour, marker = look[row["label"]]
-        steps, curve = [tasks], [mean(finals(row))]
-        if row["method"] != "joint":
-            steps = range(1, tasks + 1)
-            curve = np.mean([learned_so_far(run) for run in row["runs"]], axis=0)
-        line = {"lw": 0.8, "zorder": 2} if colour == GREY else {"lw": 1.4, "zorder": 3}
-        ax.plot(steps, curve, color=colour, marker=marker, ms=3, **line)
-        ends[row["label"]] = (tasks, curve[-1])
-    word = F.column_word(rows[0]["runs"][0])
-    ax.set(xlabel=f"{word}s learned", ylabel="mean J over them", title="forgetting curve")
-    ax.set_xlim(0.7, tasks * (1.1 + 0.028 * max(map(len, ends))))
-    ax.set_xticks(range(1, tasks + 1))
-    ax.grid()
-    return ends
-
-
-def learned_so_far(results):
-    """After each task, the mean of R over the tasks learned so far, [tasks]."""
-    R = F.matrix_of(results)
-    return [np.nan if np.isnan(R[k]).all() else np.nanmean(R[k, :k]) for k in range(1, len(R))]
-
-
 def draw_transfer(ax, rows, look):
     """Forward transfer against forgetting; {label: (x, y) of its point}."""
     points = {}
@@ -155,32 +111,18 @@ def draw_transfer(ax, rows, look):
         if any(None in pair for pair in pairs):
             continue
         colour, marker = look[row["label"]]
-        x, y = np.mean(pairs, axis=0)
+        x, y = points[row["label"]] = np.mean(pairs, axis=0)
         dx, dy = np.std(pairs, axis=0, ddof=1) if len(pairs) > 1 else (0, 0)
         bars = {"elinewidth": 0.3} if colour == GREY else {"elinewidth": 0.9, "zorder": 3}
         ax.errorbar(x, y, dy, dx, color=colour, marker=marker, ms=4.5, **bars)
-        points[row["label"]] = (x, y)
     ax.set(xlabel="forgetting of J (less is better)", ylabel="forward transfer of J")
     ax.set_title("forward transfer against forgetting")
     ax.grid()
     return points
 
 
-def name_ends(ax, ends, look):
-    """Write the names at the right ends of curves, moved apart where they would touch."""
-    labels = sorted(ends, key=lambda label: ends[label][1])
-    heights = [ax.transData.transform(ends[label])[1] for label in labels]
-    for k in range(1, len(labels)):
-        heights[k] = max(heights[k], heights[k - 1] + NAME)
-    top = ax.get_window_extent().y1 - NAME / 2
-    right = ax.transData.transform((1.07 * ends[labels[0]][0] + 0.1, 0))[0]
-    for k, (label, height) in enumerate(zip(labels, heights)):
-        height = min(height, top - NAME * (len(labels) - 1 - k))
-        write_name(ax, label, ends[label], (right, height), look[label][0])
-
-
 def name_points(ax, points, look):
-    """Write the names beside their points, each at the nearest place that is free."""
+    """Write the names beside their points, each at the nearest free place, with a thin line."""
     pixels = {label: ax.transData.transform(point) for label, point in points.items()}
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels.values()]
     page = ax.get_window_extent()
@@ -193,36 +135,9 @@ def name_points(ax, points, look):
             if inside and not box.count_overlaps(taken):
                 break
         taken.append(box)
-        write_name(ax, label, points[label], (x, y), look[label][0])
-
-
-def write_name(ax, label, point, pixels, colour):
-    """Write a name with its left middle at `pixels`, and a thin line to its point."""
-    place = ax.transData.inverted().transform(pixels)
-    line = {"arrowstyle": "-", "color": colour, "lw": 0.4, "shrinkA": 0, "shrinkB": 2}
-    line["relpos"] = (float(place[0] < point[0]), 0.5)
-    text = ax.annotate(label, point, place, color=colour, size=6, va="center", arrowprops=line)
-    text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
-
-
-def heatmaps(title, rows):
-    """The heat-maps of R of the rows, at most four side by side, each the mean over its seeds."""
-    across = min(4, len(rows))
-    down = -(-len(rows) // across)
-    tall = 0.62 + 0.17 * len(rows[0]["runs"][0]["matrix"]["J"])
-    figure, axes = F.panels(down, across, F.PAGE, 0.4 + tall * down)
-    for ax in axes.flat[len(rows) :]:
-        ax.set_axis_off()
-    for ax, row in zip(axes.flat, rows):
-        R = np.mean([F.matrix_of(run) for run in row["runs"]], axis=0)
-        cell = (F.PAGE - 1.1) / across / R.shape[1]
-        image = F.draw_heatmap(ax, R, row["runs"][0], cell, untold=False)
-        ax.set_title(row["label"])
-        if ax not in axes[:, 0]:
-            ax.set_ylabel("")
-        if ax not in axes[-1]:
-            ax.set_xlabel("")
-    bar = figure.colorbar(image, ax=axes.ravel().tolist(), pad=0.01, aspect=40)
-    bar.outline.set_linewidth(0.4)
-    figure.suptitle(f"{title} · J on test clips, mean of {seeds_text(rows)}")
-    return figure
+        place = ax.transData.inverted().transform((x, y))
+        line = {"arrowstyle": "-", "color": look[label][0], "lw": 0.4, "shrinkA": 0}
+        line["relpos"] = (float(across < 0), 0.5)
+        style = {"color": look[label][0], "size": 6, "va": "center", "arrowprops": line}
+        text = ax.annotate(label, points[label], place, **style)
+        text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
