@@ -28,7 +28,7 @@ def parse(words=None):
     flag = parser.add_argument
     flag("run", nargs="+", help="folders of runs, or files of runs")
     flag("--rescore", action="store_true", help="score the checkpoints again; compare")
-    flag("--brief", action="store_true", help="several runs: final J, forgetting alone")
+    flag("--brief", action="store_true", help="several runs: fewer columns")
     flag("--pack", metavar="FILE", help="add the runs to this compact file")
     flag("--figures", action="store_true", help="draw the run or runs (.png, .pdf)")
     flag("--out", help="where the figures or the video go")

@@ -207,7 +207,7 @@ def test_the_brief_table_has_a_row_a_method_and_the_cells_of_the_long_one():
     for method in ("lra", "finetune", "joint"):
         found = row(brief(runs), method)
         base = {"TIL": "lra", "CIL": "finetune"}  # TIL has no finetune
-        columns = ("J final", "Δ to {}", "J forgetting")
+        columns = ("J final", "Δ to {}", "J forgetting", "J listening")
         names = [f"{p}: {column.format(base[p])}" for p in long for column in columns]
         assert list(found) == ["method", *names]
         for name in names:

@@ -28,7 +28,7 @@ OWN = (
 SCORES = [("val J", "final"), *(("J", name) for name in ("final", "learning", "forgetting"))]
 SCORES += [("J", "listening"), ("J", "intransigence"), ("J_source", "final"), ("J_drawn", "final")]
 SCORES += [("F", "final")]
-BRIEF = [("J", "final"), ("J", "forgetting")]
+BRIEF = [("J", "final"), ("J", "forgetting"), ("J", "listening")]
 LESS_IS_BETTER = ("forgetting", "intransigence")
 DEFAULTS = as_dict(Config())
 COMMON = 3  # the fewest common seeds that are tested
@@ -182,7 +182,7 @@ def comparison(runs):
 
 
 def brief(runs):
-    """One table of all problems, of each final J, its gain on finetune's and forgetting."""
+    """One table of all problems: final J, its gain, forgetting and listening."""
     found, head, told = problems(runs), ["method"], {}
     methods = [row["method"] for row in found[0]["rows"]]
     for k, problem in enumerate(found):
