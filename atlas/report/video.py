@@ -42,7 +42,7 @@ def overlay(run, source, out, sound=None, task=None):
     out = Path(out)
     if out.suffix.lower() not in CONTAINERS:
         raise AtlasError(f"--out {out}: the overlay is an {', '.join(CONTAINERS)} file; name one")
-    if out.resolve() in [Path(path).resolve() for path in (source, sound) if path]:
+    if os.path.realpath(out) in [os.path.realpath(path) for path in (source, sound) if path]:
         raise AtlasError(f"--out {out} is the file to read; choose another name")
     with contextlib.ExitStack() as files:
         tracks = Tracks(source, sound, files)  # first: what is wrong with them is said at once
