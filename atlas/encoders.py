@@ -41,7 +41,7 @@ def build_visual_encoder(config):
 def load_visual_weights(encoder, name, options, path):
     """Load a file of the whole model, as timm's own filter translates it, into its pyramid.
 
-    It must hold every tensor of the pyramid, and may hold the rest of timm's model.
+    It must hold every tensor of the pyramid, and may hold the rest of the model and any classifier.
     """
     state = clean_state_dict(read_weights(path, "visual_weights"))
     with torch.device("meta"):  # names and shapes only
@@ -53,8 +53,10 @@ def load_visual_weights(encoder, name, options, path):
     except Exception as error:  # the filter trusts that the file is its own model's
         raise AtlasError(f"{path} does not fit {name}: {error!r}") from None
     state, want, known = flat(state), flat(encoder.state_dict()), flat(whole.state_dict())
+    heads = whole.pretrained_cfg.get("classifier") or ()
+    heads = tuple(flat(dict.fromkeys([heads] if isinstance(heads, str) else heads)))
     missing = [key for key in want if key not in state or state[key].shape != want[key].shape]
-    unknown = [key for key in state if key not in known]
+    unknown = [key for key in state if key not in known and not key.startswith(heads)]
     if missing or unknown:
         counts = f"{len(missing)} keys missing or of another shape, {len(unknown)} unknown"
         hint = "is it another model's file, or one for another image_size?"

@@ -245,3 +245,18 @@ def test_swap_partners_are_of_another_category_and_fixed(cache, tasks):
         and cache.clips[j]["split"] == "test"
         for i, j in partners.items()
     )
+
+
+@pytest.mark.parametrize("word, kept", [("drawn", "drawn"), ("made", "made"), (None, None)])
+def test_the_kind_of_a_mask_reaches_the_cache(own, tmp_path, word, kept):
+    table = own / CSVS["s4"]
+    head, *rows = table.read_text().splitlines()
+    if word:
+        head, rows = f"{head},mask", [f"{row},{word}" for row in rows]
+    table.write_text("\n".join([head, *rows]) + "\n")
+    cache = PackedClips(packed(own, tmp_path / "c"))
+    assert {clip["mask"] for clip in cache.clips} == {kept}
+    if word == "made":
+        table.write_text(table.read_text().replace(",made", ",m"))
+        with pytest.raises(AtlasError, match="mask"):
+            read_s4(own)

@@ -172,6 +172,15 @@ def test_a_file_without_a_head_and_one_of_several_processes_load(tmp_path, state
     assert torch.equal(one.patch_embed.proj.weight, state["patch_embed.proj.weight"])
 
 
+def test_a_classifier_of_another_form_may_be_left_over(tmp_path):
+    whole = timm.create_model("mobilenetv2_035").state_dict()
+    state = whole | {"classifier.1.weight": torch.zeros(3, 3)}
+    model_of(visual="mobilenetv2_035", visual_weights=saved(tmp_path, state))
+    with pytest.raises(AtlasError, match="1 unknown"):
+        odd = saved(tmp_path, whole | {"odd.weight": torch.zeros(3, 3)})
+        model_of(visual="mobilenetv2_035", visual_weights=odd)
+
+
 def test_another_models_file_is_refused(tmp_path, state):
     missing = {k: v for k, v in state.items() if k != "stages.0.blocks.0.attn.q.weight"}
     unknown = state | {"stages.0.blocks.2.norm1.weight": torch.zeros(32)}  # of a deeper model
