@@ -48,7 +48,7 @@ class Output:
 def prepare_process():
     """Call this first, before torch is loaded: any encoding, a closed pipe, a busy machine."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "100000"  # waiting threads take cores from those who work
+        os.environ["GOMP_SPINCOUNT"] = "10000"  # waiting threads take cores from those who work
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: closed
         if not isinstance(stream, Output):

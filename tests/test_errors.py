@@ -109,7 +109,7 @@ def test_a_terminal_without_utf_8_gets_what_it_can_show():
 
 def test_waiting_threads_spin_for_a_short_time_unless_the_user_says_otherwise():
     body = "print(os.environ.get('GOMP_SPINCOUNT'))"
-    assert script(body).stdout == "100000\n"
+    assert script(body).stdout == "10000\n"
     assert script(body, OMP_WAIT_POLICY="ACTIVE").stdout == "None\n"
     assert script(body, GOMP_SPINCOUNT="7").stdout == "7\n"
 
