@@ -39,7 +39,7 @@ def test_one_run_is_summed_up_and_several_are_compared(til_run, capsys):
 
 
 def test_the_brief_table_of_files(capsys):
-    files = [TABLES / "open_cil.json", TABLES / "open_tfcl.json"]
+    files = [TABLES / "openavs.json", TABLES / "open_tfcl.json"]
     assert evaluate(*files, "--brief") == 0
     runs = [results for file in files for results in read_runs(file)]
     assert capsys.readouterr().out == brief(runs) + "\n"
