@@ -19,6 +19,7 @@ TEST_SCORES = ("J", "F", "J_strict", "F_dataset", "J_source", "J_drawn", "J_swap
     "class_accuracy")  # fmt: skip
 METRICS = ("final", "incremental", "learning", "forgetting", "bwt", "fwt", "intransigence")
 NEEDED = {"complete": bool, "config": dict, "tasks": list, "matrix": dict, "seconds": dict}
+NEEDED |= {"method": str, "protocol": str, "seed": int, "val_matrix": dict, "environment": dict}
 
 
 def new_results(config, tasks, classes=None):

@@ -93,7 +93,8 @@ def test_a_torn_config_is_written_anew_from_the_results(folder, config, text, ca
     with pytest.raises(AtlasError, match="cannot be resumed.*choose another name"):
         take_folder(folder, config, resume=True)
     found = {"schema": 1, "complete": False, "config": as_dict(config)}
-    found |= {"tasks": [], "matrix": {}, "seconds": {}}
+    found |= {"tasks": [], "matrix": {}, "val_matrix": {}, "seconds": {}, "environment": {}}
+    found |= {"method": "lra", "protocol": "cil", "seed": 0}
     (folder / "results.json").write_text(json.dumps(found))
     with pytest.raises(AtlasError, match="cannot be resumed"):
         take_folder(folder, replace(config, seed=3), resume=True)

@@ -32,7 +32,9 @@ def finish(folder, config, val=0.2, test=0.9):
     results = {
         "schema": 1,
         "complete": True,
+        **{key: getattr(config, key) for key in ("method", "protocol", "seed")},
         "config": as_dict(config),
+        "environment": {},
         "tasks": [],
         "matrix": {},
         "val_matrix": {"J": [[0.0], None, [val]]},
