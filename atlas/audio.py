@@ -33,7 +33,7 @@ VGGISH_FILE = f"{RELEASES}/v0.1/vggish-10086976.pth"
 
 
 def read_wave(path):
-    """The sound in `path` as mono float32 [samples] at 16 kHz, in ±1; the only reader of sounds."""
+    """The sound in `path` as mono float32 [samples] at 16 kHz, in ±1; the one reader of sounds."""
     try:
         with soundfile.SoundFile(path) as file:
             rate, frames, cut = file.samplerate, file.frames, CUT_OFF.search(file.extra_info)
