@@ -99,3 +99,13 @@ def test_rows_that_were_not_scored_leave_gaps():
     results["metrics"]["J"] |= {"forgetting": None, "fwt": None}
     drawn = comparison_figures([results])
     assert all(inside(figure) for figure in drawn.values())
+
+
+def test_the_rates_of_a_method_make_a_frontier_of_learning_against_forgetting():
+    runs = [made("finetune", 0, 0.02 * k, lr=rate) for k, rate in enumerate((1e-4, 1e-3))]
+    figure = comparison_figures([*runs, made("lra")])["compare_cil"]
+    frontier = panel(figure, "learning against forgetting")
+    wanted = [[run["metrics"]["J"][name] for run in runs] for name in ("forgetting", "learning")]
+    lines = [sorted(map(tuple, line.get_xydata())) for line in frontier.lines]
+    assert any(np.allclose(line, sorted(zip(*wanted))) for line in lines if len(line) == 2)
+    assert names(frontier) == {"finetune lr=0.0001", "finetune", "lra"}

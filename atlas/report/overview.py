@@ -57,13 +57,15 @@ def finals(row):
 
 
 def looks(rows, asked=()):
-    """{label: (colour, marker)}. Rows that are not asked for are grey, where there are many."""
+    """{label: (colour, marker)}: a colour a method. Rows that are not asked for are grey, where
+    there are many."""
     if not asked:
-        asked = rows if len(rows) <= FEW else [row for row in rows if row["label"] in COLOURS]
-    others, found = itertools.cycle(OTHERS), {}
+        asked = rows if len(rows) <= FEW else [row for row in rows if row["method"] in COLOURS]
+    others, own, found = itertools.cycle(OTHERS), dict(COLOURS), {}
     for row, marker in zip(rows, itertools.cycle(MARKERS)):
-        colour = GREY if row not in asked else COLOURS.get(row["label"]) or next(others)
-        found[row["label"]] = colour, marker
+        if row in asked and row["method"] not in own:
+            own[row["method"]] = next(others)
+        found[row["label"]] = own[row["method"]] if row in asked else GREY, marker
     return found
 
 
@@ -73,12 +75,12 @@ def seeds_text(rows):
 
 
 def overview(title, rows, asked=()):
-    """The final score of each method, beside forward transfer against forgetting."""
+    """The final score of each row, beside what it learns and transfers against what it forgets."""
     look = looks(rows, asked)
     figure = F.new_figure(F.PAGE, max(2.6, 1.0 + 0.2 * len(rows)))
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.75])
     draw_final(left, rows, look)
-    points = draw_transfer(right, rows, look)
+    points = draw_frontier(right, rows, look)
     figure.suptitle(f"{title} · {seeds_text(rows)}, mean ± standard deviation")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the names below must not move the panels
@@ -102,21 +104,30 @@ def draw_final(ax, rows, look):
     ax.grid(axis="x")
 
 
-def draw_transfer(ax, rows, look):
-    """Forward transfer against forgetting; {label: (x, y) of its point}."""
-    points = {}
+def draw_frontier(ax, rows, look):
+    """Forward transfer against forgetting; {label: (x, y) of its point}.
+
+    Where a method has several rows, such as rates, the rows make a line, and learning stands in the
+    place of transfer: the frontier between learning and forgetting.
+    """
+    several = len({row["method"] for row in rows}) < len(rows)
+    rise, said = ("learning", "J when learned") if several else ("fwt", "forward transfer of J")
+    points, lines = {}, {}
     for row in rows:
         found = [run["metrics"]["J"] for run in row["runs"]]
-        pairs = [(one["forgetting"], one["fwt"]) for one in found]
+        pairs = [(one["forgetting"], one[rise]) for one in found]
         if any(None in pair for pair in pairs):
             continue
         colour, marker = look[row["label"]]
         x, y = points[row["label"]] = np.mean(pairs, axis=0)
+        lines.setdefault((row["method"], colour), []).append((x, y))
         dx, dy = np.std(pairs, axis=0, ddof=1) if len(pairs) > 1 else (0, 0)
         bars = {"elinewidth": 0.3} if colour == GREY else {"elinewidth": 0.9, "zorder": 3}
         ax.errorbar(x, y, dy, dx, color=colour, marker=marker, ms=4.5, **bars)
-    ax.set(xlabel="forgetting of J (less is better)", ylabel="forward transfer of J")
-    ax.set_title("forward transfer against forgetting")
+    for (_, colour), line in lines.items():
+        ax.plot(*zip(*sorted(line)), color=colour, lw=0.8)
+    ax.set(xlabel="forgetting of J (less is better)", ylabel=said)
+    ax.set_title(f"{'learning' if several else 'forward transfer'} against forgetting")
     ax.grid()
     return points
 
