@@ -29,6 +29,7 @@ def parse(words=None):
     flag("run", nargs="+", help="folders of runs, or files of runs")
     flag("--rescore", action="store_true", help="score the checkpoints again; compare")
     flag("--brief", action="store_true", help="several runs: fewer columns")
+    flag("--classes", action="store_true", help="several runs: final J of each class")
     flag("--pack", metavar="FILE", help="add the runs to this compact file")
     flag("--figures", action="store_true", help="draw the run or runs (.png, .pdf)")
     flag("--out", help="where the figures or the video go")
@@ -54,8 +55,9 @@ def main(given):
         return 0
     if len(runs) > 1 or not Path(given.run[0]).is_dir():
         return compare(runs, given)
-    if given.brief or given.methods:
-        raise AtlasError("--brief and --methods are for several runs; give more than one folder")
+    if given.brief or given.methods or given.classes:
+        said = "--brief, --classes and --methods are for several runs; give more than one folder"
+        raise AtlasError(said)
     print(summary(runs[0]))
     if given.figures:
         draw(given.run[0], runs[0], given)
@@ -64,13 +66,13 @@ def main(given):
 
 def compare(runs, given):
     """Print the table of several runs; with --figures draw them, too."""
-    from atlas.report.table import brief, comparison
+    from atlas.report.table import brief, by_class, comparison
 
     if given.rescore or given.clips:
         raise AtlasError("--rescore and --clips are for one run; give a single folder")
     if given.figures and not given.out:
         raise AtlasError("the figures of several runs need a folder: give --out DIR")
-    print((brief if given.brief else comparison)(runs))
+    print((by_class if given.classes else brief if given.brief else comparison)(runs))
     if given.figures:
         from atlas.report.figures import save
         from atlas.report.overview import comparison_figures

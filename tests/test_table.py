@@ -11,6 +11,7 @@ from atlas.metrics import continual_metrics
 from atlas.report.packed import read_runs
 from atlas.report.table import (
     brief,
+    by_class,
     cell,
     comparison,
     holm,
@@ -217,6 +218,18 @@ def test_the_brief_table_has_a_row_a_method_and_the_cells_of_the_long_one():
     assert brief(runs).splitlines()[-1].startswith("| joint | not run | not run |")
     more = runs + [made(lra_lambda=3.0)]  # a setting stands beside its method
     assert labels(brief(more)) == ["finetune", "lra", "lra lra_lambda=3.0", "joint"]
+
+
+def test_the_scores_of_single_classes_are_means_over_seeds_the_hardest_first():
+    runs = [made("lra", seed) for seed in range(2)] + [made("joint"), made("ewc")]
+    for results, of_classes in zip(runs, ([0.2, 0.8], [0.4, 0.7], [0.9, 0.5], [None, 0.6])):
+        results["class_matrix"] = {"classes": ["dog", "cat"], "J": [[0.0, 0.0], of_classes]}
+    lines = by_class(runs).splitlines()
+    assert lines[:3] == ["### CIL", "", "| class | lra | ewc | joint |"]
+    assert lines[4:] == [
+        "| dog | 0.300 ± 0.141 | – | 0.900 |",
+        "| cat | 0.750 ± 0.071 | 0.600 | 0.500 |",
+    ]
 
 
 def test_runs_over_other_classes_or_other_tasks_are_not_compared():

@@ -20,11 +20,7 @@ PROBLEM += ("stream_blur", "stream_checkpoints")
 # These keys are no setting of a method; an older version wrote `watch`.
 ELSEWHERE = (*PROBLEM, *PLACES, "method", "seed", "data_root", "synth", "compile", "watch")
 ELSEWHERE += ("full_scores",)
-OWN = (
-    "lra_",
-    "lora_",
-    "strength",
-)  # keys of single methods: that methods differ in them is no news
+OWN = ("lra_", "lora_", "strength")  # of single methods: that methods differ in them is no news
 SCORES = [("val J", "final"), *(("J", name) for name in ("final", "learning", "forgetting"))]
 SCORES += [("J", "listening"), ("J", "intransigence"), ("J_source", "final"), ("J_drawn", "final")]
 SCORES += [("F", "final")]
@@ -198,6 +194,35 @@ def brief(runs):
     return markdown(head, [[label, *sum(told[place, label], [])] for place, label in sorted(told)])
 
 
+def by_class(runs):
+    """For each problem a table of final J on the test clips of each class, hardest class first."""
+    told = []
+    for problem in problems(runs):
+        rows = [row for row in problem["rows"] if row["runs"]]
+        found = [class_scores(row) for row in rows]
+        level = {}  # of a class: its mean in each row
+        for scores in found:
+            for name, values in scores.items():
+                level.setdefault(name, []).append(mean(values))
+        lines = []
+        for name in sorted(level, key=lambda name: mean(level[name])):
+            lines.append([name, *(spread(f[name]) if name in f else UNDEFINED for f in found)])
+        table = markdown(["class", *(row["label"] for row in rows)], lines)
+        told.append(f"### {problem['title']}\n\n{table}")
+    return "\n\n".join(told)
+
+
+def class_scores(row):
+    """{class: [final J of each run]}, without the undefined."""
+    found = {}
+    for results in row["runs"]:
+        matrix = results.get("class_matrix") or {"classes": [], "J": [[]]}  # of a stream None
+        for name, value in zip(matrix["classes"], matrix["J"][-1]):
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return found
+
+
 def markdown(head, rows):
     lines = [" | ".join(cells) for cells in (head, ["---"] * len(head), *rows)]
     return "\n".join(f"| {line} |" for line in lines)
@@ -278,11 +303,12 @@ def cell(row, column, values):
     if not values:
         no_joint = column[1] == "intransigence" and row["method"] != "joint"
         return NONE if no_joint or not row["runs"] else UNDEFINED
-    found = list(values.values())
-    said = f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
-    if len(found) < len(row["runs"]):
-        said += f" ({len(found)})"
-    return said
+    counted = f" ({len(values)})" if len(values) < len(row["runs"]) else ""
+    return spread(list(values.values())) + counted
+
+
+def spread(found):
+    return f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
 
 
 def memory(row):
