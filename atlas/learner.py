@@ -1,5 +1,5 @@
-"""A model and its method on their device, without data; and their checkpoints: LoRA as
-`PeftModel.from_pretrained` opens it on timm's encoder, all else and the method as safetensors."""
+"""A model and its method on their device, without data; and their checkpoints: LoRA as PEFT alone
+opens it on timm's encoder, all else and the method as safetensors."""
 
 import contextlib
 import importlib
@@ -27,8 +27,7 @@ class Learner:
 
     def __init__(self, config, dims, classes=None):
         """dims: (D_a, D_u) of the audio encoder; classes: each task's, where there is a branch."""
-        self.config = config
-        self.device = pick_device(config)
+        self.config, self.device = config, pick_device(config)
         self.amp = pick_amp(config, self.device)
         self.model = build_model(config, *dims, classes)
         self.visual_sha = frozen_fingerprint(self.model)
@@ -44,10 +43,10 @@ class Learner:
     def groups(self):
         """The trainables that a method may hold, by group. Heads of TIL's tasks are left out."""
         groups = self.model.groups()
-        if self.config.protocol == "til":
-            shared = {n: p for n, p in groups["decoder"].items() if ".heads." not in n}
-            groups |= {"decoder": shared, "classifier": {}}
-        return groups
+        if self.config.protocol != "til":
+            return groups
+        shared = {n: p for n, p in groups["decoder"].items() if ".heads." not in n}
+        return groups | {"decoder": shared, "classifier": {}}
 
     def memory(self):
         return sum(value.nbytes for value in self.method.state_dict().values())
@@ -63,14 +62,13 @@ class Learner:
             state = self.model.state_dict().items()
             rest = {name: x for name, x in state if not name.startswith("encoder.")}
             for name, tensors in ("model", rest), ("method", self.method.state_dict()):
-                tensors = {name: x.contiguous() for name, x in tensors.items()}
-                save_file(tensors, build / f"{name}.safetensors")
+                whole = {key: x.contiguous() for key, x in tensors.items()}
+                save_file(whole, build / f"{name}.safetensors")
             if updates:
                 torch.save(updates, build / "updates.pt")
 
     def load(self, folder, with_method=True):
         """Load a checkpoint of such a model, and its method's state unless told not to."""
-        folder = Path(folder)
         state = read_state(folder / "model.safetensors")
         method = read_state(folder / "method.safetensors")
         while f"decoder.heads.{len(self.model.decoder.heads)}.weight" in state:
@@ -126,9 +124,8 @@ def read_state(path):
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        why = why_unreadable(path, error)
         how = f"remove {path.parent}, and --resume learns that task again"
-        raise AtlasError(f"{path} is damaged ({why}); {how}") from None
+        raise AtlasError(f"{path} is damaged ({why_unreadable(path, error)}); {how}") from None
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """results.json, and what derives from its matrices. Needs no torch: `eval.py RUN` answers at once.
 
 A matrix has row 0 for the untrained model, then a row a task; its columns are the tasks. A row that
-was not scored is None, and so is what needs it.
-"""
+was not scored is None, and so is what needs it."""
 
 import datetime
 import json
@@ -28,21 +27,14 @@ def new_results(config, tasks, classes=None):
     for task in tasks:
         clips = {"train": len(task.train), "val": len(task.val), "test": len(task.test)}
         told.append({"name": task.name, "classes": list(task.classes), "clips": clips})
-    return {
-        "schema": 1,
-        "complete": False,
-        **{name: getattr(config, name) for name in ("method", "protocol", "seed")},
-        "config": as_dict(config),
-        **commit(),
-        "tasks": told,
-        "drifts": drifts(tasks, config),
-        "consolidations": [],
-        "matrix": {name: [] for name in TEST_SCORES},
-        "val_matrix": {"J": []},
-        "class_matrix": {"classes": classes, "J": []} if classes else None,
-        "seconds": {"train": [], "consolidate": [], "evaluate": []},
-        **dict.fromkeys(("metrics", "method_memory_bytes", "peak_memory_mb")),
-    }
+    found = {"schema": 1, "complete": False}
+    found |= {name: getattr(config, name) for name in ("method", "protocol", "seed")}
+    found |= {"config": as_dict(config)} | commit()
+    found |= {"tasks": told, "drifts": drifts(tasks, config), "consolidations": []}
+    found |= {"matrix": {name: [] for name in TEST_SCORES}, "val_matrix": {"J": []}}
+    found |= {"class_matrix": {"classes": classes, "J": []} if classes else None}
+    found |= {"seconds": {"train": [], "consolidate": [], "evaluate": []}}
+    return found | dict.fromkeys(("metrics", "method_memory_bytes", "peak_memory_mb"))
 
 
 def add_scores(results, row):
@@ -70,17 +62,16 @@ def derived_metrics(results, joint=None):
     """results["metrics"]. joint: what read_joint gives."""
     from atlas.metrics import continual_metrics  # it comes with torch
 
-    matrix, tasks = results["matrix"], results["tasks"]
-    metrics = {}
+    matrix, metrics = results["matrix"], {}
+    clips = [task["clips"]["test"] for task in results["tasks"]]
     for score in ("J", "F"):
         rows = matrix[score]
-        filled = [row or [None] * len(tasks) for row in rows]
+        filled = [row or [None] * len(clips) for row in rows]
         found = continual_metrics(filled, joint and joint[score])
         needs = {"final": rows[-1:], "fwt": rows[:-1]}
         for name in METRICS:
             if None in needs.get(name, rows[1:]):
                 found[name] = None
-        clips = [task["clips"]["test"] for task in tasks]
         known = [(value * n, n) for value, n in zip(filled[-1], clips) if value is not None]
         total, count = map(sum, zip(*known)) if known else (0, 0)
         metrics[score] = found | {"final_clips": total / count if count else None}
@@ -103,43 +94,40 @@ def drifts(tasks, config):
 
 
 def environment():
-    return {name: metadata.version(name) for name in ("torch", "timm", "peft")} | {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
+    found = {name: metadata.version(name) for name in ("torch", "timm", "peft")}
+    found |= {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    return found | {"python": platform.python_version(), "platform": platform.platform()}
 
 
 def commit():
     """Null outside a git checkout."""
     command = "git describe --always --abbrev=40 --dirty --exclude=*".split()
+    where = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        head, dirty, _ = subprocess.run(command, **where).stdout.strip().partition("-")
     except OSError:  # no git
-        return {"commit": None, "dirty": None}
-    head, dirty, _ = found.stdout.strip().partition("-")
+        head = ""
     return {"commit": head or None, "dirty": bool(dirty) if head else None}
 
 
 def read_results(folder):
     path = Path(folder, "results.json")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        return checked(path, json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         said = f"no results.json in {folder}; give the folder of a run, as train.py printed it"
         raise AtlasError(said) from None
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise damaged(path, error) from None
-    return checked(path, results)
 
 
 def checked(path, results):
     """The results that stood in the file `path`, if this version reads them."""
     schema = results.get("schema") if isinstance(results, dict) else None
-    if schema is None:
-        raise damaged(path, "it has no schema")
-    if schema != 1:
+    if schema not in (1, None):
         raise AtlasError(f"{path} has schema {schema}; this version reads schema 1")
+    if not schema:
+        raise damaged(path, "it has no schema")
     for key, kind in (NEEDED | ({"metrics": dict} if results.get("complete") else {})).items():
         if not isinstance(results.get(key), kind):
             raise damaged(path, f"{key} is missing or of a wrong kind")
