@@ -5,7 +5,6 @@ import contextlib
 import importlib
 import json
 import shutil
-from pathlib import Path
 
 import peft
 import torch
@@ -22,6 +21,7 @@ from atlas.model import build_model
 
 
 class Learner:
+    is_stream = False  # TF-CL: its optimiser goes on from one checkpoint to the next
     updates = None  # updates.Updates while a task is learned
     drifts = ()  # steps at which a stream's segments begin; only lra_trigger=told asks for them
 
@@ -52,7 +52,7 @@ class Learner:
         return sum(value.nbytes for value in self.method.state_dict().values())
 
     @parallel.first_only
-    def save(self, folder, updates=None):
+    def save(self, folder):
         """Write a checkpoint, where there is none yet; on a stream with the optimiser's state."""
         with built_beside(folder) as build, writing(folder):
             if isinstance(self.model.encoder, peft.PeftModel):
@@ -64,8 +64,8 @@ class Learner:
             for name, tensors in ("model", rest), ("method", self.method.state_dict()):
                 whole = {key: x.contiguous() for key, x in tensors.items()}
                 save_file(whole, build / f"{name}.safetensors")
-            if updates:
-                torch.save(updates, build / "updates.pt")
+            if self.is_stream:
+                torch.save(self.updates.state_dict(), build / "updates.pt")
 
     def load(self, folder, with_method=True):
         """Load a checkpoint of such a model, and its method's state unless told not to."""

@@ -2,7 +2,6 @@
 --nproc_per_node=2 train.py ...`). Without torchrun, every function here does nothing.
 """
 
-import functools
 import os
 import sys
 
@@ -57,7 +56,6 @@ def in_turn(work):
 def first_only(function):
     """A decorator: only process 0 carries it out; the others get None."""
 
-    @functools.wraps(function)
     def of_first(*words, **named):
         return None if rank() else function(*words, **named)
 

@@ -18,8 +18,7 @@ import train
 from atlas import learner, metrics
 from atlas.config import as_dict
 from atlas.errors import AtlasError
-from atlas.folder import take_folder
-from atlas.journal import Journal
+from atlas.folder import Journal, take_folder
 from atlas.lra import LowRankAnchoring
 from atlas.results import read_results
 from atlas.runs import Run
