@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,12 +27,10 @@ Point = namedtuple("Point", "words config setting folder")
 
 
 def parse_arguments(manual, words=None):
-    parser = argparse.ArgumentParser(
-        usage="train.py [--cfg FILE...] [--resume] [--jobs N] [--print] [key=value...]",
-        description=manual,
-        epilog=f"keys=defaults:\n{key_help()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    usage = "train.py [--cfg FILE...] [--resume] [--jobs N] [--print] [key=value...]"
+    keys = f"keys=defaults:\n{key_help()}"
+    parser = argparse.ArgumentParser(None, usage, manual, keys, formatter_class=form)
     add, flag = parser.add_argument, {"action": "store_true"}
     add("--cfg", **flag, help="YAML files follow; later ones win")
     add("--resume", **flag, help="go on with a run, or begin it")
@@ -62,11 +60,10 @@ def grid(files, words):
     points = []
     for chosen in itertools.product(*values.values()):
         keys = [f"{key}={text}" for key, text in zip(values, chosen)]
-        config = load_config(files, keys)
         varied = {key: text for key, text in zip(values, chosen) if len(values[key]) > 1}
         if varied:
-            keys.append(f"name={folder_name(config, varied)}")
-            config = load_config(files, keys)
+            keys.append(f"name={folder_name(load_config(files, keys), varied)}")
+        config = load_config(files, keys)
         setting = [f"{key}={text}" for key, text in varied.items() if key not in REPLICATES]
         folder = Path(config.out_dir, run_name(config))
         points.append(Point([*first, *keys], config, " ".join(setting), folder))
@@ -83,10 +80,10 @@ def split_values(text):
 def folder_name(config, varied):
     """The given name, or protocol, method and seed; then what varies."""
     shown = {"protocol": config.protocol, "method": config.method, "seed": f"seed{config.seed}"}
-    parts = [text for key, text in shown.items() if key in varied or not config.name]
+    parts = [config.name] if config.name else []
+    parts += [text for key, text in shown.items() if key in varied or not config.name]
     parts += [f"{key}-{text}" for key, text in varied.items() if key not in shown]
-    name = "_".join([config.name, *parts] if config.name else parts)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
 
 
 def start_run(words, errors, jobs):
@@ -140,9 +137,9 @@ def finished(point):
 
 def ranked(done):
     """[results], those of the setting with the best mean J on validation clips first."""
-    scores = {}
+    scores = defaultdict(list)
     for setting, results in done:
-        scores.setdefault(setting, []).append(mean_known(results["val_matrix"]["J"][-1]))
+        scores[setting].append(mean_known(results["val_matrix"]["J"][-1]))
     best = sorted(done, key=lambda pair: -(mean_known(scores[pair[0]]) or 0))
     return [results for _, results in best]
 
@@ -153,12 +150,11 @@ def key_help():
     for name, f in FIELDS.items():
         if name in TITLES:
             lines += ["", f"-- {TITLES[name]}"]
-        choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
         default = json.dumps(f.default).strip('"')
-        lines.append(f"{f'  {name}={default}':<25} {f.metadata['help']}{choices}")
-        if name == "method":
-            lines[-1] = lines[-1].removesuffix(choices)
-            for method, entry in METHODS.items():
-                strength = "" if entry.strength is None else f" (strength {entry.strength:g})"
-                lines.append(f"    {method:<21} {entry.help}{strength}")
+        lines.append(f"{f'  {name}={default}':<25} {f.metadata['help']}")
+        if f.metadata["choices"] and name != "method":
+            lines[-1] += f" [{' | '.join(f.metadata['choices'])}]"
+        for method, entry in METHODS.items() if name == "method" else ():
+            strength = "" if entry.strength is None else f" (strength {entry.strength:g})"
+            lines.append(f"    {method:<21} {entry.help}{strength}")
     return "\n".join(textwrap.fill(line, 79, subsequent_indent=" " * 26) for line in lines)
