@@ -157,18 +157,16 @@ class Journal:
             kept = until(self.lines(), task, epoch)
             write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def consolidations(self):
-        """Where a task-free method consolidated, as results.json has it."""
-        return [consolidation(**x) for x in self.lines() if x.get("window", {}).get("fired")]
-
     def seconds(self, task, kind):
         """What the lines of a kind ("raw": epochs; "consolidated") tell of a task."""
         told = [x for x in self.lines() if x["task"] == task and kind in x]
         return sum(x.get("seconds", 0.0) for x in told)
 
 
-def consolidation(task, epoch, window):
-    return {"task": task, "epoch": epoch, "step": window["step"], "reason": window["reason"]}
+def consolidations(lines):
+    """Where a task-free method consolidated, as results.json has it."""
+    fired = [x | x["window"] for x in lines if x.get("window", {}).get("fired")]
+    return [{name: x[name] for name in ("task", "epoch", "step", "reason")} for x in fired]
 
 
 def until(lines, task, epoch):

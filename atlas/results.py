@@ -30,7 +30,10 @@ def new_results(config, tasks, classes=None):
     found = {"schema": 1, "complete": False}
     found |= {name: getattr(config, name) for name in ("method", "protocol", "seed")}
     found |= {"config": as_dict(config)} | commit()
-    found |= {"tasks": told, "drifts": drifts(tasks, config), "consolidations": []}
+    # TF-CL: the optimiser steps at which later segments begin, in the middle of a mixed zone
+    batches = [t.begins / config.batch_size for t in tasks[1:] if t.begins is not None]
+    drifts = [round(number * config.stream_epochs) for number in batches]
+    found |= {"tasks": told, "drifts": drifts, "consolidations": []}
     found |= {"matrix": {name: [] for name in TEST_SCORES}, "val_matrix": {"J": []}}
     found |= {"class_matrix": {"classes": classes, "J": []} if classes else None}
     found |= {"seconds": {"train": [], "consolidate": [], "evaluate": []}}
@@ -85,12 +88,6 @@ def derived_metrics(results, joint=None):
 def mean_known(values):
     known = [value for value in values or [] if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def drifts(tasks, config):
-    """TF-CL: the optimiser steps at which later segments begin, in the middle of a mixed zone."""
-    clips = [task.begins for task in tasks[1:] if task.begins is not None]
-    return [round(begins / config.batch_size * config.stream_epochs) for begins in clips]
 
 
 def environment():

@@ -38,16 +38,18 @@ class Run(Learner):
         self.sequence = sequence_of(self.tasks, config)
         self.partners = swap_partners(self.cache, self.tasks)
         self.is_stream = config.protocol == "tfcl" and config.method != "joint"
-        self.drifts = results.drifts(self.tasks, config)
+        names = class_names(self.cache, self.tasks)
+        self.results = results.new_results(config, self.tasks, names)
+        self.drifts = self.results["drifts"]
         classes = [task.classes for task in self.tasks] if config.classify else None
         super().__init__(config, (self.cache.context_dim, self.cache.token_dim), classes)
         self.forward = compiled(self.model) if config.compile else self.model
-        names = class_names(self.cache, self.tasks)
-        self.results = results.new_results(config, self.tasks, names) | self.about()
+        self.results |= self.about()
         self.learned = 0  # tasks whose checkpoints were there before
         self.reused = 0  # tasks taken over from config.first_task
 
     def about(self):
+        """What results.json says of the encoders, the model and the machine."""
         config, machine = self.config, results.environment()
         machine["device"] = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
         machine["instructions"] = torch.backends.cpu.get_cpu_capability()
@@ -56,8 +58,8 @@ class Run(Learner):
         audio = "none needed" if config.audio == "logmel" else config.audio_weights or "random"
         visual = {"source": str(config.visual_weights or "random"), "sha256": self.visual_sha}
         weights = {"visual": visual, "audio": {"source": str(audio), "sha256": self.audio_sha}}
-        found = {"weights": weights, "parameters": count_parameters(self.model)}
-        return found | {"environment": machine}
+        parameters = count_parameters(self.model)
+        return {"weights": weights, "parameters": parameters, "environment": machine}
 
     def open(self, resume=False):
         """Take the folder, once nothing is wrong; with `resume`, go on from what it holds."""
@@ -88,7 +90,8 @@ class Run(Learner):
             refuse_other_encoders(self.folder, found, self.visual_sha, self.audio_sha)
         if found and found["tasks"] != self.results["tasks"]:
             raise AtlasError(f"{self.folder}: its tasks now have other clips; choose another name")
-        self.results = found or self.results | {"consolidations": self.journal.consolidations()}
+        said = folders.consolidations(self.journal.lines())
+        self.results = found or self.results | {"consolidations": said}
         if self.results["complete"]:
             return
         kept = folders.checkpoints(self.folder)
@@ -212,17 +215,15 @@ class Run(Learner):
 
         with bar:
             yield note
-        seconds = time.time() - start
-        clips = totals.pop("clips")
-        mean = {name: total / clips for name, total in totals.items()}
-        terms = {name: mean[name] for name in mean if name not in ("task", "penalty", "loss")}
-        raw = terms | {"penalty": mean["penalty"] / self.method.unit}
-        of_loss = weighted(terms, self.config) | {"penalty": mean["penalty"]}
-        rate = self.updates.optimizer.param_groups[0]["lr"]
-        line = {"task": plan.t, "epoch": epoch, "raw": raw, "weighted": of_loss, "lr": rate}
+        seconds, clips = time.time() - start, totals.pop("clips")
+        terms = {name: total / clips for name, total in totals.items()}
+        task, penalty, loss = (terms.pop(name) for name in ("task", "penalty", "loss"))
+        line = {"task": plan.t, "epoch": epoch}
+        line["raw"] = terms | {"penalty": penalty / self.method.unit}
+        line["weighted"] = weighted(terms, self.config) | {"penalty": penalty}
+        line["lr"] = self.updates.optimizer.param_groups[0]["lr"]
         self.journal.write(**line, seconds=seconds)
-        share = mean["penalty"] / (mean["loss"] or 1)
-        told = f"loss {mean['task']:.3f}, penalty {share:.1%} of it, {seconds:.1f} s"
+        told = f"loss {task:.3f}, penalty {penalty / (loss or 1):.1%} of it, {seconds:.1f} s"
         print(f"{title}: {told}", flush=True)
         self.save_progress(plan, epoch)
 
@@ -231,8 +232,7 @@ class Run(Learner):
         if report:
             line = {"task": self.plan.t, "epoch": self.epoch, "window": report}
             self.journal.write(**line)
-            if report.get("fired"):
-                self.results["consolidations"].append(folders.consolidation(**line))
+            self.results["consolidations"] += folders.consolidations([line])
 
     def save_progress(self, plan, epoch):
         self.write_results()

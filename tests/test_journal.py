@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from atlas.config import Config
-from atlas.folder import Journal
+from atlas.folder import Journal, consolidations
 from atlas.protocols import Plan
 from atlas.runs import Run
 
@@ -31,7 +31,7 @@ def test_seconds_and_consolidations(journal):
     assert journal.seconds(2, "raw") == 24.0
     assert journal.seconds(3, "raw") == 0
     told = {"task": 1, "epoch": 1, "step": 3, "reason": "the loss rose"}
-    assert journal.consolidations() == [told]
+    assert consolidations(journal.lines()) == [told]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_torn_line_is_passed_over(journal):
 def test_where_nothing_is_written_yet_there_is_nothing(tmp_path):
     journal = Journal(tmp_path)
     journal.forget_after(1, 0)
-    assert journal.lines() == [] and journal.consolidations() == []
+    assert journal.lines() == [] and consolidations(journal.lines()) == []
     assert not journal.path.exists()
 
 
