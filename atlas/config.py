@@ -126,8 +126,7 @@ def load_config(files=(), overrides=()):
         texts = _yaml(path) or {}  # None: the file is empty
         if not isinstance(texts, dict):
             raise AtlasError(f"{path} holds no lines of `key: value` (a blank follows the colon)")
-        for name, text in texts.items():
-            values[name] = _typed(name, text, f"in {path}")
+        values |= {name: _typed(name, text, f"in {path}") for name, text in texts.items()}
     for word in overrides:
         name, text = split_word(word)
         if text[:1] in ("'", '"') or (text[:1] in ("[", "{") and list in TYPES.get(name, ())):

@@ -2,8 +2,8 @@
 opens it on timm's encoder, all else and the method as safetensors."""
 
 import contextlib
-import importlib
 import json
+import pkgutil
 import shutil
 
 import peft
@@ -33,8 +33,7 @@ class Learner:
         self.visual_sha = frozen_fingerprint(self.model)
         layout = torch.channels_last if self.device == "cuda" else torch.preserve_format
         self.model.to(self.device, memory_format=layout)
-        module, _, name = METHODS[config.method].where.partition(":")
-        self.method = getattr(importlib.import_module(module), name)(self)
+        self.method = pkgutil.resolve_name(METHODS[config.method].where)(self)
 
     def autocast(self):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)

@@ -46,7 +46,6 @@ class Run(Learner):
         self.forward = compiled(self.model) if config.compile else self.model
         self.results |= self.about()
         self.learned = 0  # tasks whose checkpoints were there before
-        self.reused = 0  # tasks taken over from config.first_task
 
     def about(self):
         """What results.json says of the encoders, the model and the machine."""
@@ -68,10 +67,6 @@ class Run(Learner):
         first = None if begun else folders.first_task(self)
         if first:
             self.load(Path(self.config.first_task, "task_01"), with_method=False)
-            self.choose_heads(1)
-            self.results |= results.first_rows(first, 2)
-            self.results["seconds"] |= {"train": [], "consolidate": []}  # of the journal
-            self.reused = 1
         self.lock = folders.take_folder(self.folder, self.config, resume)
         parallel.wait()
         if begun:
@@ -79,9 +74,18 @@ class Run(Learner):
         else:
             folders.write_config(self.folder, self.config)
         if first:
-            spent = first["seconds"]["train"][0]
-            self.journal.write(task=1, raw={}, reused=self.config.first_task, seconds=spent)
+            self.reuse(first)
         parallel.wait()
+
+    def reuse(self, first):
+        """Save the first task of another run, which is loaded, as if it had been learned here."""
+        plan = plan_of(self.sequence, 1, self.config)
+        self.updates = Updates(self, 1, plan.steps)
+        line = {"task": 1, "epoch": len(plan.epochs), "raw": {}, "reused": self.config.first_task}
+        self.journal.write(**line, seconds=first["seconds"]["train"][0])
+        self.results |= results.first_rows(first, 2)
+        self.results["seconds"] |= {"train": [], "consolidate": []}  # the journal tells them
+        self.save_progress(plan, len(plan.epochs))
 
     def recover(self):
         """Go on from the last checkpoint, and score again what results.json lacks."""

@@ -95,7 +95,8 @@ def start_run(words, errors, jobs):
 
 
 def run_grid(given, table, start=start_run):
-    """Run a grid, or print it; table([results]) is its last text. Returns the exit status."""
+    """Run a grid, or print it, and end with table([results]), the best setting's first. Returns
+    the exit status."""
     points = given.points
     if given.print:
         print("\n".join(shlex.join(["python", "train.py", *point.words]) for point in points))
@@ -103,8 +104,12 @@ def run_grid(given, table, start=start_run):
     with ThreadPoolExecutor(given.jobs) as pool:  # after Ctrl-C, what waits is not begun
         found = list(pool.map(lambda point: run(point, given.jobs, start), points))
     done = [(point.setting, results) for point, results in zip(points, found) if results]
+    scores = defaultdict(list)  # of each setting, on validation clips
+    for setting, results in done:
+        scores[setting].append(mean_known(results["val_matrix"]["J"][-1]))
+    best = sorted(done, key=lambda pair: -(mean_known(scores[pair[0]]) or 0))
     if done:
-        print(f"\n{table(ranked(done))}")
+        print(f"\n{table([results for _, results in best])}")
     if failed := len(points) - len(done):
         print(f"error: {failed} of {len(points)} runs failed", file=sys.stderr)
     return 1 if failed else 0
@@ -133,15 +138,6 @@ def finished(point):
         return None
     asked = as_dict(point.config) | {"first_task": results["config"].get("first_task")}
     return results if results["complete"] and results["config"] == asked else None
-
-
-def ranked(done):
-    """[results], those of the setting with the best mean J on validation clips first."""
-    scores = defaultdict(list)
-    for setting, results in done:
-        scores[setting].append(mean_known(results["val_matrix"]["J"][-1]))
-    best = sorted(done, key=lambda pair: -(mean_known(scores[pair[0]]) or 0))
-    return [results for _, results in best]
 
 
 def key_help():
