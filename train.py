@@ -1,12 +1,9 @@
 """Train one continual run, or a grid of runs, and score it after every task.
 
-    train.py --cfg configs/ss_cil.yaml configs/tiny.yaml     class-incremental,
-        on the synthetic set, on a CPU, in minutes
-    train.py --cfg configs/ms_tfcl.yaml configs/tiny.yaml    task-free, on a
-        drifting multi-source stream
-    train.py --cfg configs/ss_cil.yaml data_root=DIR         paper scale, on a GPU
-    train.py --cfg ... method=lra,ewc seed=0,1,2 --jobs 2    a grid: every
-        combination is a run, and a table ends it
+    train.py --cfg configs/ss_cil.yaml configs/tiny.yaml     synthetic, minutes
+    train.py --cfg configs/ms_tfcl.yaml configs/tiny.yaml    task-free, a stream
+    train.py --cfg configs/ss_cil.yaml data_root=DIR         paper scale, a GPU
+    train.py --cfg ... method=lra,ewc seed=0,1 --jobs 2      a grid, its table
     torchrun --nproc_per_node=4 train.py --cfg ...           several GPUs
 
 Files overlay left to right, then key=value. OUT_DIR/NAME gets config.yaml,

@@ -17,8 +17,8 @@ from atlas.errors import AtlasError
 TEST_SCORES = ("J", "F", "J_strict", "F_dataset", "J_source", "J_drawn", "J_swap", "mute_area",
     "class_accuracy")  # fmt: skip
 METRICS = ("final", "incremental", "learning", "forgetting", "bwt", "fwt", "intransigence")
-NEEDED = {"complete": bool, "config": dict, "tasks": list, "matrix": dict, "seconds": dict}
-NEEDED |= {"method": str, "protocol": str, "seed": int, "val_matrix": dict, "environment": dict}
+NEEDED = dict(schema=int, seed=int, method=str, protocol=str, complete=bool, tasks=list)
+NEEDED |= dict.fromkeys(("config", "matrix", "val_matrix", "seconds", "environment"), dict)
 
 
 def new_results(config, tasks, classes=None):
@@ -52,11 +52,10 @@ def add_scores(results, row):
 
 def first_rows(results, rows):
     """The first rows of every matrix, with what they took."""
-
-    def cut(part):
-        return part and {k: v if k == "classes" else v[:rows] for k, v in part.items()}
-
-    found = {name: cut(results.get(name)) for name in ("matrix", "val_matrix", "class_matrix")}
+    found = {}
+    for name in ("matrix", "val_matrix", "class_matrix"):
+        part = results.get(name) or {}
+        found[name] = {k: v if k == "classes" else v[:rows] for k, v in part.items()} or None
     spent = results["seconds"].items()
     return found | {"seconds": {k: v[: rows - (k != "evaluate")] for k, v in spent}}
 
@@ -120,13 +119,11 @@ def read_results(folder):
 
 def checked(path, results):
     """The results that stood in the file `path`, if this version reads them."""
-    schema = results.get("schema") if isinstance(results, dict) else None
-    if schema not in (1, None):
-        raise AtlasError(f"{path} has schema {schema}; this version reads schema 1")
-    if not schema:
-        raise damaged(path, "it has no schema")
-    for key, kind in (NEEDED | ({"metrics": dict} if results.get("complete") else {})).items():
-        if not isinstance(results.get(key), kind):
+    found = results if isinstance(results, dict) else {}
+    if found.get("schema", 1) != 1:
+        raise AtlasError(f"{path} has schema {found['schema']}; this version reads schema 1")
+    for key, kind in (NEEDED | ({"metrics": dict} if found.get("complete") else {})).items():
+        if not isinstance(found.get(key), kind):
             raise damaged(path, f"{key} is missing or of a wrong kind")
     width = len(results["tasks"])
     for row in results["matrix"].get("J", []):

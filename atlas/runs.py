@@ -190,8 +190,7 @@ class Run(Learner):
         batches = loader(dataset, size, self.config.workers, self.device, shared=True)
         for k, batch in enumerate(batches):
             whole = order[k * size : (k + 1) * size]
-            batch = self.labelled(batch)
-            yield batch | {"whole": whole, "share": parallel.share(len(whole))}
+            yield self.labelled(batch) | {"whole": whole, "share": parallel.share(len(whole))}
             if self.is_stream:
                 self.cache.close(whole)
 
