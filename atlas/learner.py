@@ -144,10 +144,8 @@ def pick_device(config):
 
 
 def pick_amp(config, device):
-    if config.amp != "auto":
-        return config.amp
-    if device == "cpu":
-        return "off"
+    if config.amp != "auto" or device == "cpu":
+        return "off" if config.amp == "auto" else config.amp
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
