@@ -6,8 +6,7 @@
     eval.py RUN RUN ...                          a table of several runs
     eval.py RUN RUN ... --figures --out DIR      draw them side by side
 
-RUN is the folder of a run, or a file of runs that --pack wrote, such as those
-in docs/results/.
+RUN is the folder of a run, or a file of runs by --pack, as in docs/results/.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from pathlib import Path
 from atlas.errors import AtlasError, one_line_errors, prepare_process
 from atlas.report.packed import pack, read_runs
 from atlas.report.summary import summary
-from atlas.results import TEST_SCORES, derived_metrics, read_joint
+from atlas.results import derived_metrics, read_joint
 
 TOLERANCE = 1e-6  # a score that differs by more is another score
 
@@ -25,18 +24,18 @@ TOLERANCE = 1e-6  # a score that differs by more is another score
 def parse(words=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    flag = parser.add_argument
-    flag("run", nargs="+", help="folders of runs, or files of runs")
-    flag("--rescore", action="store_true", help="score the checkpoints again; compare")
-    flag("--brief", action="store_true", help="several runs: fewer columns")
-    flag("--pack", metavar="FILE", help="add the runs to this compact file")
-    flag("--figures", action="store_true", help="draw the run or runs (.png, .pdf)")
-    flag("--out", help="where the figures or the video go")
-    flag("--methods", metavar="A,B", help="figures: methods in colour and as heat-maps")
-    flag("--clips", metavar="ID,ID", help="figures: test clips whose masks to draw")
-    flag("--video", metavar="FILE", help="the video to draw masks over")
-    flag("--audio", metavar="FILE", help="video: another sound for it to hear")
-    flag("--task", type=int, metavar="N", help="video, TIL: the task whose head masks")
+    add, flag = parser.add_argument, {"action": "store_true"}
+    add("run", nargs="+", help="folders of runs, or files of runs")
+    add("--rescore", **flag, help="score the checkpoints again; compare")
+    add("--brief", **flag, help="several runs: fewer columns")
+    add("--pack", metavar="FILE", help="add the runs to this compact file")
+    add("--figures", **flag, help="draw the run or runs (.png, .pdf)")
+    add("--out", help="where the figures or the video go")
+    add("--methods", metavar="A,B", help="figures: methods in colour and as heat-maps")
+    add("--clips", metavar="ID,ID", help="figures: test clips whose masks to draw")
+    add("--video", metavar="FILE", help="the video to draw masks over")
+    add("--audio", metavar="FILE", help="video: another sound for it to hear")
+    add("--task", type=int, metavar="N", help="video, TIL: the task whose head masks")
     return parser.parse_args(words)
 
 
@@ -55,7 +54,7 @@ def main(given):
     if len(runs) > 1 or not Path(given.run[0]).is_dir():
         return compare(runs, given)
     if given.brief or given.methods:
-        raise AtlasError("--brief and --methods are for several runs; give more than one folder")
+        raise AtlasError("--brief and --methods are for several runs")
     print(summary(runs[0]))
     if given.figures:
         draw(given.run[0], runs[0], given)
@@ -67,7 +66,7 @@ def compare(runs, given):
     from atlas.report.table import brief, comparison
 
     if given.rescore or given.clips:
-        raise AtlasError("--rescore and --clips are for one run; give a single folder")
+        raise AtlasError("--rescore and --clips are for one run; give its folder")
     if given.figures and not given.out:
         raise AtlasError("the figures of several runs need a folder: give --out DIR")
     print((brief if given.brief else comparison)(runs))
@@ -82,8 +81,8 @@ def compare(runs, given):
 
 
 def draw(folder, results, given):
-    """Save the figures of one run. The masks need its checkpoints and data: without these they are
-    left out with a line, unless --clips asks for them."""
+    """Save the figures of one run. Without its checkpoints and data the masks are left out with a
+    line, unless --clips asks for them."""
     from atlas.report.figures import heatmaps, save, title_of
     from atlas.report.masks import strip
     from atlas.runs import read_run
@@ -123,7 +122,7 @@ def rescore(folder):
         if k:
             run.load_task(k)
         found = score_tasks(run, k)
-        pairs = [(results["matrix"][name][k], found["test"][name]) for name in TEST_SCORES]
+        pairs = [(rows[k], found["test"][name]) for name, rows in results["matrix"].items()]
         pairs.append((results["val_matrix"]["J"][k], found["val"]))
         if results.get("class_matrix"):
             pairs.append((results["class_matrix"]["J"][k], found["classes"]))
@@ -146,12 +145,12 @@ def show(given):
     if len(given.run) > 1 or given.rescore or given.figures:
         raise AtlasError("--video is for one run, without --rescore and --figures")
     if not given.out:
-        raise AtlasError("--video needs the name of the video to write: --out overlay.mp4")
+        raise AtlasError("--video needs a file to write: --out overlay.mp4")
     from atlas.report.video import overlay
 
     done = overlay(given.run[0], given.video, given.out, given.audio, given.task)
-    said = f"{given.out}: {done['frames']} frames, {done['seconds']:.1f} s, mean masked area"
-    print(f"{said} {done['area']:.1%}; the model after task {done['task']}")
+    text = "{frames} frames, {seconds:.1f} s, mean masked area {area:.1%}; after task {task}"
+    print(f"{given.out}: {text.format(**done)}")
     return 0
 
 

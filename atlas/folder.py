@@ -70,7 +70,7 @@ def refuse_other_keys(folder, config):
     except AtlasError as error:
         why = str(error)
     if why:
-        found = read_or_none(folder)
+        found = results.read_or_none(folder)
         if not found or differing(found["config"], as_dict(config)):
             raise AtlasError(f"{folder} cannot be resumed: {why}; choose another name=...")
         print(f"config.yaml is written anew from results.json: {why}", flush=True)
@@ -86,16 +86,6 @@ def differing(old, new):
 def checkpoints(folder):
     found = [path.name[5:] for path in folder.glob("task_*") if path.is_dir()]
     return sorted(int(number) for number in found if number.isdigit())
-
-
-def read_or_none(folder):
-    """The results of a folder; None where there are none, or, with a line, damaged ones."""
-    path = folder / "results.json"
-    try:
-        return results.read_results(folder) if path.is_file() else None
-    except AtlasError as error:
-        print(f"{path} is written anew from the checkpoints: {error}", flush=True)
-        return None
 
 
 def read_progress(path):

@@ -117,6 +117,16 @@ def read_results(folder):
         raise damaged(path, error) from None
 
 
+def read_or_none(folder):
+    """The results of a folder; None where there are none, or, with a line, damaged ones."""
+    path = folder / "results.json"
+    try:
+        return read_results(folder) if path.is_file() else None
+    except AtlasError as error:
+        print(f"{path} is written anew from the checkpoints: {error}", flush=True)
+        return None
+
+
 def checked(path, results):
     """The results that stood in the file `path`, if this version reads them."""
     found = results if isinstance(results, dict) else {}

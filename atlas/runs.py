@@ -38,8 +38,7 @@ class Run(Learner):
         self.sequence = sequence_of(self.tasks, config)
         self.partners = swap_partners(self.cache, self.tasks)
         self.is_stream = config.protocol == "tfcl" and config.method != "joint"
-        names = class_names(self.cache, self.tasks)
-        self.results = results.new_results(config, self.tasks, names)
+        self.results = results.new_results(config, self.tasks, class_names(self.cache, self.tasks))
         self.drifts = self.results["drifts"]
         classes = [task.classes for task in self.tasks] if config.classify else None
         super().__init__(config, (self.cache.context_dim, self.cache.token_dim), classes)
@@ -89,7 +88,7 @@ class Run(Learner):
 
     def recover(self):
         """Go on from the last checkpoint, and score again what results.json lacks."""
-        found = folders.read_or_none(self.folder)
+        found = results.read_or_none(self.folder)
         if found:
             refuse_other_encoders(self.folder, found, self.visual_sha, self.audio_sha)
         if found and found["tasks"] != self.results["tasks"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from atlas.config import FIELDS, METHODS, as_dict, load_config, run_name, split_word
 from atlas.errors import AtlasError, one_line_errors
-from atlas.results import mean_known, read_results
+from atlas.results import mean_known, read_or_none
 
 REPLICATES = ("seed", "data_root")  # what a setting is averaged over
 TITLES = {"name": "run", "dataset": "data", "protocol": "protocol", "visual": "model"}
@@ -132,12 +132,11 @@ def run(point, jobs, start):
 
 
 def finished(point):
-    try:
-        results = read_results(point.folder)
-    except AtlasError:
+    results = read_or_none(point.folder)
+    if not results or not results["complete"]:
         return None
     asked = as_dict(point.config) | {"first_task": results["config"].get("first_task")}
-    return results if results["complete"] and results["config"] == asked else None
+    return results if results["config"] == asked else None
 
 
 def key_help():
