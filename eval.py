@@ -6,8 +6,7 @@
     eval.py RUN RUN ...                          a table of several runs
     eval.py RUN RUN ... --figures --out DIR      draw them side by side
 
-RUN is the folder of a run, or a file of runs that --pack wrote, such as those
-in docs/results/.
+RUN is the folder of a run, or a file of runs by --pack, as in docs/results/.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from pathlib import Path
 from atlas.errors import AtlasError, one_line_errors, prepare_process
 from atlas.report.packed import pack, read_runs
 from atlas.report.summary import summary
-from atlas.results import TEST_SCORES, derived_metrics, read_joint
+from atlas.results import derived_metrics, read_joint
 
 TOLERANCE = 1e-6  # a score that differs by more is another score
 
@@ -69,7 +68,7 @@ def compare(runs, given):
     from atlas.report.table import brief, by_class, comparison
 
     if given.rescore or given.clips:
-        raise AtlasError("--rescore and --clips are for one run; give a single folder")
+        raise AtlasError("--rescore and --clips are for one run; give its folder")
     if given.figures and not given.out:
         raise AtlasError("the figures of several runs need a folder: give --out DIR")
     print((by_class if given.classes else brief if given.brief else comparison)(runs))
@@ -84,8 +83,8 @@ def compare(runs, given):
 
 
 def draw(folder, results, given):
-    """Save the figures of one run. The masks need its checkpoints and data: without these they are
-    left out with a line, unless --clips asks for them."""
+    """Save the figures of one run. Without its checkpoints and data the masks are left out with a
+    line, unless --clips asks for them."""
     from atlas.report.figures import heatmaps, save, title_of
     from atlas.report.masks import strip
     from atlas.runs import read_run
@@ -125,7 +124,7 @@ def rescore(folder):
         if k:
             run.load_task(k)
         found = score_tasks(run, k)
-        pairs = [(results["matrix"][name][k], found["test"][name]) for name in TEST_SCORES]
+        pairs = [(rows[k], found["test"][name]) for name, rows in results["matrix"].items()]
         pairs.append((results["val_matrix"]["J"][k], found["val"]))
         if results.get("class_matrix"):
             pairs.append((results["class_matrix"]["J"][k], found["classes"]))
@@ -148,12 +147,12 @@ def show(given):
     if len(given.run) > 1 or given.rescore or given.figures:
         raise AtlasError("--video is for one run, without --rescore and --figures")
     if not given.out:
-        raise AtlasError("--video needs the name of the video to write: --out overlay.mp4")
+        raise AtlasError("--video needs a file to write: --out overlay.mp4")
     from atlas.report.video import overlay
 
     done = overlay(given.run[0], given.video, given.out, given.audio, given.task)
-    said = f"{given.out}: {done['frames']} frames, {done['seconds']:.1f} s, mean masked area"
-    print(f"{said} {done['area']:.1%}; the model after task {done['task']}")
+    text = "{frames} frames, {seconds:.1f} s, mean masked area {area:.1%}; after task {task}"
+    print(f"{given.out}: {text.format(**done)}")
     return 0
 
 

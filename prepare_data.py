@@ -15,8 +15,6 @@ import sys
 
 from atlas.errors import AtlasError, one_line_errors, prepare_process
 
-# Each command gets those of its OPTIONS that are given.
-
 
 def synth(out, dataset="s4", **settings):
     """make a synthetic S4 or MS3 tree"""
@@ -47,10 +45,10 @@ def compose(stock, out, **recipe):
     from atlas.prepare.compose import Recipe, make_open_set
 
     report = make_open_set(stock, out, Recipe(**recipe))
+    text = "{clips} ({picture_sources}, {sound_sources})"
     print("clips (sources of pictures, of sounds)")
     for name, splits in report["heard"].items():
-        text = "{clips} ({picture_sources}, {sound_sources})"
-        print(f"{name}:", *(f"{split} " + text.format(**splits[split]) for split in splits))
+        print(f"{name}:", *(f"{split} {text.format(**found)}" for split, found in splits.items()))
     print(f"{out}: {len(report['clips'])} clips; compose.json says what each is made of")
 
 
@@ -101,8 +99,9 @@ def option(help, type=None, **more):
     return {"help": help, "type": type, **more}
 
 
+# Each command is called with those of its options that are given.
 STOCK = option("a folder as collect makes it")
-TREE = option("the folder that holds Single-source/ or Multi-sources/")
+TREE = option("the folder of Single-source/ or Multi-sources/")
 SET = {
     "--out": TREE | {"required": True},
     "--dataset": option("which tree (s4)", choices=("s4", "ms3")),

@@ -1,16 +1,10 @@
 """Train one continual run, or a grid of runs, and score it after every task.
 
-    python train.py --cfg configs/ss_cil.yaml configs/tiny.yaml
-        class-incremental, on the synthetic set, on a CPU, in minutes
-    python train.py --cfg configs/ms_tfcl.yaml configs/tiny.yaml
-        task-free, on a drifting multi-source stream
-    python train.py --cfg configs/ss_cil.yaml data_root=/data/AVSBench
-        paper scale, on a GPU
-    python train.py --cfg configs/ss_cil.yaml configs/tiny.yaml \\
-        method=lra,ewc seed=0,1,2 --jobs 2
-        a grid: every combination is a run, and a table ends it
-    torchrun --nproc_per_node=4 train.py --cfg ...
-        several GPUs; batch_size stays that of the whole batch
+    train.py --cfg configs/ss_cil.yaml configs/tiny.yaml     synthetic, minutes
+    train.py --cfg configs/ms_tfcl.yaml configs/tiny.yaml    task-free, a stream
+    train.py --cfg configs/ss_cil.yaml data_root=DIR         paper scale, a GPU
+    train.py --cfg ... method=lra,ewc seed=0,1 --jobs 2      a grid, its table
+    torchrun --nproc_per_node=4 train.py --cfg ...           several GPUs
 
 Files overlay left to right, then key=value. OUT_DIR/NAME gets config.yaml,
 log.jsonl, results.json and task_NN/ (checkpoints). After a kill, the same
@@ -36,7 +30,6 @@ import time
 
 from atlas import parallel
 from atlas.folder import refuse_used_folder
-from atlas.journal import Epoch
 from atlas.learner import pick_device
 from atlas.lra import Step
 from atlas.metrics import score_tasks
@@ -71,14 +64,12 @@ def main(config, resume=False):
 
 def fit(run, t):
     """Learn task t, or the stream up to its checkpoint t."""
-    if t <= run.reused:
-        return
     plan, done = run.begin(t)
     for number in range(done + 1, len(plan.epochs) + 1):
-        with Epoch(run, plan, number) as epoch:
+        with run.telling(plan, number) as note:
             for batch in run.batches(plan, number):
                 for _ in range(plan.repeats):
-                    epoch.add(learn(run, batch), batch)
+                    note(learn(run, batch), batch)
 
 
 def learn(run, batch):
@@ -102,7 +93,7 @@ def consolidate(run, t):
     start = time.time()
     report = None if run.is_stream else run.method.end_task(TaskClips(run, t))
     run.journal.write(task=t, consolidated=report, seconds=time.time() - start)
-    run.save_task(t)
+    run.save(run.task_folder(t))
 
 
 def evaluate(run, t):
@@ -131,8 +122,8 @@ def announce(run):
     for name, weights in run.results["weights"].items():
         if weights["source"] == "random":
             print(f"NOTE: the {name} encoder has RANDOM weights ({name}_weights: false).")
-    method, trainable = run.config.method, run.results["parameters"]["trainable"]
-    what = f"{method}, {run.config.protocol}, {len(run.tasks)} tasks, {run.device}"
+    what = f"{run.config.method}, {run.config.protocol}, {len(run.tasks)} tasks, {run.device}"
+    trainable = run.results["parameters"]["trainable"]
     print(f"{run.folder}: {what}, {trainable:,} trainable parameters", flush=True)
 
 

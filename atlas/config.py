@@ -14,7 +14,8 @@ from atlas.errors import AtlasError
 from atlas.methods import METHODS
 
 PATHS = "data_root cache_dir out_dir visual_weights audio_weights joint_run first_task".split()
-BOOLS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
+WORDS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
+WORDS |= dict.fromkeys(("", "null", "~"))
 NUMBERS = {int: r"[+-]?(0|[1-9]\d{0,99})"}
 NUMBERS |= {float: r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?"}
 KINDS = {int: "a whole number (no leading zero)", bool: "true or false", type(None): "null"}
@@ -125,8 +126,7 @@ def load_config(files=(), overrides=()):
         texts = _yaml(path) or {}  # None: the file is empty
         if not isinstance(texts, dict):
             raise AtlasError(f"{path} holds no lines of `key: value` (a blank follows the colon)")
-        for name, text in texts.items():
-            values[name] = _typed(name, text, f"in {path}")
+        values |= {name: _typed(name, text, f"in {path}") for name, text in texts.items()}
     for word in overrides:
         name, text = split_word(word)
         if text[:1] in ("'", '"') or (text[:1] in ("[", "{") and list in TYPES.get(name, ())):
@@ -134,9 +134,9 @@ def load_config(files=(), overrides=()):
         values[name] = _typed(name, text, "on the command line")
     for name, value in values.items():
         if isinstance(value, str):
-            value = value.replace("{seed}", str(values.get("seed", 0)))
-            home = os.path.expanduser(os.path.expandvars(value))
-            values[name] = home if name in PATHS else value
+            values[name] = value.replace("{seed}", str(values.get("seed", 0)))
+            if name in PATHS:
+                values[name] = os.path.expanduser(os.path.expandvars(values[name]))
     config = Config(**values)
     for message in conflicts(config):
         raise AtlasError(message)
@@ -192,10 +192,9 @@ def _typed(name, given, where):
 
 
 def _value(text, types):
-    if type(None) in types and text.lower() in ("", "null", "~"):
-        return None
-    if bool in types and text.lower() in BOOLS:
-        return BOOLS[text.lower()]
+    word = WORDS.get(text.lower(), text)
+    if type(word) in types:
+        return word
     for kind, form in NUMBERS.items():
         if kind in types and re.fullmatch(form, text):
             return kind(text)
@@ -222,10 +221,9 @@ def conflicts(config):
             yield f"{path}={getattr(config, path)} names a home or variable that does not exist"
     if name in (".", "..") or "/" in name or len(name.encode()) > 200:
         yield f"name={name} cannot name a folder; use at most 200 bytes and no slash"
-    if not re.fullmatch(r"boundary|plateau|told|every:[1-9]\d{0,8}", trigger):
-        yield f"lra_trigger={trigger}: take boundary, plateau, told or every:N (N steps)"
-    if trigger == "told" and not tfcl:
-        yield "lra_trigger=told is for protocol=tfcl; use lra_trigger=boundary"
+    known = r"boundary|plateau|every:[1-9]\d{0,8}" + ("|told" if tfcl else "")
+    if not re.fullmatch(known, trigger):
+        yield f"lra_trigger={trigger}: take boundary, plateau, every:N (steps), or told (tfcl)"
     if config.width % config.heads or config.width % 8:
         yield f"width={config.width} must be a multiple of heads={config.heads} and of 8"
     if config.dataset == "ms3" and not tfcl:
@@ -240,10 +238,8 @@ def conflicts(config):
         yield f"{method} with lora_rank=0 has no LoRA; give a rank (lra: or lra_scope=trainable)"
     if lra and delta and online:
         yield "lra_space=delta needs gradients of frozen weights; use lra_trigger=boundary"
-    if plus and (scope or delta):
-        yield f"{method} keeps the whole model; use lra_scope=trainable lra_space=factors"
-    if plus and online and config.protocol == "til":
-        yield f"{method} must be told TIL's tasks; use lra_trigger=boundary"
+    if plus and (scope or delta or (online and config.protocol == "til")):
+        yield f"{method} takes lra_scope=trainable lra_space=factors; TIL: lra_trigger=boundary"
     if config.first_task and (untold or not entry.plain_start):
         yield f"{untold or method} shares no first task; leave first_task at null"
     if config.strength is not None and entry.strength is None:

@@ -1,11 +1,10 @@
-"""A model and its method on their device, without data; and their checkpoints: LoRA as
-`PeftModel.from_pretrained` opens it on timm's encoder, all else and the method as safetensors."""
+"""A model and its method on their device, without data; and their checkpoints: LoRA as PEFT alone
+opens it on timm's encoder, all else and the method as safetensors."""
 
 import contextlib
-import importlib
 import json
+import pkgutil
 import shutil
-from pathlib import Path
 
 import peft
 import torch
@@ -22,20 +21,19 @@ from atlas.model import build_model
 
 
 class Learner:
+    is_stream = False  # TF-CL: its optimiser goes on from one checkpoint to the next
     updates = None  # updates.Updates while a task is learned
     drifts = ()  # steps at which a stream's segments begin; only lra_trigger=told asks for them
 
     def __init__(self, config, dims, classes=None):
         """dims: (D_a, D_u) of the audio encoder; classes: each task's, where there is a branch."""
-        self.config = config
-        self.device = pick_device(config)
+        self.config, self.device = config, pick_device(config)
         self.amp = pick_amp(config, self.device)
         self.model = build_model(config, *dims, classes)
         self.visual_sha = frozen_fingerprint(self.model)
         layout = torch.channels_last if self.device == "cuda" else torch.preserve_format
         self.model.to(self.device, memory_format=layout)
-        module, _, name = METHODS[config.method].where.partition(":")
-        self.method = getattr(importlib.import_module(module), name)(self)
+        self.method = pkgutil.resolve_name(METHODS[config.method].where)(self)
 
     def autocast(self):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)
@@ -44,16 +42,16 @@ class Learner:
     def groups(self):
         """The trainables that a method may hold, by group. Heads of TIL's tasks are left out."""
         groups = self.model.groups()
-        if self.config.protocol == "til":
-            shared = {n: p for n, p in groups["decoder"].items() if ".heads." not in n}
-            groups |= {"decoder": shared, "classifier": {}}
-        return groups
+        if self.config.protocol != "til":
+            return groups
+        shared = {n: p for n, p in groups["decoder"].items() if ".heads." not in n}
+        return groups | {"decoder": shared, "classifier": {}}
 
     def memory(self):
         return sum(value.nbytes for value in self.method.state_dict().values())
 
     @parallel.first_only
-    def save(self, folder, updates=None):
+    def save(self, folder):
         """Write a checkpoint, where there is none yet; on a stream with the optimiser's state."""
         with built_beside(folder) as build, writing(folder):
             if isinstance(self.model.encoder, peft.PeftModel):
@@ -63,14 +61,13 @@ class Learner:
             state = self.model.state_dict().items()
             rest = {name: x for name, x in state if not name.startswith("encoder.")}
             for name, tensors in ("model", rest), ("method", self.method.state_dict()):
-                tensors = {name: x.contiguous() for name, x in tensors.items()}
-                save_file(tensors, build / f"{name}.safetensors")
-            if updates:
-                torch.save(updates, build / "updates.pt")
+                whole = {key: x.contiguous() for key, x in tensors.items()}
+                save_file(whole, build / f"{name}.safetensors")
+            if self.is_stream:
+                torch.save(self.updates.state_dict(), build / "updates.pt")
 
     def load(self, folder, with_method=True):
         """Load a checkpoint of such a model, and its method's state unless told not to."""
-        folder = Path(folder)
         state = read_state(folder / "model.safetensors")
         method = read_state(folder / "method.safetensors")
         while f"decoder.heads.{len(self.model.decoder.heads)}.weight" in state:
@@ -126,9 +123,8 @@ def read_state(path):
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        why = why_unreadable(path, error)
         how = f"remove {path.parent}, and --resume learns that task again"
-        raise AtlasError(f"{path} is damaged ({why}); {how}") from None
+        raise AtlasError(f"{path} is damaged ({why_unreadable(path, error)}); {how}") from None
 
 
 @contextlib.contextmanager
@@ -148,10 +144,8 @@ def pick_device(config):
 
 
 def pick_amp(config, device):
-    if config.amp != "auto":
-        return config.amp
-    if device == "cpu":
-        return "off"
+    if config.amp != "auto" or device == "cpu":
+        return "off" if config.amp == "auto" else config.amp
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 

@@ -1,10 +1,7 @@
-"""One model trained by several processes: each takes its part of every batch.
-
-`torchrun --nproc_per_node=2 train.py ...`: `batch_size` stays that of the whole batch. One flat
-all-reduce sums the gradients. Without torchrun, every function here does nothing.
+"""One model trained by several processes, each with its part of every batch (`torchrun
+--nproc_per_node=2 train.py ...`). Without torchrun, every function here does nothing.
 """
 
-import functools
 import os
 import sys
 
@@ -59,7 +56,6 @@ def in_turn(work):
 def first_only(function):
     """A decorator: only process 0 carries it out; the others get None."""
 
-    @functools.wraps(function)
     def of_first(*words, **named):
         return None if rank() else function(*words, **named)
 
@@ -77,10 +73,8 @@ def share(clips):
 
 
 def batches(n, size):
-    """Positions 0 .. n - 1 in batches of `size`, of each this process's part.
-
-    Every process takes every step: one that has no clip of a batch gets its first, at share 0.
-    """
+    """Positions 0 .. n - 1 in batches of `size`, of each this process's part; one that has no clip
+    of a batch gets its first, at share 0, since every process takes every step."""
     wholes = [range(first, min(first + size, n)) for first in range(0, n, size)]
     return [list(mine(whole) or whole[:1]) for whole in wholes]
 

@@ -1,7 +1,10 @@
 """A run: its data, its folder, what it has learned, and how it goes on after a kill."""
 
+import contextlib
 import json
 import resource
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,6 @@ from atlas.clips import READERS
 from atlas.config import load_config, run_name
 from atlas.data import ClipDataset, PackedClips, loader, pack, swap_partners, to_device
 from atlas.errors import AtlasError
-from atlas.journal import Journal, consolidation, until
 from atlas.learner import Learner, compiled
 from atlas.metrics import class_names, score_disjoint, score_tasks
 from atlas.model import clip_losses, count_parameters, weighted
@@ -30,38 +32,32 @@ class Run(Learner):
 
     def __init__(self, config):
         self.folder = Path(config.out_dir, run_name(config))
-        self.journal = Journal(self.folder)
+        self.journal = folders.Journal(self.folder)
         self.cache, self.audio_sha = parallel.in_turn(lambda: open_data(config))
         self.tasks = PROTOCOLS[config.protocol](self.cache, config)
         self.sequence = sequence_of(self.tasks, config)
         self.partners = swap_partners(self.cache, self.tasks)
         self.is_stream = config.protocol == "tfcl" and config.method != "joint"
+        self.results = results.new_results(config, self.tasks, class_names(self.cache, self.tasks))
+        self.drifts = self.results["drifts"]
         classes = [task.classes for task in self.tasks] if config.classify else None
-        self.drifts = results.drifts(self.tasks, config)
         super().__init__(config, (self.cache.context_dim, self.cache.token_dim), classes)
         self.forward = compiled(self.model) if config.compile else self.model
-        names = class_names(self.cache, self.tasks)
-        self.results = results.new_results(config, self.tasks, names) | self.about()
-        self.learned = 0  # tasks whose checkpoints are written
-        self.reused = 0  # tasks taken over from config.first_task
+        self.results |= self.about()
+        self.learned = 0  # tasks whose checkpoints were there before
 
     def about(self):
-        config, on_gpu = self.config, self.device == "cuda"
-        visual, audio = config.visual_weights, config.audio_weights
-        audio = "none needed" if config.audio == "logmel" else audio
-        machine = {
-            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "amp": self.amp,
-            "processes": parallel.processes(),
-        }
-        weights = {
-            "visual": {"source": str(visual or "random"), "sha256": self.visual_sha},
-            "audio": {"source": str(audio or "random"), "sha256": self.audio_sha},
-        }
-        found = {"weights": weights, "parameters": count_parameters(self.model)}
-        return found | {"environment": results.environment() | machine}
+        """What results.json says of the encoders, the model and the machine."""
+        config, machine = self.config, results.environment()
+        machine["device"] = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        machine["instructions"] = torch.backends.cpu.get_cpu_capability()
+        machine |= {"threads": torch.get_num_threads(), "amp": self.amp}
+        machine["processes"] = parallel.processes()
+        audio = "none needed" if config.audio == "logmel" else config.audio_weights or "random"
+        visual = {"source": str(config.visual_weights or "random"), "sha256": self.visual_sha}
+        weights = {"visual": visual, "audio": {"source": str(audio), "sha256": self.audio_sha}}
+        parameters = count_parameters(self.model)
+        return {"weights": weights, "parameters": parameters, "environment": machine}
 
     def open(self, resume=False):
         """Take the folder, once nothing is wrong; with `resume`, go on from what it holds."""
@@ -70,7 +66,6 @@ class Run(Learner):
         first = None if begun else folders.first_task(self)
         if first:
             self.load(Path(self.config.first_task, "task_01"), with_method=False)
-            self.choose_heads(1)
         self.lock = folders.take_folder(self.folder, self.config, resume)
         parallel.wait()
         if begun:
@@ -78,21 +73,28 @@ class Run(Learner):
         else:
             folders.write_config(self.folder, self.config)
         if first:
-            self.results |= results.first_rows(first, 2)
-            self.results["seconds"] |= {"train": [], "consolidate": []}
-            spent = first["seconds"]["train"][0]
-            self.journal.write(task=1, raw={}, reused=self.config.first_task, seconds=spent)
-            self.reused = 1
+            self.reuse(first)
         parallel.wait()
+
+    def reuse(self, first):
+        """Save the first task of another run, which is loaded, as if it had been learned here."""
+        plan = plan_of(self.sequence, 1, self.config)
+        self.updates = Updates(self, 1, plan.steps)
+        line = {"task": 1, "epoch": len(plan.epochs), "raw": {}, "reused": self.config.first_task}
+        self.journal.write(**line, seconds=first["seconds"]["train"][0])
+        self.results |= results.first_rows(first, 2)
+        self.results["seconds"] |= {"train": [], "consolidate": []}  # the journal tells them
+        self.save_progress(plan, len(plan.epochs))
 
     def recover(self):
         """Go on from the last checkpoint, and score again what results.json lacks."""
-        found = folders.read_or_none(self.folder)
+        found = results.read_or_none(self.folder)
         if found:
             refuse_other_encoders(self.folder, found, self.visual_sha, self.audio_sha)
         if found and found["tasks"] != self.results["tasks"]:
             raise AtlasError(f"{self.folder}: its tasks now have other clips; choose another name")
-        self.results = found or self.results | {"consolidations": self.journal.consolidations()}
+        said = folders.consolidations(self.journal.lines())
+        self.results = found or self.results | {"consolidations": said}
         if self.results["complete"]:
             return
         kept = folders.checkpoints(self.folder)
@@ -128,12 +130,11 @@ class Run(Learner):
         """Add what derives from the matrices, and mark the run as complete."""
         joint = results.read_joint(self.config.joint_run, self.results["tasks"])
         metrics = results.derived_metrics(self.results, joint)
-        disjoint = score_disjoint(self) if self.config.dataset == "ms3" else None
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
-        on_gpu = self.device == "cuda"
-        memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else kilobytes / 2**10
-        self.results |= {"metrics": metrics | {"source_disjoint": disjoint}}
-        self.results |= {"peak_memory_mb": memory, "complete": True}
+        metrics["source_disjoint"] = score_disjoint(self) if self.config.dataset == "ms3" else None
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kilobytes on Linux
+        if self.device == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**20
+        self.results |= {"metrics": metrics, "peak_memory_mb": memory, "complete": True}
         self.write_results()
         if not parallel.rank():
             (self.folder / "progress.pt").unlink(missing_ok=True)
@@ -158,7 +159,7 @@ class Run(Learner):
         self.updates.done = plan.steps_before(done + 1)
         self.journal.forget_after(t, done)
         known = self.results.get("consolidations", [])  # an older version kept none until the end
-        self.results["consolidations"] = until(known, t, done)
+        self.results["consolidations"] = folders.until(known, t, done)
         if not done and not self.is_stream:
             self.method.begin_task(TaskClips(self, t))
         return plan, done
@@ -188,25 +189,52 @@ class Run(Learner):
         batches = loader(dataset, size, self.config.workers, self.device, shared=True)
         for k, batch in enumerate(batches):
             whole = order[k * size : (k + 1) * size]
-            batch = self.labelled(to_device(batch, self.device))
-            yield batch | {"whole": whole, "share": parallel.share(len(whole))}
+            yield self.labelled(batch) | {"whole": whole, "share": parallel.share(len(whole))}
             if self.is_stream:
                 self.cache.close(whole)
 
     def labelled(self, batch):
-        """With each clip's class among the competing ones, where there is a branch."""
+        """On the device; with each clip's class among those that compete, if the model has any."""
+        batch = to_device(batch, self.device)
         if not self.model.classifier:
             return batch
         labels = self.model.classifier.labels(batch["category"])
         return batch | {"label": labels.to(self.device)}
+
+    @contextlib.contextmanager
+    def telling(self, plan, epoch):
+        """Around the learning steps of an epoch (or chunk): yields what notes the losses of each.
+        At the end their means go to log.jsonl and to the terminal, and the run is saved."""
+        title = f"{plan.task_word} {plan.t}, {plan.word} {epoch}/{len(plan.epochs)}"
+        bar = tqdm(None, title, plan.steps_of(epoch), False, disable=parallel.quiet(), unit="step")
+        totals, start = Counter(), time.time()
+
+        def note(losses, batch):
+            clips = len(batch["whole"])
+            totals.update({name: value * clips for name, value in losses.items()}, clips=clips)
+            bar.update()
+            bar.set_postfix(loss=f"{losses['task']:.3f}", refresh=False)
+
+        with bar:
+            yield note
+        seconds, clips = time.time() - start, totals.pop("clips")
+        terms = {name: total / clips for name, total in totals.items()}
+        task, penalty, loss = (terms.pop(name) for name in ("task", "penalty", "loss"))
+        line = {"task": plan.t, "epoch": epoch}
+        line["raw"] = terms | {"penalty": penalty / self.method.unit}
+        line["weighted"] = weighted(terms, self.config) | {"penalty": penalty}
+        line["lr"] = self.updates.optimizer.param_groups[0]["lr"]
+        self.journal.write(**line, seconds=seconds)
+        told = f"loss {task:.3f}, penalty {penalty / (loss or 1):.1%} of it, {seconds:.1f} s"
+        print(f"{title}: {told}", flush=True)
+        self.save_progress(plan, epoch)
 
     def note_window(self, report):
         """Note what `Method.observe` reports."""
         if report:
             line = {"task": self.plan.t, "epoch": self.epoch, "window": report}
             self.journal.write(**line)
-            if report.get("fired"):
-                self.results["consolidations"].append(consolidation(**line))
+            self.results["consolidations"] += folders.consolidations([line])
 
     def save_progress(self, plan, epoch):
         self.write_results()
@@ -217,10 +245,6 @@ class Run(Learner):
 
     def task_folder(self, t):
         return self.folder / f"task_{t:02d}"
-
-    def save_task(self, t):
-        self.save(self.task_folder(t), self.updates.state_dict() if self.is_stream else None)
-        self.learned = t
 
     def load_task(self, t):
         self.load(self.task_folder(t))
@@ -245,7 +269,7 @@ class TaskClips:
             alike = [i for i, count in zip(self.chosen, counts) if count == frames]
             batches = loader(ClipDataset(run.cache, alike), SENSITIVITY_BATCH)
             for batch in tqdm(batches, "measuring", leave=False, disable=parallel.quiet()):
-                yield run.labelled(to_device(batch, run.device))
+                yield run.labelled(batch)
 
     def loss(self, outputs, batch):
         return sum(weighted(clip_losses(outputs, batch), self.run.config).values()).mean()

@@ -9,13 +9,13 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from atlas.config import FIELDS, METHODS, as_dict, load_config, run_name, split_word
 from atlas.errors import AtlasError, one_line_errors
-from atlas.results import mean_known, read_results
+from atlas.results import mean_known, read_or_none
 
 REPLICATES = ("seed", "data_root")  # what a setting is averaged over
 TITLES = {"name": "run", "dataset": "data", "protocol": "protocol", "visual": "model"}
@@ -27,12 +27,10 @@ Point = namedtuple("Point", "words config setting folder")
 
 
 def parse_arguments(manual, words=None):
-    parser = argparse.ArgumentParser(
-        usage="train.py [--cfg FILE...] [--resume] [--jobs N] [--print] [key=value...]",
-        description=manual,
-        epilog=f"keys=defaults:\n{key_help()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    usage = "train.py [--cfg FILE...] [--resume] [--jobs N] [--print] [key=value...]"
+    keys = f"keys=defaults:\n{key_help()}"
+    parser = argparse.ArgumentParser(None, usage, manual, keys, formatter_class=form)
     add, flag = parser.add_argument, {"action": "store_true"}
     add("--cfg", **flag, help="YAML files follow; later ones win")
     add("--resume", **flag, help="go on with a run, or begin it")
@@ -62,11 +60,10 @@ def grid(files, words):
     points = []
     for chosen in itertools.product(*values.values()):
         keys = [f"{key}={text}" for key, text in zip(values, chosen)]
-        config = load_config(files, keys)
         varied = {key: text for key, text in zip(values, chosen) if len(values[key]) > 1}
         if varied:
-            keys.append(f"name={folder_name(config, varied)}")
-            config = load_config(files, keys)
+            keys.append(f"name={folder_name(load_config(files, keys), varied)}")
+        config = load_config(files, keys)
         setting = [f"{key}={text}" for key, text in varied.items() if key not in REPLICATES]
         folder = Path(config.out_dir, run_name(config))
         points.append(Point([*first, *keys], config, " ".join(setting), folder))
@@ -83,10 +80,10 @@ def split_values(text):
 def folder_name(config, varied):
     """The given name, or protocol, method and seed; then what varies."""
     shown = {"protocol": config.protocol, "method": config.method, "seed": f"seed{config.seed}"}
-    parts = [text for key, text in shown.items() if key in varied or not config.name]
+    parts = [config.name] if config.name else []
+    parts += [text for key, text in shown.items() if key in varied or not config.name]
     parts += [f"{key}-{text}" for key, text in varied.items() if key not in shown]
-    name = "_".join([config.name, *parts] if config.name else parts)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
 
 
 def start_run(words, errors, jobs):
@@ -98,7 +95,8 @@ def start_run(words, errors, jobs):
 
 
 def run_grid(given, table, start=start_run):
-    """Run a grid, or print it; table([results]) is its last text. Returns the exit status."""
+    """Run a grid, or print it, and end with table([results]), the best setting's first. Returns
+    the exit status."""
     points = given.points
     if given.print:
         print("\n".join(shlex.join(["python", "train.py", *point.words]) for point in points))
@@ -106,8 +104,12 @@ def run_grid(given, table, start=start_run):
     with ThreadPoolExecutor(given.jobs) as pool:  # after Ctrl-C, what waits is not begun
         found = list(pool.map(lambda point: run(point, given.jobs, start), points))
     done = [(point.setting, results) for point, results in zip(points, found) if results]
+    scores = defaultdict(list)  # of each setting, on validation clips
+    for setting, results in done:
+        scores[setting].append(mean_known(results["val_matrix"]["J"][-1]))
+    best = sorted(done, key=lambda pair: -(mean_known(scores[pair[0]]) or 0))
     if done:
-        print(f"\n{table(ranked(done))}")
+        print(f"\n{table([results for _, results in best])}")
     if failed := len(points) - len(done):
         print(f"error: {failed} of {len(points)} runs failed", file=sys.stderr)
     return 1 if failed else 0
@@ -130,21 +132,11 @@ def run(point, jobs, start):
 
 
 def finished(point):
-    try:
-        results = read_results(point.folder)
-    except AtlasError:
+    results = read_or_none(point.folder)
+    if not results or not results["complete"]:
         return None
     asked = as_dict(point.config) | {"first_task": results["config"].get("first_task")}
-    return results if results["complete"] and results["config"] == asked else None
-
-
-def ranked(done):
-    """[results], those of the setting with the best mean J on validation clips first."""
-    scores = {}
-    for setting, results in done:
-        scores.setdefault(setting, []).append(mean_known(results["val_matrix"]["J"][-1]))
-    best = sorted(done, key=lambda pair: -(mean_known(scores[pair[0]]) or 0))
-    return [results for _, results in best]
+    return results if results["config"] == asked else None
 
 
 def key_help():
@@ -153,12 +145,11 @@ def key_help():
     for name, f in FIELDS.items():
         if name in TITLES:
             lines += ["", f"-- {TITLES[name]}"]
-        choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
         default = json.dumps(f.default).strip('"')
-        lines.append(f"{f'  {name}={default}':<25} {f.metadata['help']}{choices}")
-        if name == "method":
-            lines[-1] = lines[-1].removesuffix(choices)
-            for method, entry in METHODS.items():
-                strength = "" if entry.strength is None else f" (strength {entry.strength:g})"
-                lines.append(f"    {method:<21} {entry.help}{strength}")
+        lines.append(f"{f'  {name}={default}':<25} {f.metadata['help']}")
+        if f.metadata["choices"] and name != "method":
+            lines[-1] += f" [{' | '.join(f.metadata['choices'])}]"
+        for method, entry in METHODS.items() if name == "method" else ():
+            strength = "" if entry.strength is None else f" (strength {entry.strength:g})"
+            lines.append(f"    {method:<21} {entry.help}{strength}")
     return "\n".join(textwrap.fill(line, 79, subsequent_indent=" " * 26) for line in lines)

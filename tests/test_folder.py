@@ -11,14 +11,8 @@ import torch
 from atlas import folder as folders
 from atlas.config import Config, as_dict, load_config
 from atlas.errors import AtlasError
-from atlas.folder import (
-    checkpoints,
-    read_or_none,
-    read_progress,
-    refuse_used_folder,
-    take_folder,
-    write,
-)
+from atlas.folder import checkpoints, read_progress, refuse_used_folder, take_folder, write
+from atlas.results import read_or_none
 
 
 @pytest.fixture

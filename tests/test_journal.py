@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from atlas.config import Config
-from atlas.journal import Epoch, Journal
+from atlas.folder import Journal, consolidations
 from atlas.protocols import Plan
+from atlas.runs import Run
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_seconds_and_consolidations(journal):
     assert journal.seconds(2, "raw") == 24.0
     assert journal.seconds(3, "raw") == 0
     told = {"task": 1, "epoch": 1, "step": 3, "reason": "the loss rose"}
-    assert journal.consolidations() == [told]
+    assert consolidations(journal.lines()) == [told]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_a_torn_line_is_passed_over(journal):
 def test_where_nothing_is_written_yet_there_is_nothing(tmp_path):
     journal = Journal(tmp_path)
     journal.forget_after(1, 0)
-    assert journal.lines() == [] and journal.consolidations() == []
+    assert journal.lines() == [] and consolidations(journal.lines()) == []
     assert not journal.path.exists()
 
 
@@ -70,17 +71,17 @@ def epoch_of(tmp_path):
         save_progress=lambda plan, epoch: saved.append((plan.t, epoch)),
     )
     plan = Plan(2, [[1, 2, 3], [1, 2, 3]], 1, 0, 4, 2, "task", "epoch")
-    return Epoch(run, plan, 2), saved
+    return Run.telling(run, plan, 2), run, saved
 
 
 def test_an_epochs_losses_are_means_over_clips_raw_and_weighted(tmp_path, capsys):
-    epoch, saved = epoch_of(tmp_path)
-    with epoch:
+    epoch, run, saved = epoch_of(tmp_path)
+    with epoch as note:
         first = {"bce": 1.0, "dice": 3.0, "task": 5.0, "penalty": 0.0, "loss": 5.0}
-        epoch.add(first, {"whole": [1, 2]})
+        note(first, {"whole": [1, 2]})
         last = {"bce": 4.0, "dice": 0.0, "task": 8.0, "penalty": 3.0, "loss": 11.0}
-        epoch.add(last, {"whole": [3]})
-    (line,) = epoch.run.journal.lines()
+        note(last, {"whole": [3]})
+    (line,) = run.journal.lines()
     assert line["raw"] == pytest.approx({"bce": 2.0, "dice": 2.0, "penalty": 0.1})
     assert line["weighted"] == pytest.approx({"bce": 4.0, "dice": 2.0, "penalty": 1.0})
     assert (line["task"], line["epoch"], line["lr"]) == (2, 2, 0.5)
@@ -89,8 +90,8 @@ def test_an_epochs_losses_are_means_over_clips_raw_and_weighted(tmp_path, capsys
 
 
 def test_an_epoch_that_fails_leaves_no_line(tmp_path, capsys):
-    epoch, saved = epoch_of(tmp_path)
+    epoch, run, saved = epoch_of(tmp_path)
     with pytest.raises(KeyboardInterrupt), epoch:
         raise KeyboardInterrupt
-    assert not saved and not epoch.run.journal.lines()
+    assert not saved and not run.journal.lines()
     assert capsys.readouterr().out == ""

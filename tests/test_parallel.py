@@ -12,7 +12,7 @@ from conftest import LIGHT, TINY, run
 from safetensors.torch import load_file
 
 from atlas import parallel
-from atlas.journal import Journal
+from atlas.folder import Journal
 from atlas.results import read_results
 
 

@@ -18,7 +18,6 @@ from atlas.results import (
     TEST_SCORES,
     add_scores,
     derived_metrics,
-    drifts,
     environment,
     first_rows,
     new_results,
@@ -150,8 +149,11 @@ def test_results_of_older_versions_are_read(tmp_path):
 
 def test_the_drifts_are_the_steps_at_which_segments_begin():
     config = Config(batch_size=4)
-    assert drifts(tasks_of(), config) == [2, 4]
-    assert drifts([SimpleNamespace(begins=None)] * 2, config) == []
+    tasks = tasks_of()
+    assert new_results(config, tasks)["drifts"] == [2, 4]
+    for task in tasks:
+        task.begins = None
+    assert new_results(config, tasks)["drifts"] == []
 
 
 def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path):

@@ -18,8 +18,7 @@ import train
 from atlas import learner, metrics
 from atlas.config import as_dict
 from atlas.errors import AtlasError
-from atlas.folder import take_folder
-from atlas.journal import Journal
+from atlas.folder import Journal, consolidations, take_folder
 from atlas.lra import LowRankAnchoring
 from atlas.results import read_results
 from atlas.runs import Run
@@ -241,7 +240,7 @@ def test_a_lost_log_costs_no_consolidation(whole, number, event):
     here = replace(config, name=f"lost_log_{event}")
     copy = Path(here.out_dir, here.name)
     assert stop(here, number, event)
-    assert Journal(copy).consolidations()
+    assert consolidations(Journal(copy).lines())
     (copy / "log.jsonl").unlink()
     train.main(here, resume=True)
     one, other = read_results(folder), read_results(copy)

@@ -15,7 +15,7 @@ from conftest import LIGHT, ROOT, SHARED, TINY, one_line, real, run
 import train
 from atlas import protocols
 from atlas.errors import AtlasError
-from atlas.journal import Journal
+from atlas.folder import Journal
 from atlas.methods import METHODS
 from atlas.metrics import score_tasks
 from atlas.model import clip_losses

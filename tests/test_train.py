@@ -13,7 +13,7 @@ import train
 from atlas import learner
 from atlas.data import PackedClips
 from atlas.errors import AtlasError
-from atlas.journal import Journal
+from atlas.folder import Journal
 from atlas.lra import Step
 from atlas.protocols import PROTOCOLS
 from atlas.results import read_results
