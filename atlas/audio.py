@@ -38,8 +38,7 @@ def read_wave(path):
         with soundfile.SoundFile(path) as file:
             rate, frames, cut = file.samplerate, file.frames, CUT_OFF.search(file.extra_info)
             if rate not in RATES or frames * file.channels > SAMPLES:
-                how = "cut it to minutes, at an ordinary rate"
-                raise ValueError(f"it has {frames} samples at {rate} Hz; {how}")
+                raise ValueError(f"{frames} samples at {rate} Hz; cut it, at an ordinary rate")
             wave = file.read(dtype="float32", always_2d=True)
         if not len(wave):
             raise ValueError("it is empty")
@@ -56,8 +55,7 @@ def mono(channels, path):
     wave = channels.mean(1)
     peak = np.abs(channels).max(initial=0)
     if not peak <= LOUDEST:  # or not a number
-        how = "all must be finite and within ±1: write the file anew"
-        raise AtlasError(f"the sound {path} holds the sample {peak:g}; {how}")
+        raise AtlasError(f"the sound {path} holds {peak:g}; all must be finite and within ±1")
     if len(wave) and np.mean(wave**2) < 0.01 * np.mean(channels**2):
         how = "keep one of them: ffmpeg -i IN -af pan=mono|c0=c0 OUT"
         raise AtlasError(f"the channels of the sound {path} cancel each other out; {how}")
@@ -65,7 +63,7 @@ def mono(channels, path):
 
 
 def resampled(wave, rate):
-    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)] at 16 kHz, by FFmpeg."""
+    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)], by FFmpeg."""
     if rate == RATE:
         return wave
     padded = nn.functional.pad(wave.float(), (rate, 0))  # FFmpeg would mirror the beginning
@@ -87,10 +85,10 @@ def best_stream(container, kind):
 
 def mel_filters():
     """VGGish's filters [257, 64] (mel_features.py): triangles, linear in mel, 125 to 7500 Hz."""
-    hertz = np.array([125.0, 7500.0, *np.linspace(0, RATE / 2, FFT // 2 + 1)])
-    low, high, *bins = 1127.0 * np.log1p(hertz / 700.0)
-    edges = np.linspace(low, high, BANDS + 2)
-    bins, width = np.array(bins)[:, None], np.diff(edges)
+    bins = 1127.0 * np.log1p(np.linspace(0, RATE / 2, FFT // 2 + 1) / 700.0)[:, None]
+    lowest, highest = 1127.0 * np.log1p(np.array([125.0, 7500.0]) / 700.0)
+    edges = np.linspace(lowest, highest, BANDS + 2)
+    width = np.diff(edges)
     rising, falling = (bins - edges[:-2]) / width[:-1], (edges[2:] - bins) / width[1:]
     return torch.from_numpy(np.maximum(0, np.minimum(rising, falling)))
 
@@ -101,8 +99,8 @@ def log_mel(wave, seconds, offset=0.01):
     log(mel + offset) of magnitudes of a 512-point FFT, periodic Hann windows of 25 ms every 10.
     Patch k starts at 0.96 k s; where the sound ends before, the last one is repeated.
     """
-    short = WINDOW + HOP * (PATCH - 1) - len(wave)
-    wave = nn.functional.pad(wave.double(), (0, max(0, short)))
+    missing = WINDOW + HOP * (PATCH - 1) - len(wave)
+    wave = nn.functional.pad(wave.double(), (0, max(0, missing)))
     window = torch.hann_window(WINDOW, periodic=True, dtype=torch.float64)
     frames = wave.unfold(0, WINDOW, HOP) * window
     mel = torch.log(torch.fft.rfft(frames, FFT).abs() @ mel_filters() + offset)
@@ -120,8 +118,7 @@ def fbank(wave, seconds):
 
 
 class LogMel(nn.Module):
-    """No weights: a = mean and standard deviation of the 64 bands over time; U = the same over
-    6 slices of 16 frames."""
+    """No weights: a = mean and deviation of the 64 bands; U = the same of 6 slices of 16 frames."""
 
     context_dim, token_dim = 2 * BANDS, 2 * BANDS
     front_end = staticmethod(log_mel)
@@ -142,18 +139,17 @@ class VGGish(nn.Module):
         super().__init__()
         layers, channels = [], 1
         for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0):  # 0: half the grid
-            if width:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-                channels = width
-            else:
-                layers.append(nn.MaxPool2d(2))
+            if not width:
+                layers += [nn.MaxPool2d(2)]
+                continue
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
         self.features = nn.Sequential(*layers)
         wide = [nn.Linear(512 * 4 * 6, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()]
         self.embeddings = nn.Sequential(*wide, nn.Linear(4096, 128), nn.ReLU())
 
     def forward(self, patches):
-        # [T, 6, 4, 512]: TensorFlow's order, as the embedding expects
-        grid = self.features(patches).permute(0, 2, 3, 1)
+        grid = self.features(patches).permute(0, 2, 3, 1)  # [T, 6, 4, 512], TensorFlow's order
         return self.embeddings(grid.flatten(1)), grid.flatten(1, 2)
 
 
@@ -176,9 +172,8 @@ class YAMNet(nn.Module):
 class AudioMAE(nn.Module):
     """AudioMAE fine-tuned on AudioSet-20K: timm's ViT-B on 16 x 16 patches of 1024 x 128.
 
-    U = the 48 patch tokens (6 in time x 8 in pitch) of second t, from patch column floor(6.25 t)
-    on; a = their mean. Where the sound ends before a second's last column, the second before is
-    repeated (ours).
+    U = the patch tokens (6 in time x 8 in pitch) of second t, from column floor(6.25 t) on; a =
+    their mean. Where the sound ends before the last column, the second before is repeated (ours).
     """
 
     context_dim, token_dim = 768, 768
@@ -224,20 +219,15 @@ def build_audio_encoder(name, weights):
             load_strictly(getattr(encoder, "net", encoder).state_dict(), state, weights)
     except OSError as error:
         how = "download it and set audio_weights to the file"
-        raise AtlasError(f"cannot fetch the weights of audio={name}: {error}; {how}") from None
+        raise AtlasError(f"cannot fetch audio={name}: {error}; {how}") from None
     return encoder.eval().requires_grad_(False)
 
 
 def read_weights(path, key):
-    """The state dict in a safetensors or torch file, or under `state_dict` or `model`, in fp32.
-
-    `key` of the config named the file.
-    """
+    """The fp32 state dict of a file that the config's `key` names (also under `model` in it)."""
     try:
-        if str(path).endswith(".safetensors"):
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+        state = load_file(path) if str(path).endswith(".safetensors") else read(path)
         for name in ("state_dict", "model"):
             if isinstance(state, dict) and isinstance(state.get(name), dict):
                 state = state[name]
@@ -254,16 +244,13 @@ def read_weights(path, key):
 
 
 def load_strictly(own, state, path, known=(), heads=("head.",)):
-    """Copy `state` of a file into a module's `own` state.
-
-    It must hold all of that, and else nothing but names in `known` or of a classifier's `heads`.
-    """
+    """Copy a file's `state` into a module's `own`. More may stand in it: `known`, or `heads`."""
     missing = [n for n, x in own.items() if n not in state or state[n].shape != x.shape]
     unknown = [n for n in state if n not in own and n not in known and not n.startswith(heads)]
     if missing or unknown:
-        counts = f"{len(missing)} keys missing or of another shape, {len(unknown)} unknown"
-        hint = "is it another model's file, or one for another image_size?"
-        raise AtlasError(f"{path} does not fit: {counts} ({(missing + unknown)[0]}); {hint}")
+        what = f"{len(missing)} keys missing or of another shape, {len(unknown)} unknown"
+        what = f"{what} ({(missing + unknown)[0]}); is it of another model or image_size?"
+        raise AtlasError(f"{path} does not fit: {what}")
     for name, value in own.items():
         value.copy_(state[name])
 

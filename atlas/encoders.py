@@ -30,8 +30,8 @@ def build_visual_encoder(config):
             options["img_size"] = config.image_size
         encoder = timm.create_model(name, pretrained=weights is True, features_only=True, **options)
     except Exception as error:  # each of timm's models refuses in its own way
-        what = f"visual={name} for image_size={config.image_size}: {error}"
-        what += "; without timm's hub, set visual_weights to a file" if weights is True else ""
+        hint = "; without timm's hub, set visual_weights to a file" if weights is True else ""
+        what = f"visual={name} for image_size={config.image_size}: {error}{hint}"
         raise AtlasError(f"timm builds no feature pyramid of {what}") from None
     if isinstance(weights, str):
         load_visual_weights(encoder, name, options, weights)
@@ -64,24 +64,21 @@ def flat(state):
 
 
 def add_lora(encoder, config):
-    """The frozen encoder with peft's LoRA on the layers that `lora_targets` names.
-
-    auto: every linear layer and 1x1 convolution. Else a regular expression over whole names.
-    """
+    """The frozen encoder with peft's LoRA on the layers whose whole names match `lora_targets`;
+    auto: on every linear layer and 1x1 convolution."""
     targets = config.lora_targets
     layers = {n: x for n, x in encoder.named_modules() if isinstance(x, (nn.Linear, nn.Conv2d))}
     grouped = [name for name, layer in layers.items() if getattr(layer, "groups", 1) > 1]
+    large = [n for n, x in layers.items() if getattr(x, "kernel_size", (1, 1)) != (1, 1)]
     try:
         fits = [name for name in layers if re.fullmatch(targets, name)]
     except re.error as error:
         raise AtlasError(f"lora_targets={targets!r} is no regular expression: {error}") from None
     if targets == "auto":
-        large = [n for n, x in layers.items() if getattr(x, "kernel_size", (1, 1)) != (1, 1)]
         fits = [name for name in layers if name not in grouped + large]
     if not fits:
         raise AtlasError(f"lora_targets={targets!r} matches no linear layer or convolution")
-    grouped = [name for name in fits if name in grouped]
-    refuse(config, grouped, "they are grouped (depthwise) convolutions")
+    refuse(config, [n for n in fits if n in grouped], "they are grouped (depthwise) convolutions")
     names = "|".join(map(re.escape, fits))  # of a list, peft would match endings too
     options = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     lora = peft.LoraConfig(r=config.lora_rank, target_modules=names, **options)
@@ -116,11 +113,8 @@ def merged(model):
 
 @torch.no_grad()
 def prove(model, config):
-    """Send one random image through a new model's encoder, with B random meanwhile.
-
-    An AtlasError says where it cannot take `image_size`, where a layer with LoRA is not called, or
-    where folding B A into the weight is not adding B A x.
-    """
+    """Send a random image through a new model's encoder, with B random meanwhile: can it take
+    `image_size`, is each layer with LoRA called, is folding B A into W the same as adding B A x?"""
     visual, size = f"visual={config.visual}", config.image_size
     layers = lora_layers(model.encoder)
     errors = {}  # of the layers that are called
@@ -149,8 +143,7 @@ def prove(model, config):
         raise AtlasError(f"{visual} gives {shapes}, not maps of timm's {model.channels} channels")
     if not all(x.isfinite().all() for x in features):
         raise AtlasError(f"{visual} gives features that are not finite; see visual_weights")
-    unused = [name for name, layer in layers.items() if layer not in errors]
-    refuse(config, unused, "no forward pass calls them")
+    refuse(config, [n for n, x in layers.items() if x not in errors], "no forward pass calls them")
     bent = [name for name, layer in layers.items() if errors[layer] > 1e-4]  # float32: some 1e-6
     refuse(config, bent, "their update cannot be folded into their weight")
 

@@ -7,21 +7,20 @@ After task t, with theta the anchored parameters and l(x) the task loss of one o
     anchor <- theta                                   parameters that received a gradient
 
 While the next task is learned:  L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2.
-`lra_space: factors` takes theta = {A, B}, and `delta` the update, theta = (alpha / r) B A.
 
 Source: arXiv 2603.08967 names the method, but its exact equations are not public. This form is our
-choice: online EWC (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018) on {A, B}, with
-the gradient at the true label, normalised.
+choice: online EWC (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018), normalised, on
+theta = {A, B} (`lra_space: factors`) or theta = (alpha / r) B A (`delta`).
 
-Task-free, a trigger (atlas/trigger.py) says where to consolidate. Theta and S are then those of the
-window of steps before, with l_batch the mean task loss of a batch of B clips:
+Task-free, theta and S are those of a window of steps, with l_batch the mean loss of B clips:
 
-    S_i = mean over the window's steps of B (d l_batch / d theta_i)^2
+    S_i = mean over the steps of B (d l_batch / d theta_i)^2
 
 This is the per-clip form where the mean gradient vanishes.
 """
 
 import itertools
+from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
@@ -35,21 +34,16 @@ from atlas.trigger import trigger_of
 
 SIDE_BY_SIDE = 2**27  # numbers in the gradients of single clips that are formed at once: 0.5 GB
 
-
-@dataclass(frozen=True)
-class Step:
-    """What `observe` is told of a learning step."""
-
-    loss: float  # the task loss, a mean over the whole batch
-    clips: int  # of the whole batch
-    parameters: list  # all trainables; grad: of loss and penalty, unscaled, over all processes
+# what `observe` is told: the task loss and the number of clips of the whole batch, and all
+# trainables, with the gradients of loss and penalty, unscaled, over all processes
+Step = namedtuple("Step", "loss clips parameters")
 
 
 class Method(nn.Module):
     """A continual-learning method. Its verbs do nothing: this is sequential finetuning.
 
     What must survive a resume is kept in buffers; their bytes are the method's memory. On a stream
-    `begin_task` and `end_task` are never called, so no boundary can leak.
+    `begin_task` and `end_task` are never called. `observe` and `end_task` may return a dict to log.
     """
 
     unit = 1.0  # the log divides the penalty by this
@@ -67,24 +61,19 @@ class Method(nn.Module):
         return torch.zeros(())
 
     def observe(self, step):
-        """Called between backward and update; may drop gradients. Gives None or a dict to log."""
+        """Called between backward and update; gradients may be dropped."""
 
     def end_task(self, clips):
-        """Called after a task is learned. Gives None or a dict to log.
-
-        `clips` gives batches of the task's train clips in eval mode, those of a batch with equally
-        many frames. clips.loss(outputs, batch) is their mean task loss.
-        """
+        """Called after a task is learned. clips: batches of its train clips, in eval mode, those of
+        a batch with equally many frames; clips.loss(outputs, batch) is their mean task loss."""
 
     def adapters(self):
         """{layer: (A, B)} of the pairs folded into frozen weights, for the checkpoint."""
         return {}
 
     def load_state_dict(self, state, strict=True):
-        """The buffers of `state` may have grown."""
-        for name, value in self._buffers.items():
-            if name in state:
-                self._buffers[name] = state[name].to(value.device, value.dtype, copy=True)
+        for name in self._buffers.keys() & state.keys():  # they may have grown
+            self._buffers[name] = state[name].to(self._buffers[name], copy=True)
         return super().load_state_dict(state, strict)
 
 
@@ -98,8 +87,7 @@ class Delta:
     scale: float
     layer: nn.Module = None  # PEFT's, around the frozen one
 
-    def value(self):
-        """The update [out, in], flattened if it is a convolution's."""
+    def value(self):  # [out, in], or [out, in k k]
         return self.scale * self.B.flatten(1) @ self.A.flatten(1)
 
 
@@ -108,8 +96,8 @@ def deltas(model):
     found = {}
     for name, layer in lora_layers(model.encoder).items():
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        delta = Delta(A, B, layer.get_base_layer().weight, layer.scaling["default"], layer)
-        found[f"base_model.model.{name}"] = delta
+        parts = A, B, layer.get_base_layer().weight, layer.scaling["default"], layer
+        found[f"base_model.model.{name}"] = Delta(*parts)
     return found
 
 
@@ -139,19 +127,19 @@ class Holding(Method):
 class Anchor(Holding):
     """(strength / 2) sum_i Omega_i (theta_i - anchor_i)^2, and the gathering of Omega.
 
-    `anchor` and `importance` are flat fp32 buffers, one copy each whatever the number of tasks.
+    `anchor` and `importance` are flat fp32 buffers, whose size does not grow with the tasks.
     """
 
     gamma = 1.0  # decay of Omega at each consolidation
 
     def __init__(self, run, groups, strength):
-        """groups: {group name: {name: parameter or Delta}}; strength: lambda."""
+        """groups: {group: {name: parameter or Delta}}; strength: lambda."""
         super().__init__(run)
         self.strength = strength
         self.unit = strength or 1.0
         self.names = [name for members in groups.values() for name in members]
         self.thetas = [theta for members in groups.values() for theta in members.values()]
-        # the parameter whose gradient is that of theta
+        # the parameters whose gradients are those of theta
         self.anchored = [t.weight if isinstance(t, Delta) else t for t in self.thetas]
         self.counts = {group: len(members) for group, members in groups.items() if members}
         self.sizes = [p.numel() for p in self.anchored]
@@ -161,12 +149,8 @@ class Anchor(Holding):
             self.register_buffer(name, torch.zeros(sum(self.sizes), device=run.device))
 
     def theta(self):
-        """The anchored parameters, flat, with their graph."""
+        """theta, flat, with its graph."""
         return flat(t.value() if isinstance(t, Delta) else t for t in self.thetas)
-
-    def split(self, vector):
-        """A flat vector over the anchored parameters, cut into their shapes."""
-        return [part.view_as(p) for part, p in zip(vector.split(self.sizes), self.anchored)]
 
     def penalty(self, batch=None, outputs=None):
         if not self.armed or not self.strength:
@@ -174,7 +158,6 @@ class Anchor(Holding):
         return self.strength / 2 * (self.importance * (self.theta() - self.anchor).square()).sum()
 
     def end_task(self, clips):
-        """Measure the clips, absorb that into the importance and move the anchor here."""
         if self.idle:
             return None
         total = torch.zeros_like(self.importance)
@@ -193,7 +176,7 @@ class Anchor(Holding):
         return gradient.square()
 
     def observe(self, step):
-        """Task-free: take note of a step, and consolidate where the trigger fires."""
+        """Task-free: consolidate where the trigger fires, as at the end of the window before."""
         if not self.trigger or self.idle:
             return None
         theta = self.theta().detach()
@@ -212,28 +195,21 @@ class Anchor(Holding):
         self.window.addcmul_(gradient, gradient, value=clips)
 
     def task_gradient(self, theta):
-        """The gradient of the task loss, flat. The penalty's own is known and taken off."""
+        """The gradient of the task loss, flat: the penalty's own is taken off."""
         gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in self.anchored)
         gradient.nan_to_num_(0.0, 0.0, 0.0)  # fp16: the scaler skips a step that has overflowed
         if self.armed:
             gradient.addcmul_(self.importance, theta - self.anchor, value=-self.strength)
         return gradient
 
-    def slope(self, value):
-        """The gradient of a scalar, flat; its graph is kept. In fp16 it is scaled meanwhile."""
-        scale = self.run.updates.scaler.get_scale() if self.run.updates else 1.0
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        found = torch.autograd.grad(scale * value, self.anchored, **options)
-        return (flat(found) / scale).nan_to_num(0.0, 0.0, 0.0)
-
     def absorb(self, S, theta):
-        """Omega <- gamma Omega + gain(S), group by group; anchor <- theta. S and theta are flat."""
+        """Omega <- gamma Omega + gain(S), group by group; anchor <- theta. Both are flat."""
         means, gains = {}, []
         parts = iter(S.split(self.sizes))
         for group, count in self.counts.items():
             own = list(itertools.islice(parts, count))
-            measured = [part for part in own if part.any()]
-            means[group] = torch.cat(measured).mean().item() if measured else 0.0
+            measured = torch.cat([part for part in own if part.any()] or own)
+            means[group] = measured.mean().item()
             gains += self.gain(own, measured)
         self.importance.mul_(self.gamma).add_(torch.cat(gains))
         self.anchor.copy_(theta)
@@ -241,7 +217,7 @@ class Anchor(Holding):
         return {"mean_sensitivity": means}
 
     def gain(self, parts, measured):
-        """What the importance of one group gains. measured: the parts that are not all zero."""
+        """What a group's importance gains. measured: the numbers of the parts not all zero."""
         return parts
 
 
@@ -256,21 +232,18 @@ class LowRankAnchoring(Anchor):
             groups = groups | {"lora": deltas(run.model)}
         super().__init__(run, groups, config.lra_lambda)
         self.gamma = config.lra_gamma
-        self.power = config.lra_power
 
     def gain(self, parts, measured):
-        """S^power / mean(S^power), which makes lambda comparable across models and tasks."""
-        if not measured:
-            return parts
-        mean = torch.cat(measured).pow(self.power).mean()
-        return [part.pow(self.power) / mean if part.any() else part for part in parts]
+        """S^power / mean(S^power): lambda is then comparable across models and tasks."""
+        power = self.run.config.lra_power
+        mean = measured.pow(power).mean()
+        return [part.pow(power) / mean if part.any() else part for part in parts]
 
 
 def per_clip_gradients(model, parameters, batches, loss):
-    """Exact gradients of single clips, vectorised, in fp32, with the model as it stands.
+    """Yields lists of [n, *shape] over `parameters`: the exact gradients of n clips of a batch.
 
-    For each batch of n clips, cut up where they are many, it yields a list of [n, *shape] over
-    `parameters`, zero where one is unused. loss(outputs, batch) is a scalar of a batch of one clip.
+    They are fp32, and zero where a parameter is unused. loss(outputs, batch) is a scalar.
     """
 
     def of_one(values, clip):

@@ -22,9 +22,9 @@ class Atlas(nn.Module):
         """encoder: timm's pyramid, without LoRA; classes: each task's category names."""
         super().__init__()
         self.encoder = encoder
-        strides, channels = encoder.feature_info.reduction(), encoder.feature_info.channels()
-        self.scales = [i for i, stride in enumerate(strides) if stride >= 4]
-        self.channels = [channels[i] for i in self.scales]
+        info = encoder.feature_info
+        self.scales = [i for i, stride in enumerate(info.reduction()) if stride >= 4]
+        self.channels = [info.channels()[i] for i in self.scales]
         self.channels_last = getattr(encoder, "output_fmt", "NCHW") == "NHWC"
         self.decoder = Decoder(len(self.channels), config.width)
         self.fusion = Fusion(self.channels, context_dim, token_dim, config)
@@ -47,10 +47,8 @@ class Atlas(nn.Module):
         return [x.permute(0, 3, 1, 2) for x in features] if self.channels_last else features
 
     def segment(self, features, batch):
-        """features of encode -> {"masks": logits [M, S, S]}, and "classes" [B, K] if it classifies.
-
-        batch: frames (for their size), clip, second, context [B, T, D_a], tokens [B, T, N, D_u].
-        """
+        """features of encode, and frames (for S), clip, second, context [B, T, D_a] and tokens
+        [B, T, N, D_u] of batch -> {"masks": logits [M, S, S], maybe "classes": logits [B, K]}."""
         fused, a = self.fusion(features, batch)
         logits = F.interpolate(self.decoder(fused), batch["frames"].shape[-2:], mode="bilinear")
         outputs = {"masks": logits[:, 0]}
@@ -60,7 +58,7 @@ class Atlas(nn.Module):
         return outputs
 
     def forward(self, batch):
-        """A batch of data.collate -> {"features": of encode} and what `segment` gives."""
+        """A batch of data.collate -> {"features"} of encode, and what `segment` gives."""
         features = self.encode(batch["frames"])
         return {"features": features, **self.segment(features, batch)}
 
@@ -81,11 +79,10 @@ class Fusion(nn.Module):
 
     def __init__(self, channels, context_dim, token_dim, config):
         super().__init__()
-        width = config.width
+        width, heads = config.width, config.heads
         self.context_norm = nn.LayerNorm(context_dim)
         self.token_norm = nn.LayerNorm(token_dim)
         self.project = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        heads = config.heads
         self.attend = nn.ModuleList(CrossAttention(token_dim, width, heads) for _ in channels)
         self.deaf = config.conditioning == "gate_only"  # attention hears no sound
         gated = channels if config.conditioning != "none" else ()
@@ -110,8 +107,7 @@ class Fusion(nn.Module):
 class CrossAttention(nn.Module):
     """A pre-norm transformer block: x + Attention(LN(x)), then x + MLP(LN(x)).
 
-    A frame's pixels ask its clip's T N audio tokens, which carry a learned embedding of the
-    distance from their second to the frame's.
+    A frame's pixels ask its clip's T N tokens, which carry a learned embedding of their distance.
     """
 
     def __init__(self, token_dim, width, heads):
@@ -120,7 +116,7 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
         self.token = nn.Linear(token_dim, width)
-        self.distance = nn.Embedding(2 * T - 1, width)  # 0: T - 1 seconds before the frame's
+        self.distance = nn.Embedding(2 * T - 1, width)  # 0: from T - 1 seconds before
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         mlp = [nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU()]
@@ -148,8 +144,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.smooth = nn.ModuleList()
         for _ in range(levels):
-            convolution = nn.Conv2d(width, width, 3, padding=1)
-            self.smooth.append(nn.Sequential(convolution, nn.GroupNorm(8, width), nn.ReLU()))
+            layers = nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()
+            self.smooth.append(nn.Sequential(*layers))
         self.heads = nn.ModuleList([nn.Conv2d(width, 1, 1)])
         self.active = 0
 
@@ -222,11 +218,10 @@ def count_parameters(model):
 
 
 def clip_losses(outputs, batch):
-    """The loss of every clip by term: {"bce", "dice"}, and "class" if it classifies; each [B].
+    """The terms of every clip's loss, [B] each: means over its frames; "class" if it classifies.
 
-    bce: binary cross-entropy, mean over pixels and frames. dice: the frames' mean of
-    1 - (2 sum p g + 1) / (sum p + sum g + 1), p = sigmoid(logit), g the truth; the 1 defines it on
-    a silent frame. class: cross-entropy over the competing classes.
+    dice = 1 - (2 sum p g + 1) / (sum p + sum g + 1) of a frame, where p = sigmoid(logit) and g is
+    the truth; the 1 defines it on a silent frame.
     """
     logits = outputs["masks"].float().flatten(1)
     truth = batch["masks"].to(logits.dtype).flatten(1)  # [M, S S]

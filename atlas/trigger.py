@@ -23,8 +23,7 @@ class Plateau:
 
         m > M + peak * s * sqrt(1 / length + 1 / (length * windows before))
 
-    so `peak` is in standard errors of m - M. The windows are then counted anew from this one. A
-    loss that falls makes it slower to fire, never quicker.
+    so `peak` is in standard errors of m - M. The windows are then counted anew from this one.
     """
 
     memory = 4
@@ -75,8 +74,7 @@ class Plateau:
 class Clock(Plateau):
     """Fires at the end of the first window at or after each of `steps`, whatever the loss does.
 
-    `every:N` is the baseline that consolidates at fixed intervals. `told` is the upper bound that
-    knows the steps at which the stream's segments begin: it is not task-free.
+    `every:N` is a baseline; `told`, which knows where segments begin, an upper bound.
     """
 
     def __init__(self, length, steps):

@@ -28,6 +28,8 @@ from torch.func import functional_call
 from atlas import parallel
 from atlas.config import strength_of
 from atlas.lra import LowRankAnchoring
+from atlas.methods.lwf import last_model
+from atlas.methods.mas import slope
 from atlas.model import clip_means
 
 CANDIDATES = 8  # sounds that the last model hears for each clip
@@ -96,10 +98,10 @@ class LraPlus(LowRankAnchoring):
             self.distilled = torch.zeros_like(self.anchor)
         if not len(self.sounds) or not self.listen:
             return held
-        last = dict(zip([f"model.{name}" for name in self.names], self.split(self.anchor)))
+        last = {f"model.{name}": value for name, value in last_model(self).items()}
         distillation = self.listen * self.disagreement(batch, outputs, last)
         if self.trigger:
-            self.distilled = self.slope(distillation)
+            self.distilled = slope(self, distillation)
         return held + distillation
 
     def disagreement(self, batch, outputs, last):

@@ -36,9 +36,8 @@ class LwF(Anchor):
             return torch.zeros((), device=self.anchor.device)
         features = self.features  # now: the old model's pass replaces them
         training = model.training
-        last = dict(zip(self.names, self.split(self.anchor)))
         with torch.no_grad(), self.run.autocast():
-            old = functional_call(model.eval(), last, (batch,))["masks"]
+            old = functional_call(model.eval(), last_model(self), (batch,))["masks"]
             targets = [head(self.features) for head in heads] or [old]
         model.train(training)
         logits = [head(features.float()) for head in heads] or [outputs["masks"]]
@@ -57,3 +56,9 @@ class LwF(Anchor):
         self.anchor.copy_(theta)
         self.armed = True
         return {}
+
+
+def last_model(method):
+    """{name: value} of an Anchor's parameters as they were when the last task ended."""
+    parts = zip(method.names, method.anchor.split(method.sizes), method.anchored)
+    return {name: part.view_as(p) for name, part, p in parts}

@@ -1,8 +1,10 @@
 """Memory aware synapses (MAS)."""
 
+import torch
+
 from atlas import parallel
 from atlas.config import strength_of
-from atlas.lra import Anchor, per_clip_gradients
+from atlas.lra import Anchor, flat, per_clip_gradients
 
 
 class MAS(Anchor):
@@ -32,8 +34,19 @@ class MAS(Anchor):
 
     def penalty(self, batch=None, outputs=None):
         if self.trigger and self.strength:
-            self.found = self.slope(self.squared_norm(outputs))
+            self.found = slope(self, self.squared_norm(outputs))
         return super().penalty()
 
     def note(self, theta, clips):
         self.window.add_(parallel.summed(parallel.share(clips) * self.found).abs())
+
+
+def slope(method, value):
+    """The gradient of a scalar over an Anchor's parameters, flat; its graph is kept.
+
+    In fp16 the backward pass runs on the scaled value, as the loss's does.
+    """
+    scale = method.run.updates.scaler.get_scale() if method.run.updates else 1.0
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(scale * value, method.anchored, **options)
+    return (flat(found) / scale).nan_to_num(0.0, 0.0, 0.0)
