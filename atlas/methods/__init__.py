@@ -31,17 +31,11 @@ METHODS = {
     ),
     "joint": Entry("atlas.lra:Method", "all tasks at once, the upper bound", plain_start=False),
     "lwf": Entry(
-        "atlas.methods.lwf:LwF",
-        "distils the masks of the last model on today's clips",
-        strength=1.0,
+        "atlas.methods.lwf:LwF", "distils the masks of the last model on today's clips", 1.0
     ),
-    "ewc": Entry(
-        "atlas.methods.ewc:EWC", "an anchor weighed by the Fisher information", strength=500.0
-    ),
+    "ewc": Entry("atlas.methods.ewc:EWC", "an anchor weighed by the Fisher information", 500.0),
     "mas": Entry(
-        "atlas.methods.mas:MAS",
-        "an anchor weighed by the slope of the masks' squared norm",
-        strength=2.0,
+        "atlas.methods.mas:MAS", "an anchor weighed by the slope of the masks' squared norm", 2.0
     ),
     "si": Entry(
         "atlas.methods.si:SI",

@@ -23,9 +23,8 @@ class InfLoRA(OLoRA):
     a direction without inputs is zero. At the task's end the update is folded into the weight, and
     M gains the fewest eigenvectors of that same matrix, of the inputs as they are then, with which
     M M^T holds the share `strength` of trace C (the rule of gradient projection memory, GPM). So
-    the outputs of past inputs do not move, to first order in what the other layers change. The
-    authors raise the threshold over the tasks, to their number; here it stays. The memory grows
-    with the tasks, up to in x in a layer.
+    the outputs of past inputs do not move, to first order in what other layers change. The authors
+    raise the threshold over the tasks; here it stays. The memory grows, up to in x in a layer.
     Sources: Liang & Li 2024 (arXiv 2404.00228); GPM: Saha et al. 2021 (arXiv 2103.09762).
     """
 
@@ -65,16 +64,12 @@ class InfLoRA(OLoRA):
 
     def covariances(self, clips):
         """C of every layer over the clips, [in, in] each."""
-        rows = [0] * len(self.pairs)
-        sums = [0] * len(self.pairs)
+        rows, sums = [0] * len(self.pairs), [0] * len(self.pairs)
         for batch in clips:
             for i, x in self.inputs(batch).items():
                 rows[i] += len(x)
                 sums[i] = x.T @ x + sums[i]
-        found = []
-        for total, count in zip(sums, rows):
-            found.append(parallel.summed(total) / parallel.summed(float(count)))
-        return found
+        return [parallel.summed(x) / parallel.summed(float(n)) for x, n in zip(sums, rows)]
 
     def inputs(self, batch):
         """{layer number: its inputs for the batch, [rows, in]}."""
@@ -82,9 +77,7 @@ class InfLoRA(OLoRA):
 
         def note(i):
             def hook(module, given):
-                x = given[0]
-                if self.pairs[i].A.dim() == 4:
-                    x = x.movedim(1, -1)
+                x = given[0].movedim(1, -1) if self.pairs[i].A.dim() == 4 else given[0]
                 seen[i] = x.flatten(0, -2).float()
 
             return hook
@@ -96,11 +89,8 @@ class InfLoRA(OLoRA):
         return seen
 
     def left_of(self, i, C):
-        """Eigenvalues, largest first, and eigenvectors of what past inputs leave of C.
-
-        They are found in double precision, since eigenvectors of almost nothing must stay
-        orthogonal to M.
-        """
+        """Eigenvalues, largest first, and eigenvectors of what past inputs leave of C, in double
+        precision, since eigenvectors of almost nothing must stay orthogonal to M."""
         M = getattr(self, f"M{i}").double()
         P = torch.eye(len(C), dtype=torch.float64, device=C.device) - M @ M.T
         values, vectors = torch.linalg.eigh(P @ C.double() @ P)

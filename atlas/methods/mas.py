@@ -12,10 +12,9 @@ class MAS(Anchor):
 
     Omega <- Omega + (1/n) sum_x |d f2(x) / d theta_i|,  anchor <- theta.
 
-    f2(x) is the squared norm of the mask probabilities of one clip, as a mean over its pixels and
-    annotated frames, since a sum would grow with the image. No label enters. Task-free, it is
-    |d / d theta_i| of the batch's f2 at every step, a mean over the window. This is a lower bound
-    of the clips' mean, and is exact where they agree in sign.
+    f2(x) is the squared norm of the mask probabilities of one clip, a mean over pixels and frames.
+    No label enters. Task-free, it is |d / d theta_i| of the batch's f2, a mean over the window's
+    steps: a lower bound of the clips' mean, exact where they agree in sign.
     Source: Aljundi et al. 2018 (arXiv 1711.09601); their lambda is strength / 2.
     """
 
@@ -42,10 +41,7 @@ class MAS(Anchor):
 
 
 def slope(method, value):
-    """The gradient of a scalar over an Anchor's parameters, flat; its graph is kept.
-
-    In fp16 the backward pass runs on the scaled value, as the loss's does.
-    """
+    """The gradient of a scalar over an Anchor's parameters, flat; in fp16 of the scaled value."""
     scale = method.run.updates.scaler.get_scale() if method.run.updates else 1.0
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     found = torch.autograd.grad(scale * value, method.anchored, **options)
