@@ -6,6 +6,7 @@ An encoder maps what its `front_end` makes of a wave to a context a [T, D_a] and
 
 import functools
 import hashlib
+import itertools
 import math
 import re
 
@@ -120,7 +121,6 @@ def fbank(wave, seconds):
 class LogMel(nn.Module):
     """No weights: a = mean and deviation of the 64 bands; U = the same of 6 slices of 16 frames."""
 
-    context_dim, token_dim = 2 * BANDS, 2 * BANDS
     front_end = staticmethod(log_mel)
 
     def forward(self, patches):
@@ -132,18 +132,15 @@ class LogMel(nn.Module):
 class VGGish(nn.Module):
     """torchvggish's network and names: a = the 128-d embedding, U = its 6 x 4 grid of features."""
 
-    context_dim, token_dim = 128, 512
     front_end = staticmethod(log_mel)
 
     def __init__(self):
         super().__init__()
-        layers, channels = [], 1
-        for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0):  # 0: half the grid
-            if not width:
-                layers += [nn.MaxPool2d(2)]
-                continue
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-            channels = width
+        layers = []
+        for widths in ((1, 64), (64, 128), (128, 256, 256), (256, 512, 512)):
+            for width, wider in itertools.pairwise(widths):
+                layers += [nn.Conv2d(width, wider, 3, padding=1), nn.ReLU()]
+            layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         wide = [nn.Linear(512 * 4 * 6, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()]
         self.embeddings = nn.Sequential(*wide, nn.Linear(4096, 128), nn.ReLU())
@@ -156,7 +153,6 @@ class VGGish(nn.Module):
 class YAMNet(nn.Module):
     """AudioSet's MobileNet v1 in timm: a = its pooled embedding, U = its last grid (3 x 2)."""
 
-    context_dim, token_dim = 1024, 1024
     front_end = staticmethod(functools.partial(log_mel, offset=0.001))
 
     def __init__(self):
@@ -176,7 +172,6 @@ class AudioMAE(nn.Module):
     their mean. Where the sound ends before the last column, the second before is repeated (ours).
     """
 
-    context_dim, token_dim = 768, 768
     front_end = staticmethod(fbank)
 
     def __init__(self):

@@ -31,8 +31,7 @@ class Updates:
 
     def step(self):
         """Clip the gradients, and update the parameters."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        self.optimizer.param_groups[0]["lr"] = self.rate
         if self.config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.scaler.step(self.optimizer)
