@@ -37,18 +37,16 @@ class InfLoRA(OLoRA):
             if pair.A.dim() == 4 and pair.A.shape[2:] != (1, 1):
                 what = "linear layers and 1x1 convolutions"
                 raise AtlasError(f"method=inflora takes only {what}; change lora_targets")
-            self.register_buffer(f"M{i}", torch.zeros(pair.A.shape[1], 0, device=pair.A.device))
+            self.register_buffer(f"M{i}", pair.A.new_zeros(pair.A.shape[1], 0))
 
     @torch.no_grad()
     def begin_task(self, clips):
         for i, C in enumerate(self.covariances(clips)):
             values, vectors = self.left_of(i, C)
-            pair = self.pairs[i]
-            r = pair.A.shape[0]
-            vectors = vectors[:, :r] * (values[:r] > TINY * C.trace())
-            A = torch.zeros_like(pair.A).flatten(1)
+            A = torch.zeros_like(self.pairs[i].A).flatten(1)
+            vectors = vectors[:, : len(A)] * (values[: len(A)] > TINY * C.trace())
             A[: vectors.shape[1]] = vectors.T / math.sqrt(3)
-            pair.A.data.copy_(A.view_as(pair.A))
+            self.pairs[i].A.copy_(A.view_as(self.pairs[i].A))
 
     @torch.no_grad()
     def end_task(self, clips):

@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from atlas import parallel
 from atlas.config import strength_of
-from atlas.lra import LowRankAnchoring
+from atlas.lra import LowRankAnchoring, per_clip_gradients
 from atlas.methods.lwf import last_model
 from atlas.methods.mas import slope
 from atlas.model import clip_means
@@ -52,14 +52,23 @@ class LraPlus(LowRankAnchoring):
             self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
 
     def end_task(self, clips):
-        noted, totals = Counter(), Counter()
-        report = super().end_task(noting(clips, noted))
-        for of_process in parallel.gathered(noted):
-            for category, total in of_process.items():
+        self.noted, totals = Counter(), Counter()  # {class: total of its sounds}
+        report = super().end_task(clips)
+        for noted in parallel.gathered(self.noted):
+            for category, total in noted.items():
                 totals[category] = total + totals[category]
         for total in totals.values():
             self.remember(total.to(self.anchor.device))
         return report
+
+    def measure(self, clips):
+        return per_clip_gradients(self.run.model, self.anchored, self.noting(clips), clips.loss)
+
+    def noting(self, clips):
+        for batch in clips:
+            for category, sound in zip(batch["category"], sounds_of(batch).cpu()):
+                self.noted[category] = total_of(sound[None]) + self.noted[category]
+            yield batch
 
     def remember(self, total):
         """Add the mean of some sounds; total: see `total_of`."""
@@ -151,21 +160,6 @@ class Answers(torch.nn.Module):
             heard = batch | {"context": context, "tokens": tokens}
             masks.append(self.model.segment(features, heard)["masks"])
         return torch.stack(masks)
-
-
-def noting(clips, noted):
-    """The same `clips`; as they pass, `noted` gains the total of each class's sounds."""
-
-    class Noting:
-        loss = staticmethod(clips.loss)
-
-        def __iter__(self):
-            for batch in clips:
-                for category, sound in zip(batch["category"], sounds_of(batch).cpu()):
-                    noted[category] = total_of(sound[None]) + noted[category]
-                yield batch
-
-    return Noting()
 
 
 def most_heard(y, clip, B, count):
