@@ -1,7 +1,6 @@
 """Sound: the readers of sounds and of weights, and the frozen audio encoders.
 
-An encoder maps what its `front_end` makes of a wave to a context a [T, D_a] and tokens U
-[T, N, D_u], both per second.
+Of each second an encoder's `front_end` and network make a context a [D_a] and tokens U [N, D_u].
 """
 
 import functools
@@ -97,8 +96,7 @@ def mel_filters():
 def log_mel(wave, seconds, offset=0.01):
     """VGGish's log-mel patches [seconds, 1, 96, 64] of wave [samples] (vggish_input.py).
 
-    log(mel + offset) of magnitudes of a 512-point FFT, periodic Hann windows of 25 ms every 10.
-    Patch k starts at 0.96 k s; where the sound ends before, the last one is repeated.
+    Periodic Hann windows of 25 ms every 10. A patch is 0.96 s; the last is repeated at the end.
     """
     missing = WINDOW + HOP * (PATCH - 1) - len(wave)
     wave = nn.functional.pad(wave.double(), (0, max(0, missing)))

@@ -86,7 +86,7 @@ def add_lora(encoder, config):
 
 
 def base_encoder(encoder):
-    """timm's feature pyramid, without peft around it."""
+    """timm's pyramid without peft."""
     return encoder.get_base_model() if isinstance(encoder, peft.PeftModel) else encoder
 
 

@@ -49,7 +49,7 @@ class Method(nn.Module):
     unit = 1.0  # the log divides the penalty by this
 
     def __init__(self, run):
-        """run: a learner.Learner, with config, model, device, groups() and autocast()."""
+        """run: a learner.Learner."""
         super().__init__()
         self.run = run
 
@@ -125,10 +125,8 @@ class Holding(Method):
 
 
 class Anchor(Holding):
-    """(strength / 2) sum_i Omega_i (theta_i - anchor_i)^2, and the gathering of Omega.
-
-    `anchor` and `importance` are flat fp32 buffers, whose size does not grow with the tasks.
-    """
+    """(strength / 2) sum_i Omega_i (theta_i - anchor_i)^2, and the gathering of Omega, the flat
+    fp32 buffer `importance`."""
 
     gamma = 1.0  # decay of Omega at each consolidation
 

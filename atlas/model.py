@@ -72,10 +72,7 @@ class Atlas(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Lets the sound into the features, at every scale: a gate, then cross-attention.
-
-    The gate is F_l * (1 + tanh(W_l a + b_l)), with W_l, b_l = 0 at the start.
-    """
+    """At every scale a gate F_l * (1 + tanh(W_l a + b_l)), at first W_l, b_l = 0; then attention."""
 
     def __init__(self, channels, context_dim, token_dim, config):
         super().__init__()
@@ -105,10 +102,8 @@ class Fusion(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """A pre-norm transformer block: x + Attention(LN(x)), then x + MLP(LN(x)).
-
-    A frame's pixels ask its clip's T N tokens, which carry a learned embedding of their distance.
-    """
+    """A pre-norm transformer block: a frame's pixels ask its clip's T N tokens of sound, which
+    carry a learned embedding of the distance between their second and the frame's."""
 
     def __init__(self, token_dim, width, heads):
         super().__init__()
@@ -195,10 +190,8 @@ def clip_means(values, clip, B):
 
 
 def build_model(config, context_dim, token_dim, classes=None):
-    """A config's Atlas in train mode, proven; its initial weights come from the seed alone.
-
-    What an ablation changes (gates, LoRA) is drawn last, so the rest starts alike.
-    """
+    """A config's Atlas in train mode, proven; its initial weights come from the seed alone, and
+    what an ablation changes (gates, LoRA) is drawn last, so that the rest starts alike."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = build_visual_encoder(config)
@@ -218,10 +211,10 @@ def count_parameters(model):
 
 
 def clip_losses(outputs, batch):
-    """The terms of every clip's loss, [B] each: means over its frames; "class" if it classifies.
+    """{"bce", "dice", maybe "class"}: the terms of every clip's loss [B], means over its frames.
 
-    dice = 1 - (2 sum p g + 1) / (sum p + sum g + 1) of a frame, where p = sigmoid(logit) and g is
-    the truth; the 1 defines it on a silent frame.
+    dice: 1 - (2 sum p g + 1) / (sum p + sum g + 1) with p = sigmoid(logit) and g the truth; the 1
+    defines it on a silent frame.
     """
     logits = outputs["masks"].float().flatten(1)
     truth = batch["masks"].to(logits.dtype).flatten(1)  # [M, S S]
@@ -237,6 +230,5 @@ def clip_losses(outputs, batch):
 
 
 def weighted(terms, config):
-    """The terms of clip_losses times their weights."""
     weights = {"bce": config.w_bce, "dice": config.w_dice, "class": config.w_class}
     return {name: weights[name] * value for name, value in terms.items()}

@@ -61,7 +61,7 @@ class Plateau:
         return {"step": self.step, "mean": mean, "std": std, "fired": fired, "reason": reason}
 
     def decide(self, mean, variance):
-        """(Does this window fire?, why), of its mean and variance."""
+        """(Does this window fire?, why)."""
         if not self.windows:
             return False, ""
         means, variances = zip(*self.windows)
@@ -72,10 +72,8 @@ class Plateau:
 
 
 class Clock(Plateau):
-    """Fires at the end of the first window at or after each of `steps`, whatever the loss does.
-
-    `every:N` is a baseline; `told`, which knows where segments begin, an upper bound.
-    """
+    """Fires at the end of the first window at or after each of `steps`: `every:N` is a baseline;
+    `told`, which knows where segments begin, an upper bound."""
 
     def __init__(self, length, steps):
         super().__init__(length, 0.0)
