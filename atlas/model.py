@@ -72,7 +72,7 @@ class Atlas(nn.Module):
 
 
 class Fusion(nn.Module):
-    """At every scale a gate F_l * (1 + tanh(W_l a + b_l)), W_l, b_l = 0 at first; then attention."""
+    """At every scale a gate F_l * (1 + tanh(W_l a + b_l)), W_l = b_l = 0 first; then attention."""
 
     def __init__(self, channels, context_dim, token_dim, config):
         super().__init__()
