@@ -1,15 +1,11 @@
-"""The table of methods. It is plain data, so the core and `--help` may read it.
-
-A new method is a file with a class derived from `atlas.lra.Method`, and a line here
-(docs/extend.md).
-"""
+"""The table of methods: plain data, so the core and `--help` may read it (docs/extend.md)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What must be known of a method before its class is loaded."""
+    """What is known of a method before its class is loaded."""
 
     where: str  # module:class
     help: str  # one line for --help and the documents

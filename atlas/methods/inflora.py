@@ -56,12 +56,11 @@ class InfLoRA(OLoRA):
             missing = values.sum() - (1 - self.held) * trace  # of the share that M must hold
             wanted = values.cumsum(0) - values < missing
             count = int((wanted & (values > TINY * trace)).sum())
-            setattr(self, f"M{i}", torch.cat([getattr(self, f"M{i}"), vectors[:, :count]], 1))
+            self.grow(f"M{i}", vectors[:, :count], 1)
         self.end_pair()
         return {"held": [M.shape[1] for M in self.past("M")]}
 
     def covariances(self, clips):
-        """C of every layer over the clips, [in, in] each."""
         rows, sums = [0] * len(self.pairs), [0] * len(self.pairs)
         for batch in clips:
             for i, x in self.inputs(batch).items():
@@ -70,7 +69,7 @@ class InfLoRA(OLoRA):
         return [parallel.summed(x) / parallel.summed(float(n)) for x, n in zip(sums, rows)]
 
     def inputs(self, batch):
-        """{layer number: its inputs for the batch, [rows, in]}."""
+        """{layer number: its inputs [rows, in]}."""
         seen = {}
 
         def note(i):

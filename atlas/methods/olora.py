@@ -33,6 +33,10 @@ class OLoRA(FrozenLoRA):
     def past(self, name):
         return [getattr(self, f"{name}{i}") for i in range(len(self.pairs))]
 
+    def grow(self, name, more, dim):
+        setattr(self, name, torch.cat([getattr(self, name), more], dim))
+        return getattr(self, name)
+
     def penalty(self, batch=None, outputs=None):
         if not self.armed or not self.strength:
             return super().penalty(batch, outputs)
@@ -44,9 +48,8 @@ class OLoRA(FrozenLoRA):
     @torch.no_grad()
     def end_pair(self):
         for i, pair in enumerate(self.pairs):
-            A = torch.cat([getattr(self, f"A{i}"), pair.A.flatten(1)])
-            setattr(self, f"A{i}", A)
-            setattr(self, f"B{i}", torch.cat([getattr(self, f"B{i}"), pair.B.flatten(1)], 1))
+            A = self.grow(f"A{i}", pair.A.flatten(1), 0)
+            self.grow(f"B{i}", pair.B.flatten(1), 1)
             drawn = torch.empty(pair.A.shape)
             seeds = np.random.SeedSequence([self.run.config.seed, len(A), i])
             generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))

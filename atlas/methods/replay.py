@@ -46,7 +46,6 @@ class Replay(Method):
         return {"kept": len(self.head)}
 
     def store(self, batch, i, place):
-        """Store clip i of a batch at `place`, which may be the end."""
         first = int((batch["clip"] == i).nonzero()[0])
         values = {name: batch[name][first] for name in ("frames", "masks", "second")}
         values |= {name: batch[name][i] for name in ("context", "tokens")}
@@ -84,7 +83,6 @@ class Replay(Method):
         return sum(weighted(terms, self.run.config).values()).mean()
 
     def sample(self, batch):
-        """Give every clip that has passed the same chance to be stored."""
         for i in range(len(batch["context"])):
             self.passed += 1
             place = len(self.head)
