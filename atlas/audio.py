@@ -1,11 +1,12 @@
-"""Sound: the reader of files, the reader of weights, and the frozen audio encoders.
+"""Sound: the readers of sounds and of weights, and the frozen audio encoders.
 
-An encoder maps what its `front_end` makes of a wave to a context a [T, D_a] and tokens U
-[T, N, D_u], both per second. It runs once a clip, when the cache is packed.
+Of each second an encoder's `front_end` and network make a context a [D_a] and tokens U [N, D_u].
 """
 
 import functools
 import hashlib
+import itertools
+import math
 import re
 
 import av
@@ -27,19 +28,17 @@ SAMPLES = 2**27  # of all channels of a file, at most: 25 minutes of stereo at 4
 LOUDEST = 10  # full scale is 1; a file of larger numbers is in another unit, or broken
 CUT_OFF = re.compile(r"data : (\d+) \(should be (\d+)\)")  # libsndfile's note on a WAV file
 STREAMED = 0x7F000000  # bytes; a WAV file written into a pipe states more, unknowing
+VGGISH_URL = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 AUDIOMAE_HUB = "hf_hub:gaunernst/vit_base_patch16_1024_128.audiomae_as2m_ft_as20k"
-RELEASES = "https://github.com/harritaylor/torchvggish/releases/download"
-VGGISH_FILE = f"{RELEASES}/v0.1/vggish-10086976.pth"
 
 
 def read_wave(path):
-    """The sound in `path` as mono float32 [samples] at 16 kHz, in ±1; the one reader of sounds."""
+    """The sound in `path` as mono float32 [samples] at 16 kHz."""
     try:
         with soundfile.SoundFile(path) as file:
             rate, frames, cut = file.samplerate, file.frames, CUT_OFF.search(file.extra_info)
             if rate not in RATES or frames * file.channels > SAMPLES:
-                what = f"it has {frames} samples at {rate} Hz"
-                raise ValueError(f"{what}; cut it to minutes, at an ordinary rate")
+                raise ValueError(f"{frames} samples at {rate} Hz; cut it, at an ordinary rate")
             wave = file.read(dtype="float32", always_2d=True)
         if not len(wave):
             raise ValueError("it is empty")
@@ -52,20 +51,19 @@ def read_wave(path):
 
 
 def mono(channels, path):
-    """The mean [samples] of the channels [samples, C] of `path`, looked at first."""
+    """The mean [samples] of the channels [samples, C] of the sound `path`, which it checks."""
     wave = channels.mean(1)
     peak = np.abs(channels).max(initial=0)
     if not peak <= LOUDEST:  # or not a number
-        what = f"the sound {path} holds the sample {peak:g}"
-        raise AtlasError(f"{what}; all must be finite and within ±1: write the file anew")
+        raise AtlasError(f"the sound {path} holds {peak:g}; all must be finite and within ±1")
     if len(wave) and np.mean(wave**2) < 0.01 * np.mean(channels**2):
-        what = f"the channels of the sound {path} cancel each other out"
-        raise AtlasError(f"{what}; keep one of them: ffmpeg -i IN -af pan=mono|c0=c0 OUT")
+        how = "keep one of them: ffmpeg -i IN -af pan=mono|c0=c0 OUT"
+        raise AtlasError(f"the channels of the sound {path} cancel each other out; {how}")
     return wave
 
 
 def resampled(wave, rate):
-    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)] at 16 kHz, by FFmpeg."""
+    """wave [samples] at `rate` Hz -> [ceil(samples * 16000 / rate)], by FFmpeg."""
     if rate == RATE:
         return wave
     padded = nn.functional.pad(wave.float(), (rate, 0))  # FFmpeg would mirror the beginning
@@ -73,48 +71,40 @@ def resampled(wave, rate):
     frame.sample_rate = rate
     resampler = av.AudioResampler("fltp", "mono", RATE)
     parts = [*resampler.resample(frame), *resampler.resample(None)]
-    heard = np.concatenate([part.to_ndarray()[0] for part in parts])[RATE:]
-    count = -(-len(wave) * RATE // rate)
-    return torch.from_numpy(np.pad(heard[:count], (0, max(0, count - len(heard)))))
+    heard = torch.from_numpy(np.concatenate([part.to_ndarray()[0] for part in parts]))
+    end = RATE + math.ceil(len(wave) * RATE / rate)
+    return nn.functional.pad(heard, (-RATE, end - len(heard)))  # cuts where it is negative
 
 
 def best_stream(container, kind):
     """The default stream of a kind, or else the first, or None. A cover picture is no video."""
     found = [s for s in container.streams if s.type == kind]
     found = [s for s in found if not s.disposition & Disposition.attached_pic]
-    default = [s for s in found if s.disposition & Disposition.default]
-    return (default or found or [None])[0]
+    return max(found, key=lambda s: bool(s.disposition & Disposition.default), default=None)
 
 
 def mel_filters():
     """VGGish's filters [257, 64] (mel_features.py): triangles, linear in mel, 125 to 7500 Hz."""
-
-    def mel(hertz):
-        return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
-
-    bins = mel(np.linspace(0, RATE / 2, FFT // 2 + 1))[:, None]
-    edges = np.linspace(mel(125.0), mel(7500.0), BANDS + 2)
-    lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
-    rising, falling = (bins - lower) / (centre - lower), (upper - bins) / (upper - centre)
-    filters = np.maximum(0, np.minimum(rising, falling))
-    filters[0] = 0
-    return torch.from_numpy(filters)
+    bins = 1127.0 * np.log1p(np.linspace(0, RATE / 2, FFT // 2 + 1) / 700.0)[:, None]
+    lowest, highest = 1127.0 * np.log1p(np.array([125.0, 7500.0]) / 700.0)
+    edges = np.linspace(lowest, highest, BANDS + 2)
+    width = np.diff(edges)
+    rising, falling = (bins - edges[:-2]) / width[:-1], (edges[2:] - bins) / width[1:]
+    return torch.from_numpy(np.maximum(0, np.minimum(rising, falling)))
 
 
 def log_mel(wave, seconds, offset=0.01):
     """VGGish's log-mel patches [seconds, 1, 96, 64] of wave [samples] (vggish_input.py).
 
-    log(mel + offset) of magnitudes of a 512-point FFT, periodic Hann windows of 25 ms every 10.
-    Patch k starts at 0.96 k s; where the sound ends before, the last one is repeated.
+    Periodic Hann windows of 25 ms every 10. A patch is 0.96 s; the last is repeated at the end.
     """
-    shortest = WINDOW + HOP * (PATCH - 1)
-    wave = nn.functional.pad(wave.double(), (0, max(0, shortest - len(wave))))
+    missing = WINDOW + HOP * (PATCH - 1) - len(wave)
+    wave = nn.functional.pad(wave.double(), (0, max(0, missing)))
     window = torch.hann_window(WINDOW, periodic=True, dtype=torch.float64)
     frames = wave.unfold(0, WINDOW, HOP) * window
     mel = torch.log(torch.fft.rfft(frames, FFT).abs() @ mel_filters() + offset)
-    count = min(seconds, len(mel) // PATCH)
-    patches = mel[: count * PATCH].reshape(count, 1, PATCH, BANDS).float()
-    return torch.cat([patches, patches[-1:].expand(seconds - count, -1, -1, -1)])
+    patches = mel[: len(mel) // PATCH * PATCH].float().view(-1, 1, PATCH, BANDS)
+    return patches[torch.arange(seconds).clamp(max=len(patches) - 1)]
 
 
 def fbank(wave, seconds):
@@ -127,49 +117,40 @@ def fbank(wave, seconds):
 
 
 class LogMel(nn.Module):
-    """No weights: a = mean and standard deviation of the 64 bands over time; U = the same over
-    6 slices of 16 frames."""
+    """No weights: a = mean and deviation of the 64 bands; U = the same of 6 slices of 16 frames."""
 
-    context_dim, token_dim = 2 * BANDS, 2 * BANDS
     front_end = staticmethod(log_mel)
 
     def forward(self, patches):
-        def statistic(x):  # [..., frames, bands] -> [..., 2 bands]
-            return torch.cat([x.mean(-2), x.std(-2, correction=0)], -1)
-
         mel = patches.squeeze(1)  # [T, 96, 64]
-        return statistic(mel), statistic(mel.unflatten(1, (6, 16)))
+        views = mel, mel.unflatten(1, (6, 16))
+        return tuple(torch.cat([x.mean(-2), x.std(-2, correction=0)], -1) for x in views)
 
 
 class VGGish(nn.Module):
     """torchvggish's network and names: a = the 128-d embedding, U = its 6 x 4 grid of features."""
 
-    context_dim, token_dim = 128, 512
     front_end = staticmethod(log_mel)
 
     def __init__(self):
         super().__init__()
-        layers, channels = [], 1
-        for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0):  # 0: half the grid
-            if width:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-                channels = width
-            else:
-                layers.append(nn.MaxPool2d(2))
+        layers = []
+        for widths in ((1, 64), (64, 128), (128, 256, 256), (256, 512, 512)):
+            for width, wider in itertools.pairwise(widths):
+                layers += [nn.Conv2d(width, wider, 3, padding=1), nn.ReLU()]
+            layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         wide = [nn.Linear(512 * 4 * 6, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()]
         self.embeddings = nn.Sequential(*wide, nn.Linear(4096, 128), nn.ReLU())
 
     def forward(self, patches):
-        # [T, 6, 4, 512]: TensorFlow's order, as the embedding expects
-        grid = self.features(patches).permute(0, 2, 3, 1)
+        grid = self.features(patches).permute(0, 2, 3, 1)  # [T, 6, 4, 512], TensorFlow's order
         return self.embeddings(grid.flatten(1)), grid.flatten(1, 2)
 
 
 class YAMNet(nn.Module):
     """AudioSet's MobileNet v1 in timm: a = its pooled embedding, U = its last grid (3 x 2)."""
 
-    context_dim, token_dim = 1024, 1024
     front_end = staticmethod(functools.partial(log_mel, offset=0.001))
 
     def __init__(self):
@@ -185,12 +166,10 @@ class YAMNet(nn.Module):
 class AudioMAE(nn.Module):
     """AudioMAE fine-tuned on AudioSet-20K: timm's ViT-B on 16 x 16 patches of 1024 x 128.
 
-    It sees the clip once. U = the 48 patch tokens (6 in time x 8 in pitch) of second t, from patch
-    column floor(6.25 t) on; a = their mean. Where the sound ends before a second's last column, the
-    second before is repeated (ours).
+    U = the patch tokens (6 in time x 8 in pitch) of second t, from column floor(6.25 t) on; a =
+    their mean. Where the sound ends before the last column, the second before is repeated (ours).
     """
 
-    context_dim, token_dim = 768, 768
     front_end = staticmethod(fbank)
 
     def __init__(self):
@@ -199,16 +178,15 @@ class AudioMAE(nn.Module):
         self.net = timm.create_model("vit_base_patch16_224", **size)
 
     def forward(self, mel):
-        """mel [frames, 128] of fbank -> a [T, 768], U [T, 48, 768]."""
-        mel = mel[:1024]
+        """mel [frames, 128] of fbank, of which it hears 1024 -> a [T, 768], U [T, 48, 768]."""
         x = nn.functional.pad(mel, (0, 0, 0, 1024 - len(mel)))
         x = (x + 4.2677393) / (2 * 4.5689974)  # mean and deviation over AudioSet
         tokens = self.net.forward_features(x[None, None])[0, self.net.num_prefix_tokens :]
         columns = tokens.unflatten(0, (64, 8))  # [time, pitch, 768]
-        first = [25 * t // 4 for t in range(T)]
-        heard = max(1, sum(16 * (column + 5) < len(mel) for column in first))
-        seconds = [columns[first[min(t, heard - 1)] :][:6].flatten(0, 1) for t in range(T)]
-        tokens = torch.stack(seconds)
+        first = 25 * torch.arange(T) // 4
+        heard = (16 * (first + 5) < len(mel)).sum().clamp(min=1)
+        first = first.clamp(max=first[heard - 1])
+        tokens = columns[first[:, None] + torch.arange(6)].flatten(1, 2)
         return tokens.mean(1), tokens
 
 
@@ -223,40 +201,33 @@ def build_audio_encoder(name, weights):
     if name == "yamnet" and weights is True:
         raise AtlasError("audio=yamnet has no public address; set audio_weights to a file")
     try:
-        if name == "logmel" or weights is False:
-            pass
-        elif weights is not True:
-            state = read_weights(weights, "audio_weights")
-            load_strictly(getattr(encoder, "net", encoder), state, weights)
-        elif name == "audiomae":
+        if name == "audiomae" and weights is True:
             encoder.net = timm.create_model(AUDIOMAE_HUB, pretrained=True, num_classes=0)
-        else:
-            fetch = torch.hub.load_state_dict_from_url
-            state = fetch(VGGISH_FILE, map_location="cpu", weights_only=True)
-            load_strictly(encoder, state, VGGISH_FILE)
+        elif name == "vggish" and weights is True:
+            options = {"map_location": "cpu", "weights_only": True}
+            state = torch.hub.load_state_dict_from_url(VGGISH_URL, **options)
+            load_strictly(encoder.state_dict(), state, VGGISH_URL)
+        elif name != "logmel" and weights is not False:
+            state = read_weights(weights, "audio_weights")
+            load_strictly(getattr(encoder, "net", encoder).state_dict(), state, weights)
     except OSError as error:
-        what = f"cannot fetch the weights of audio={name}: {error}"
-        raise AtlasError(f"{what}; download it and set audio_weights to the file") from None
+        how = "download it and set audio_weights to the file"
+        raise AtlasError(f"cannot fetch audio={name}: {error}; {how}") from None
     return encoder.eval().requires_grad_(False)
 
 
 def read_weights(path, key):
-    """The state dict in a safetensors or torch file, or under `state_dict` or `model`, in fp32.
-
-    It is the only reader of weights files. `key` is the config's, for errors.
-    """
+    """The fp32 state dict of a file that the config's `key` names (also under `model` in it)."""
     try:
-        if str(path).endswith(".safetensors"):
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+        state = load_file(path) if str(path).endswith(".safetensors") else read(path)
         for name in ("state_dict", "model"):
             if isinstance(state, dict) and isinstance(state.get(name), dict):
                 state = state[name]
         if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
             raise ValueError("it holds no state dict of tensors (or under `model`)")
-        state = {n: v.float() if v.is_floating_point() else v for n, v in state.items()}
         for name, value in state.items():
+            state[name] = value.float() if value.is_floating_point() else value
             if not value.isfinite().all():
                 raise ValueError(f"it holds numbers that are not finite, in {name}")
     except Exception as error:  # whatever a broken file makes the two readers raise
@@ -265,19 +236,20 @@ def read_weights(path, key):
     return state
 
 
-def load_strictly(module, state, path):
-    """Load `state`: the module's keys and no others, but for a classifier `head`."""
-    own = module.state_dict()
-    kept = {n: v for n, v in state.items() if n in own or not n.startswith("head.")}
-    try:
-        module.load_state_dict(kept)
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:300]
-        raise AtlasError(f"{path} does not fit; is it another model's file? {why}") from None
+def load_strictly(own, state, path, known=(), heads=("head.",)):
+    """Copy a file's `state` into a module's `own`. More may stand in it: `known`, or `heads`."""
+    missing = [n for n, x in own.items() if n not in state or state[n].shape != x.shape]
+    unknown = [n for n in state if n not in own and n not in known and not n.startswith(heads)]
+    if missing or unknown:
+        what = f"{len(missing)} keys missing or of another shape, {len(unknown)} unknown"
+        what = f"{what} ({(missing + unknown)[0]}); is it of another model or image_size?"
+        raise AtlasError(f"{path} does not fit: {what}")
+    for name, value in own.items():
+        value.copy_(state[name])
 
 
 def fingerprint(module):
-    """SHA-256 over a module's weights, names and values: the name of a frozen encoder."""
+    """SHA-256 over the names and values of a module's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode() + str(tuple(value.shape)).encode())
@@ -288,5 +260,4 @@ def fingerprint(module):
 @torch.inference_mode()
 def encode_wave(encoder, wave, seconds):
     """(a [T, D_a], U [T, N, D_u]) as float16 arrays, of wave [samples] at 16 kHz."""
-    context, tokens = encoder(encoder.front_end(wave, seconds))
-    return context.numpy().astype(np.float16), tokens.numpy().astype(np.float16)
+    return tuple(x.half().numpy() for x in encoder(encoder.front_end(wave, seconds)))

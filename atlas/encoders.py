@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.models import clean_state_dict
 from torch.func import functional_call
 
-from atlas.audio import read_weights
+from atlas.audio import load_strictly, read_weights
 from atlas.errors import AtlasError
 
 
@@ -39,10 +39,7 @@ def build_visual_encoder(config):
 
 
 def load_visual_weights(encoder, name, options, path):
-    """Load a file of the whole model, as timm's own filter translates it, into its pyramid.
-
-    It must hold every tensor of the pyramid, and may hold the rest of the model and any classifier.
-    """
+    """Load a file of the whole model, as timm's own filter translates it, into its pyramid."""
     state = clean_state_dict(read_weights(path, "visual_weights"))
     with torch.device("meta"):  # names and shapes only
         whole = timm.create_model(name, **options)
@@ -52,21 +49,14 @@ def load_visual_weights(encoder, name, options, path):
             state = source.checkpoint_filter_fn(state, whole)
     except Exception as error:  # the filter trusts that the file is its own model's
         raise AtlasError(f"{path} does not fit {name}: {error!r}") from None
-    state, want, known = flat(state), flat(encoder.state_dict()), flat(whole.state_dict())
     heads = whole.pretrained_cfg.get("classifier") or ()
     heads = tuple(flat(dict.fromkeys([heads] if isinstance(heads, str) else heads)))
-    missing = [key for key in want if key not in state or state[key].shape != want[key].shape]
-    unknown = [key for key in state if key not in known and not key.startswith(heads)]
-    if missing or unknown:
-        counts = f"{len(missing)} keys missing or of another shape, {len(unknown)} unknown"
-        hint = "is it another model's file, or one for another image_size?"
-        raise AtlasError(f"{path} does not fit {name}: {counts} ({(missing + unknown)[0]}); {hint}")
-    for key, value in want.items():
-        value.copy_(state[key])
+    known = flat(whole.state_dict())
+    load_strictly(flat(encoder.state_dict()), flat(state), path, known, heads)
 
 
 def flat(state):
-    """A state dict under names without what timm's pyramids change: `stages_0`, `model.stages`."""
+    """A state dict, its names without what timm's pyramids change: `stages_0`, `model.stages`."""
     for wrapper in ("model.", "body.", "graph_module."):
         if all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): value for name, value in state.items()}
@@ -74,35 +64,29 @@ def flat(state):
 
 
 def add_lora(encoder, config):
-    """The frozen encoder with peft's LoRA on the layers that `lora_targets` names.
-
-    auto: every linear layer and 1x1 convolution. Else a regular expression over whole names.
-    """
-    targets, fits = config.lora_targets, {}
+    """The frozen encoder with peft's LoRA on the layers whose whole names match `lora_targets`;
+    auto: on every linear layer and 1x1 convolution."""
+    targets = config.lora_targets
+    layers = {n: x for n, x in encoder.named_modules() if isinstance(x, (nn.Linear, nn.Conv2d))}
+    grouped = [name for name, layer in layers.items() if getattr(layer, "groups", 1) > 1]
+    large = [n for n, x in layers.items() if getattr(x, "kernel_size", (1, 1)) != (1, 1)]
     try:
-        for name, layer in encoder.named_modules():
-            wanted = targets == "auto" or re.fullmatch(targets, name)
-            if targets == "auto" and isinstance(layer, nn.Conv2d):
-                wanted = layer.kernel_size == (1, 1) and layer.groups == 1
-            if wanted and isinstance(layer, (nn.Linear, nn.Conv2d)):
-                fits[name] = layer
+        fits = [name for name in layers if re.fullmatch(targets, name)]
     except re.error as error:
         raise AtlasError(f"lora_targets={targets!r} is no regular expression: {error}") from None
+    if targets == "auto":
+        fits = [name for name in layers if name not in grouped + large]
     if not fits:
         raise AtlasError(f"lora_targets={targets!r} matches no linear layer or convolution")
-    grouped = [name for name, layer in fits.items() if getattr(layer, "groups", 1) > 1]
-    refuse(config, grouped, "they are grouped (depthwise) convolutions")
-    settings = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="|".join(map(re.escape, fits)),  # of a list, peft would match endings too
-    )
-    return peft.get_peft_model(encoder, settings)
+    refuse(config, [n for n in fits if n in grouped], "they are grouped (depthwise) convolutions")
+    names = "|".join(map(re.escape, fits))  # of a list, peft would match endings too
+    options = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    lora = peft.LoraConfig(r=config.lora_rank, target_modules=names, **options)
+    return peft.get_peft_model(encoder, lora)
 
 
 def base_encoder(encoder):
-    """timm's feature pyramid, without peft around it."""
+    """timm's pyramid without peft."""
     return encoder.get_base_model() if isinstance(encoder, peft.PeftModel) else encoder
 
 
@@ -114,7 +98,7 @@ def lora_layers(encoder):
 
 @contextlib.contextmanager
 def merged(model):
-    """`with merged(model):` W is W + (alpha / r) B A, a third faster; then W again, to the bit."""
+    """`with merged(model):` W is W + (alpha / r) B A; then it is W again, to the bit."""
     layers = lora_layers(model.encoder).values()
     kept = [layer.get_base_layer().weight.data.clone() for layer in layers]
     try:
@@ -129,11 +113,8 @@ def merged(model):
 
 @torch.no_grad()
 def prove(model, config):
-    """Send one random image through a new model's encoder, with B random meanwhile.
-
-    An AtlasError says where it cannot take `image_size`, where a layer with LoRA is not called, or
-    where folding B A into the weight is not adding B A x.
-    """
+    """Send a random image through a new model's encoder, with B random meanwhile: can it take
+    `image_size`, is each layer with LoRA called, is folding B A into W the same as adding B A x?"""
     visual, size = f"visual={config.visual}", config.image_size
     layers = lora_layers(model.encoder)
     errors = {}  # of the layers that are called
@@ -146,24 +127,23 @@ def prove(model, config):
 
     draw = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (1, 3, size, size), generator=draw, dtype=torch.uint8)
-    factors = [layer.lora_B["default"].weight for layer in layers.values()]
-    for B in factors:
-        B.normal_(std=0.1 / max(1, config.lora_alpha / config.lora_rank), generator=draw)
+    for layer in layers.values():
+        std = 0.1 / max(1, config.lora_alpha / config.lora_rank)
+        layer.lora_B["default"].weight.normal_(std=std, generator=draw)
     hooks = [layer.register_forward_hook(compare) for layer in layers.values()]
     try:
         features = model.encode(frames)
     except Exception as error:  # each of timm's models refuses in its own way
         raise AtlasError(f"{visual} cannot take image_size={size}: {error}") from None
-    for B, hook in zip(factors, hooks):
-        B.zero_()
+    for layer, hook in zip(layers.values(), hooks):
+        layer.lora_B["default"].weight.zero_()
         hook.remove()
     if [x.shape[1] for x in features] != model.channels or features[0].ndim != 4:
         shapes = [list(x.shape) for x in features]
         raise AtlasError(f"{visual} gives {shapes}, not maps of timm's {model.channels} channels")
     if not all(x.isfinite().all() for x in features):
         raise AtlasError(f"{visual} gives features that are not finite; see visual_weights")
-    unused = [name for name, layer in layers.items() if layer not in errors]
-    refuse(config, unused, "no forward pass calls them")
+    refuse(config, [n for n, x in layers.items() if x not in errors], "no forward pass calls them")
     bent = [name for name, layer in layers.items() if errors[layer] > 1e-4]  # float32: some 1e-6
     refuse(config, bent, "their update cannot be folded into their weight")
 

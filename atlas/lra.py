@@ -1,96 +1,79 @@
 """The interface of a continual-learning method, and Low-Rank Anchoring (LRA).
 
-After task t, with theta the anchored parameters, l(x) the task loss of one clip (the penalty is
-not in it) and n clips:
+After task t, with theta the anchored parameters and l(x) the task loss of one of n clips:
 
-    S_i    = (1/n) sum_x (d l(x) / d theta_i)^2     sensitivity: per clip, eval mode, fp32
-    Omega  <- gamma Omega + S^power / mean(S^power)   importance, group by group
-    anchor <- theta
+    S_i    = (1/n) sum_x (d l(x) / d theta_i)^2       sensitivity: per clip, eval mode, fp32
+    Omega  <- gamma Omega + S^power / mean(S^power)   importance: the mean is over a group's
+    anchor <- theta                                   parameters that received a gradient
 
 While the next task is learned:  L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2.
 
-The mean runs over the parameters of a group that received a gradient. lambda = 0 is plain
-sequential LoRA. `lra_space: factors` takes theta = {A, B}. `delta` takes the update itself,
-theta = (alpha / r) B A, whose gradient is the frozen weight's.
-
 Source: arXiv 2603.08967 names the method, but its exact equations are not public. This form is our
-choice: online EWC (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018) on {A, B}, with
-the gradient at the true label, normalised.
+choice: online EWC (Kirkpatrick et al. 2017, arXiv 1612.00796; Schwarz et al. 2018), normalised, on
+theta = {A, B} (`lra_space: factors`) or theta = (alpha / r) B A (`delta`).
 
-Task-free, nobody says where a task ends. The method watches windows of the task loss and
-consolidates where a trigger fires (atlas/trigger.py). It takes theta as it was at the end of the
-window before. The sensitivity is gathered online over that window:
+Task-free, theta and S are those of a window of steps, with l_batch the mean loss of B clips:
 
-    S_i = mean over the window's steps of B (d l_batch / d theta_i)^2
+    S_i = mean over the steps of B (d l_batch / d theta_i)^2
 
-with l_batch the mean task loss of the batch's B clips, unscaled and unclipped. This equals the
-per-clip form where the mean gradient vanishes. No clip is kept.
+This is the per-clip form where the mean gradient vanishes.
 """
 
+import itertools
+from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas import parallel
+from atlas.encoders import lora_layers
 from atlas.trigger import trigger_of
 
 SIDE_BY_SIDE = 2**27  # numbers in the gradients of single clips that are formed at once: 0.5 GB
-OF_A_CLIP = ("context", "tokens", "label")  # what of a batch has a row for each clip
 
-
-@dataclass(frozen=True)
-class Step:
-    """What `observe` is told of a learning step, after backward and before the update."""
-
-    loss: float  # the task loss, a mean over the whole batch
-    clips: int  # of the whole batch
-    parameters: list  # all trainables; grad: of loss and penalty, unscaled, over all processes
+# what `observe` is told: the task loss and the number of clips of the whole batch, and all
+# trainables, with the gradients of loss and penalty, unscaled, over all processes
+Step = namedtuple("Step", "loss clips parameters")
 
 
 class Method(nn.Module):
-    """A continual-learning method. Every verb does nothing here: this is sequential finetuning.
+    """A continual-learning method. Its verbs do nothing: this is sequential finetuning.
 
     What must survive a resume is kept in buffers; their bytes are the method's memory. On a stream
-    `begin_task` and `end_task` are never called, so no boundary can leak.
+    `begin_task` and `end_task` are never called. `observe` and `end_task` may return a dict to log.
     """
 
-    unit = 1.0  # the penalty is divided by this for its raw value in the log
+    unit = 1.0  # the log divides the penalty by this
 
     def __init__(self, run):
-        """run: a learner.Learner, with config, model, device, groups() and autocast()."""
+        """run: a learner.Learner."""
         super().__init__()
         self.run = run
 
     def begin_task(self, clips):
-        """Called before a task is learned; clips: see `end_task`."""
+        """Called before a task is learned."""
 
     def penalty(self, batch, outputs):
         """A scalar that is added to the task loss of `batch`; outputs: the model's for it."""
-        return torch.zeros((), device=outputs["masks"].device)
+        return torch.zeros(())
 
     def observe(self, step):
-        """Called between backward and update; may drop gradients. Returns None or a dict to log."""
+        """Called between backward and update; gradients may be dropped."""
 
     def end_task(self, clips):
-        """Called after a task is learned. Returns None or a dict to log.
-
-        `clips` gives batches of the task's train clips in eval mode, those of a batch with equally
-        many frames. clips.loss(outputs, batch) is their mean task loss.
-        """
+        """Called after a task is learned. clips: batches of its train clips, in eval mode, those of
+        a batch with equally many frames; clips.loss(outputs, batch) is their mean task loss."""
 
     def adapters(self):
-        """{layer: (A, B)} of the pairs folded into frozen weights, which a checkpoint must hold."""
+        """{layer: (A, B)} of the pairs folded into frozen weights, for the checkpoint."""
         return {}
 
     def load_state_dict(self, state, strict=True):
-        """Take over a state, whose buffers may have grown."""
-        for name, value in self._buffers.items():
-            if name in state:
-                self._buffers[name] = state[name].to(value.device, value.dtype, copy=True)
+        for name in self._buffers.keys() & state.keys():  # they may have grown
+            self._buffers[name] = state[name].to(self._buffers[name], copy=True)
         return super().load_state_dict(state, strict)
 
 
@@ -104,21 +87,23 @@ class Delta:
     scale: float
     layer: nn.Module = None  # PEFT's, around the frozen one
 
-    def value(self):
-        """The update [out, in], flattened if it is a convolution's."""
+    def value(self):  # [out, in], or [out, in k k]
         return self.scale * self.B.flatten(1) @ self.A.flatten(1)
 
 
 def deltas(model):
-    """{module name: Delta} of all layers that LoRA adapts."""
+    """{PEFT's module name: Delta} of all layers that LoRA adapts."""
     found = {}
-    for name, layer in model.encoder.named_modules():
-        if isinstance(layer, BaseTunerLayer):
-            (adapter,) = layer.active_adapters
-            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            weight = layer.get_base_layer().weight
-            found[name] = Delta(A, B, weight, layer.scaling[adapter], layer)
+    for name, layer in lora_layers(model.encoder).items():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        parts = A, B, layer.get_base_layer().weight, layer.scaling["default"], layer
+        found[f"base_model.model.{name}"] = Delta(*parts)
     return found
+
+
+def flat(tensors):
+    """One fp32 vector of all numbers."""
+    return torch.cat([x.flatten() for x in tensors]).float()
 
 
 class Holding(Method):
@@ -140,21 +125,19 @@ class Holding(Method):
 
 
 class Anchor(Holding):
-    """(strength / 2) sum_i Omega_i (theta_i - anchor_i)^2, and the gathering of Omega.
-
-    `anchor` and `importance` are flat fp32 buffers, one copy each whatever the number of tasks.
-    """
+    """(strength / 2) sum_i Omega_i (theta_i - anchor_i)^2, and the gathering of Omega, the flat
+    fp32 buffer `importance`."""
 
     gamma = 1.0  # decay of Omega at each consolidation
 
     def __init__(self, run, groups, strength):
-        """groups: {group name: {name: parameter or Delta}}; strength: lambda."""
+        """groups: {group: {name: parameter or Delta}}; strength: lambda."""
         super().__init__(run)
         self.strength = strength
         self.unit = strength or 1.0
         self.names = [name for members in groups.values() for name in members]
         self.thetas = [theta for members in groups.values() for theta in members.values()]
-        # the parameter whose gradient is that of theta
+        # the parameters whose gradients are those of theta
         self.anchored = [t.weight if isinstance(t, Delta) else t for t in self.thetas]
         self.counts = {group: len(members) for group, members in groups.items() if members}
         self.sizes = [p.numel() for p in self.anchored]
@@ -164,29 +147,22 @@ class Anchor(Holding):
             self.register_buffer(name, torch.zeros(sum(self.sizes), device=run.device))
 
     def theta(self):
-        """The anchored parameters, flat, with their graph."""
-        values = [t.value() if isinstance(t, Delta) else t for t in self.thetas]
-        return torch.cat([value.flatten() for value in values]).float()
-
-    def split(self, flat):
-        """A flat vector over the anchored parameters, cut into their shapes."""
-        return [part.view_as(p) for part, p in zip(flat.split(self.sizes), self.anchored)]
+        """theta, flat, with its graph."""
+        return flat(t.value() if isinstance(t, Delta) else t for t in self.thetas)
 
     def penalty(self, batch=None, outputs=None):
-        """A scalar with the gradient lambda Omega (theta - anchor); it needs no argument."""
         if not self.armed or not self.strength:
-            return torch.zeros((), device=self.anchor.device)
+            return super().penalty(batch, outputs)
         return self.strength / 2 * (self.importance * (self.theta() - self.anchor).square()).sum()
 
     def end_task(self, clips):
-        """Measure the task's clips, absorb that into the importance and move the anchor here."""
         if self.idle:
             return None
         total = torch.zeros_like(self.importance)
         count = 0.0
         for gradients in self.measure(clips):
             count += len(gradients[0])
-            total += torch.cat([self.importance_of(g).sum(0).flatten() for g in gradients])
+            total += flat(self.importance_of(g).sum(0) for g in gradients)
         count = int(parallel.summed(count))
         S = parallel.summed(total) / max(count, 1)
         return {"clips": count} | self.absorb(S, self.theta().detach())
@@ -198,7 +174,7 @@ class Anchor(Holding):
         return gradient.square()
 
     def observe(self, step):
-        """Task-free: take note of a step, and consolidate where the trigger fires."""
+        """Task-free: consolidate where the trigger fires, as at the end of the window before."""
         if not self.trigger or self.idle:
             return None
         theta = self.theta().detach()
@@ -217,43 +193,29 @@ class Anchor(Holding):
         self.window.addcmul_(gradient, gradient, value=clips)
 
     def task_gradient(self, theta):
-        """The gradient of the task loss, flat. The penalty's own is known and taken off."""
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.anchored]
-        gradient = torch.cat([part.flatten() for part in parts]).float()
+        """The gradient of the task loss, flat: the penalty's own is taken off."""
+        gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in self.anchored)
         gradient.nan_to_num_(0.0, 0.0, 0.0)  # fp16: the scaler skips a step that has overflowed
         if self.armed:
             gradient.addcmul_(self.importance, theta - self.anchor, value=-self.strength)
         return gradient
 
-    def slope(self, value):
-        """The gradient of a scalar over the anchored parameters, flat, fp32; its graph is kept.
-
-        In fp16 the backward pass runs on the scaled value, as the loss does.
-        """
-        scale = self.run.updates.scaler.get_scale() if self.run.updates else 1.0
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        found = torch.autograd.grad(scale * value, self.anchored, **options)
-        flat = torch.cat([gradient.flatten() for gradient in found]).float() / scale
-        return flat.nan_to_num(0.0, 0.0, 0.0)
-
     def absorb(self, S, theta):
-        """Omega <- gamma Omega + gain(S), group by group; anchor <- theta. S and theta are flat."""
-        means = {}
-        gains = []
+        """Omega <- gamma Omega + gain(S), group by group; anchor <- theta. Both are flat."""
+        means, gains = {}, []
         parts = iter(S.split(self.sizes))
         for group, count in self.counts.items():
-            own = [next(parts) for _ in range(count)]
-            measured = [part for part in own if part.any()]
-            means[group] = torch.cat(measured).mean().item() if measured else 0.0
+            own = list(itertools.islice(parts, count))
+            measured = torch.cat([part for part in own if part.any()] or own)
+            means[group] = measured.mean().item()
             gains += self.gain(own, measured)
-        if gains:
-            self.importance.mul_(self.gamma).add_(torch.cat(gains))
-            self.anchor.copy_(theta)
-            self.armed = True
+        self.importance.mul_(self.gamma).add_(torch.cat(gains))
+        self.anchor.copy_(theta)
+        self.armed = True
         return {"mean_sensitivity": means}
 
     def gain(self, parts, measured):
-        """What the importance of one group gains: S as it is. measured: the parts not all zero."""
+        """What a group's importance gains. measured: the numbers of the parts not all zero."""
         return parts
 
 
@@ -261,48 +223,41 @@ class LowRankAnchoring(Anchor):
     """LRA as in the head of this file."""
 
     def __init__(self, run):
-        config = run.config
-        groups = run.groups()
+        config, groups = run.config, run.groups()
         if config.lra_scope == "lora":
             groups = {"lora": groups["lora"]}
         if config.lra_space == "delta" and groups["lora"]:
             groups = groups | {"lora": deltas(run.model)}
         super().__init__(run, groups, config.lra_lambda)
         self.gamma = config.lra_gamma
-        self.power = config.lra_power
 
     def gain(self, parts, measured):
-        """S^power / mean(S^power), which makes lambda comparable across models and tasks."""
-        if not measured:
-            return parts
-        mean = torch.cat(measured).pow(self.power).mean()
-        return [part.pow(self.power) / mean if part.any() else part for part in parts]
+        """S^power / mean(S^power): lambda is then comparable across models and tasks."""
+        power = self.run.config.lra_power
+        mean = measured.pow(power).mean()
+        return [part.pow(power) / mean if part.any() else part for part in parts]
 
 
 def per_clip_gradients(model, parameters, batches, loss):
-    """Exact gradients of single clips, vectorised, in fp32, with the model as it stands.
+    """Yields lists of [n, *shape] over `parameters`: the exact gradients of n clips of a batch.
 
-    For each batch of n clips, cut up where they are many, it yields a list of [n, *shape] over
-    `parameters`, zero where one is unused. loss(outputs, batch) is a scalar of a batch of one clip.
+    They are fp32, and zero where a parameter is unused. loss(outputs, batch) is a scalar.
     """
 
     def of_one(values, clip):
-        clip = clip | {name: clip[name][None] for name in OF_A_CLIP if name in clip}
-        clip["clip"] = torch.zeros_like(clip["second"])
         return loss(functional_call(model, values, (clip,)), clip)
 
+    gradient_of = vmap(grad(of_one), in_dims=(None, 0), randomness="different")
     names = {id(p): name for name, p in model.named_parameters()}
     values = {names[id(p)]: p.detach() for p in parameters}
     beside = max(1, SIDE_BY_SIDE // max(1, sum(p.numel() for p in parameters)))
     for batch in batches:
-        n = len(batch["context"])
-        clips = {name: batch[name] for name in OF_A_CLIP if name in batch}
-        for name in ("frames", "masks", "second"):  # [M, ...] -> [n, M / n, ...]
-            clips[name] = batch[name].unflatten(0, (n, -1))
+        n = len(batch["context"])  # [n or M, ...] -> [n, 1 or M / n, ...]
+        clips = {k: x.unflatten(0, (n, -1)) for k, x in batch.items() if torch.is_tensor(x)}
+        clips["clip"] = torch.zeros_like(clips["second"])
         for first in range(0, n, beside):
-            some = {name: value[first : first + beside] for name, value in clips.items()}
+            some = {name: x[first : first + beside] for name, x in clips.items()}
+            # no graph of the other parameters; fused kernels have no rule for vmap
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                # no_grad: no graph of the other parameters; fused kernels have no rule for vmap
-                gradient_of = vmap(grad(of_one), in_dims=(None, 0), randomness="different")
                 gradients = gradient_of(values, some)
             yield [gradients[name] for name in values]

@@ -1,8 +1,7 @@
 """The ATLAS network and its task loss: which pixels of a frame belong to what sounds?
 
-Shapes: B clips of T seconds; M annotated frames, `clip` [M] whose, `second` [M] when; L scales of
-C_l channels, h_l w_l pixels; S pixels a side of the image; D width; K classes. A second of sound is
-a context of D_a numbers and N tokens of D_u. Logits are positive on what sounds.
+Shapes: B clips of T seconds; M frames of S x S pixels, `clip` [M] whose, `second` [M] when; L
+scales; D width; K classes. A second of sound is a context of D_a numbers and N tokens of D_u.
 """
 
 import copy
@@ -12,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from atlas.clips import T
-from atlas.encoders import add_lora, base_encoder, build_visual_encoder, prove
+from atlas.encoders import add_lora, build_visual_encoder, prove
 
 
 class Atlas(nn.Module):
@@ -20,23 +19,22 @@ class Atlas(nn.Module):
     segment: features, sound -> Fusion -> Decoder -> mask logits; Classifier -> class logits."""
 
     def __init__(self, encoder, config, context_dim, token_dim, classes=None):
-        """classes: each task's category names, for the classifier."""
+        """encoder: timm's pyramid, without LoRA; classes: each task's category names."""
         super().__init__()
         self.encoder = encoder
-        base = base_encoder(encoder)
-        strides, channels = base.feature_info.reduction(), base.feature_info.channels()
-        self.scales = [i for i, stride in enumerate(strides) if stride >= 4]
-        self.channels = [channels[i] for i in self.scales]
-        self.channels_last = getattr(base, "output_fmt", "NCHW") == "NHWC"  # as timm states it
+        info = encoder.feature_info
+        self.scales = [i for i, stride in enumerate(info.reduction()) if stride >= 4]
+        self.channels = [info.channels()[i] for i in self.scales]
+        self.channels_last = getattr(encoder, "output_fmt", "NCHW") == "NHWC"
         self.decoder = Decoder(len(self.channels), config.width)
         self.fusion = Fusion(self.channels, context_dim, token_dim, config)
         self.classifier = Classifier(config.width + context_dim, classes) if classes else None
         for name in ("mean", "std"):
-            value = base.pretrained_cfg[name] if config.visual_norm == "timm" else (0.5,) * 3
+            value = encoder.pretrained_cfg[name] if config.visual_norm == "timm" else (0.5,) * 3
             self.register_buffer(name, 255 * torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def train(self, mode=True):
-        """Frozen means frozen: of the encoder, only LoRA's dropout follows `mode`."""
+        """Of the frozen encoder, only LoRA's dropout follows `mode`."""
         super().train(mode)
         for name, module in self.encoder.named_modules():
             module.training = mode and "lora_dropout" in name
@@ -49,10 +47,8 @@ class Atlas(nn.Module):
         return [x.permute(0, 3, 1, 2) for x in features] if self.channels_last else features
 
     def segment(self, features, batch):
-        """features of encode -> {"masks": logits [M, S, S]}, and "classes" [B, K] if it classifies.
-
-        batch: frames (their size counts), clip, second, context [B, T, D_a], tokens [B, T, N, D_u].
-        """
+        """features of encode, and frames (for S), clip, second, context [B, T, D_a] and tokens
+        [B, T, N, D_u] of batch -> {"masks": logits [M, S, S], maybe "classes": logits [B, K]}."""
         fused, a = self.fusion(features, batch)
         logits = F.interpolate(self.decoder(fused), batch["frames"].shape[-2:], mode="bilinear")
         outputs = {"masks": logits[:, 0]}
@@ -62,12 +58,12 @@ class Atlas(nn.Module):
         return outputs
 
     def forward(self, batch):
-        """A batch of data.collate -> {"features": of encode} and what `segment` gives."""
+        """A batch of data.collate -> {"features"} of encode, and what `segment` gives."""
         features = self.encode(batch["frames"])
         return {"features": features, **self.segment(features, batch)}
 
     def groups(self):
-        """The trainables by group, {"lora" | "fusion" | "decoder" | "classifier": {name: p}}."""
+        """The trainables: {group: {name: parameter}}."""
         groups = {"lora": {}, "fusion": {}, "decoder": {}, "classifier": {}}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -76,31 +72,26 @@ class Atlas(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Lets the sound into the features, at every scale: first a gate, then cross-attention.
-
-    The gate is F_l * (1 + tanh(W_l a + b_l)), one number a channel; W_l, b_l are zero at the start.
-    """
+    """At every scale a gate F_l * (1 + tanh(W_l a + b_l)), W_l = b_l = 0 first; then attention."""
 
     def __init__(self, channels, context_dim, token_dim, config):
         super().__init__()
-        width = config.width
+        width, heads = config.width, config.heads
         self.context_norm = nn.LayerNorm(context_dim)
         self.token_norm = nn.LayerNorm(token_dim)
-        self.project = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
-        attend = [CrossAttention(token_dim, width, config.heads) for _ in channels]
-        self.attend = nn.ModuleList(attend)
-        self.gates = None
-        self.deaf = config.conditioning == "gate_only"  # then attention hears no sound
-        if config.conditioning != "none":
-            self.gates = nn.ModuleList([nn.Linear(context_dim, c) for c in channels])
-            for parameter in self.gates.parameters():
-                nn.init.zeros_(parameter)
+        self.project = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.attend = nn.ModuleList(CrossAttention(token_dim, width, heads) for _ in channels)
+        self.deaf = config.conditioning == "gate_only"  # attention hears no sound
+        gated = channels if config.conditioning != "none" else ()
+        self.gates = nn.ModuleList(nn.Linear(context_dim, c) for c in gated)
+        for parameter in self.gates.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features, batch):
         """-> (L fused maps [M, D, h_l, w_l], the normalised context of each frame [M, D_a])."""
         clip, second = batch["clip"], batch["second"]
-        a = self.context_norm(batch["context"])[clip, second]  # the frame's own second
-        u = self.token_norm(batch["tokens"])[clip]  # [M, T, N, D_u], all seconds of its clip
+        a = self.context_norm(batch["context"])[clip, second]  # of the frame's own second
+        u = self.token_norm(batch["tokens"])[clip]  # [M, T, N, D_u], of all seconds of its clip
         u = torch.zeros_like(u) if self.deaf else u
         fused = []
         for level, x in enumerate(features):
@@ -111,11 +102,8 @@ class Fusion(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """A pre-norm transformer block: x + Attention(LN(x)), then x + MLP(LN(x)).
-
-    Queries: a frame's pixels. Keys and values: its clip's T N audio tokens, each with a learned
-    embedding of the distance from its second to the frame's.
-    """
+    """A pre-norm transformer block: a frame's pixels ask its clip's T N tokens of sound, which
+    carry a learned embedding of the distance between their second and the frame's."""
 
     def __init__(self, token_dim, width, heads):
         super().__init__()
@@ -123,12 +111,11 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
         self.token = nn.Linear(token_dim, width)
-        self.distance = nn.Embedding(2 * T - 1, width)  # 0: T - 1 seconds before the frame's
+        self.distance = nn.Embedding(2 * T - 1, width)  # 0: from T - 1 seconds before
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
+        mlp = [nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU()]
+        self.mlp = nn.Sequential(*mlp, nn.Linear(2 * width, width))
         nn.init.normal_(self.distance.weight, std=0.02)
 
     def forward(self, x, u, second):
@@ -138,39 +125,36 @@ class CrossAttention(nn.Module):
         u = (self.token(u) + self.distance(distance)[:, :, None]).flatten(1, 2)  # [M, T N, D]
         x = x.flatten(2).transpose(1, 2)  # [M, h w, D]
         q, (k, v) = self.query(self.norm(x)), self.key_value(u).chunk(2, -1)
-        # of each head: [M, heads, pixels or tokens, D / heads]
+        # [M, heads, pixels or tokens, D / heads]
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v)
         x = x + self.out(y.transpose(1, 2).flatten(2))
-        x = x + self.mlp(x)
-        return x.transpose(1, 2).unflatten(2, (h, w))
+        return (x + self.mlp(x)).transpose(1, 2).unflatten(2, (h, w))
 
 
 class Decoder(nn.Module):
-    """A feature pyramid, from coarse to fine, and a 1x1 head: fused maps -> [M, 1, h_1, w_1].
-
-    In TIL each task owns a head, of which `active` is in use.
-    """
+    """A feature pyramid, from coarse to fine, and a 1x1 head (TIL: of the task `active`)."""
 
     def __init__(self, levels, width):
         super().__init__()
         self.smooth = nn.ModuleList()
         for _ in range(levels):
-            convolution = nn.Conv2d(width, width, 3, padding=1)
-            self.smooth.append(nn.Sequential(convolution, nn.GroupNorm(8, width), nn.ReLU()))
+            layers = nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()
+            self.smooth.append(nn.Sequential(*layers))
         self.heads = nn.ModuleList([nn.Conv2d(width, 1, 1)])
         self.active = 0
 
     def add_head(self):
-        """A copy of the latest head, for a new task. The past ones no longer learn."""
+        """For a new task, a copy of the latest head; past heads no longer learn."""
         self.heads.append(copy.deepcopy(self.heads[-1]))
         self.heads[:-1].requires_grad_(False)
 
     def use_head(self, task):
-        """Switch to the head of `task` (from 0). A task not learned yet gets the latest head."""
+        """Switch to the head of `task`, from 0; the latest where that is not learned yet."""
         self.active = min(task, len(self.heads) - 1)
 
     def forward(self, fused):
+        """fused maps [M, D, h_l, w_l] -> logits [M, 1, h_1, w_1], positive on what sounds."""
         x = self.smooth[-1](fused[-1])
         for y, smooth in reversed(list(zip(fused[:-1], self.smooth))):
             x = smooth(y + F.interpolate(x, y.shape[-2:], mode="bilinear"))
@@ -178,10 +162,7 @@ class Decoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Class logits, from the coarsest fused map and the context: a linear head for each task.
-
-    The heads `first` to `last` - 1 compete: of the tasks seen so far; in TIL of one.
-    """
+    """Class logits: a linear head for each task, of which `first` to `last` - 1 compete."""
 
     def __init__(self, dim, classes):
         super().__init__()
@@ -193,7 +174,7 @@ class Classifier(nn.Module):
         self.first, self.last = first, last
 
     def labels(self, categories):
-        """Each category's number among the competing classes [B]; -1: it does not compete."""
+        """Each category's number among the competing classes [B], else -1."""
         names = [name for task in self.classes[self.first : self.last] for name in task]
         return torch.tensor([names.index(c) if c in names else -1 for c in categories])
 
@@ -203,16 +184,14 @@ class Classifier(nn.Module):
 
 
 def clip_means(values, clip, B):
-    """Values of frames [M, ...] -> their mean over each clip's frames [B, ...]."""
+    """Values of frames [M, ...] -> means of clips [B, ...]."""
     zeros = values.new_zeros(B, *values.shape[1:])
     return zeros.index_add(0, clip, values) / zeros.index_add(0, clip, torch.ones_like(values))
 
 
 def build_model(config, context_dim, token_dim, classes=None):
-    """A config's Atlas in train mode, proven; its initial weights come from the seed alone.
-
-    What an ablation changes (gates, LoRA) is drawn last: the rest starts from the same weights.
-    """
+    """A config's Atlas in train mode, proven; its initial weights come from the seed alone, and
+    what an ablation changes (gates, LoRA) is drawn last, so that the rest starts alike."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = build_visual_encoder(config)
@@ -225,19 +204,17 @@ def build_model(config, context_dim, token_dim, classes=None):
 
 
 def count_parameters(model):
-    """{"total", "trainable", "lora"}: numbers of parameters, in total with the frozen ones."""
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lora = sum(p.numel() for p in model.groups()["lora"].values())
-    return {"total": total, "trainable": trainable, "lora": lora}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    lora = model.groups()["lora"].values()
+    counted = {"total": model.parameters(), "trainable": trainable, "lora": lora}
+    return {name: sum(p.numel() for p in members) for name, members in counted.items()}
 
 
 def clip_losses(outputs, batch):
-    """The loss of every clip by term: {"bce", "dice"}, and "class" if it classifies; each [B].
+    """{"bce", "dice", maybe "class"}: the terms of every clip's loss [B], means over its frames.
 
-    bce: binary cross-entropy, mean over pixels and the clip's frames. dice: the frames' mean of
-    1 - (2 sum p g + 1) / (sum p + sum g + 1), p = sigmoid(logit), g the truth; the 1 defines it on
-    a silent frame. class: cross-entropy over the competing classes.
+    dice: 1 - (2 sum p g + 1) / (sum p + sum g + 1) with p = sigmoid(logit) and g the truth; the 1
+    defines it on a silent frame.
     """
     logits = outputs["masks"].float().flatten(1)
     truth = batch["masks"].to(logits.dtype).flatten(1)  # [M, S S]
@@ -253,6 +230,5 @@ def clip_losses(outputs, batch):
 
 
 def weighted(terms, config):
-    """The terms of clip_losses, each times its weight in the config."""
     weights = {"bce": config.w_bce, "dice": config.w_dice, "class": config.w_class}
     return {name: weights[name] * value for name, value in terms.items()}

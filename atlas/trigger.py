@@ -1,35 +1,29 @@
-"""Task-free: when does a method consolidate, if nobody calls `end_task`?
-
-A trigger sees the task loss of every step. Losses are taken in windows of `length` steps, and at
-a window's end `watch(loss)` gives a report {"step", "mean", "std", "fired", "reason"}, else None.
-"""
+"""Task-free: when does a method consolidate, if nobody calls `end_task`?"""
 
 import math
 import statistics
 
 
 def trigger_of(run):
-    """The trigger of a run (learner.Learner); None where task boundaries are told."""
-    kind, _, number = run.config.lra_trigger.partition(":")
+    """The trigger of a run; None where task boundaries are told."""
+    config = run.config
+    kind, _, number = config.lra_trigger.partition(":")
     if kind == "every":
-        return Clock(run.config.lra_window, range(int(number), 10**9, int(number)))
+        return Clock(config.lra_window, range(int(number), 10**9, int(number)))
     if kind == "told":
-        return Clock(run.config.lra_window, run.drifts)
-    if kind == "plateau":
-        return Plateau(run.config.lra_window, run.config.lra_peak)
-    return None
+        return Clock(config.lra_window, run.drifts)
+    return Plateau(config.lra_window, config.lra_peak) if kind == "plateau" else None
 
 
 class Plateau:
     """Fires where the loss has risen above its plateau, so that the data have likely changed.
 
-    With m the mean of the window, M that of the up to `memory` windows before it and s the standard
-    deviation within windows, it fires if
+    With m the mean of a window of `length` steps, M that of the up to `memory` windows before it
+    and s the standard deviation within windows, it fires if
 
         m > M + peak * s * sqrt(1 / length + 1 / (length * windows before))
 
-    so `peak` is in standard errors of m - M. The windows are then counted anew from this one. A
-    loss that falls makes it slower to fire, never quicker.
+    so `peak` is in standard errors of m - M. The windows are then counted anew from this one.
     """
 
     memory = 4
@@ -38,7 +32,7 @@ class Plateau:
         self.length = length
         self.peak = peak
         self.step = 0
-        self.losses = []
+        self.losses = []  # of the steps of this window
         self.windows = []  # (mean, variance) of those before
 
     def state(self):
@@ -47,51 +41,45 @@ class Plateau:
         return [self.step, len(self.windows), *before, *self.losses]
 
     def restore(self, state):
-        """Go on from a `state`."""
-        self.step, count = int(state[0]), int(state[1])
+        self.step, count = int(state[0]), 2 * int(state[1])
         values = list(state[2:])
-        self.windows = [tuple(values[2 * i : 2 * i + 2]) for i in range(count)]
-        self.losses = values[2 * count :]
+        self.windows = list(zip(values[:count:2], values[1:count:2]))
+        self.losses = values[count:]
 
     def watch(self, loss):
-        """Take note of one step's loss; the report at the end of a window, else None."""
+        """Take note of a step's loss. At a window's end this gives a report, else None."""
         self.step += 1
         self.losses.append(loss)
         if len(self.losses) < self.length:
             return None
         mean, variance = statistics.fmean(self.losses), statistics.variance(self.losses)
-        self.losses = []
         fired, reason = self.decide(mean, variance)
-        self.windows = [] if fired else self.windows
-        self.windows = [*self.windows, (mean, variance)][-self.memory :]
+        before = [] if fired else self.windows
+        self.windows = [*before, (mean, variance)][-self.memory :]
+        self.losses = []
         std = math.sqrt(variance)
         return {"step": self.step, "mean": mean, "std": std, "fired": fired, "reason": reason}
 
     def decide(self, mean, variance):
-        """(Does this window fire?, why), of its mean and variance."""
+        """(Does this window fire?, why)."""
         if not self.windows:
             return False, ""
         means, variances = zip(*self.windows)
-        M = statistics.fmean(means)
-        s2 = statistics.fmean([*variances, variance])
+        M, s2 = statistics.fmean(means), statistics.fmean([*variances, variance])
         error = math.sqrt(s2 * (1 + 1 / len(means)) / self.length)
         fired = mean > M + self.peak * error
         return fired, f"{mean:.3f} {'>' if fired else '<='} {M:.3f} + {self.peak:g} x {error:.3f}"
 
 
 class Clock(Plateau):
-    """Fires at the end of the first window at or after each of `steps`, whatever the loss does.
-
-    `every:N` is the baseline that consolidates at fixed intervals. `told` is the upper bound that
-    knows the steps at which the segments of the stream begin: it is not task-free.
-    """
+    """Fires at the end of the first window at or after each of `steps`: `every:N` is a baseline;
+    `told`, which knows where segments begin, an upper bound."""
 
     def __init__(self, length, steps):
         super().__init__(length, 0.0)
         self.steps = steps
 
     def decide(self, mean, variance):
-        for step in range(self.step - self.length + 1, self.step + 1):
-            if step in self.steps:
-                return True, f"step {step} is due"
-        return False, ""
+        window = range(self.step - self.length + 1, self.step + 1)
+        due = [step for step in window if step in self.steps]
+        return bool(due), f"step {due[0]} is due" if due else ""

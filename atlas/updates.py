@@ -14,7 +14,6 @@ class Updates:
     def __init__(self, run, t, steps):
         """steps: of the whole schedule, of which `done` are taken."""
         config = self.config = run.config
-        self.constant = config.protocol == "tfcl"  # of `joint` too
         self.steps, self.done = steps, 0
         self.peak = config.lr_first if t == 1 or run.is_stream else rate_of(config)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
@@ -24,17 +23,15 @@ class Updates:
         self.scaler = torch.amp.GradScaler(run.device, enabled=scaled)
 
     def backward(self, loss, share):
-        """Leave the gradients of the whole batch, unscaled and unclipped. loss: of this process's
-        part of it, whose weight is `share`."""
+        """Leave the whole batch's gradients. loss: of this process's part, of weight `share`."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(share * loss).backward()
         parallel.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
 
     def step(self):
-        """Clip the gradients and update the parameters."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        """Clip the gradients, and update the parameters."""
+        self.optimizer.param_groups[0]["lr"] = self.rate
         if self.config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.scaler.step(self.optimizer)
@@ -43,7 +40,8 @@ class Updates:
 
     @property
     def rate(self):
-        return self.peak * schedule(self.done, self.steps, self.config.warmup, self.constant)
+        constant = self.config.protocol == "tfcl"  # of `joint` too
+        return self.peak * schedule(self.done, self.steps, self.config.warmup, constant)
 
     def state_dict(self):
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -54,11 +52,9 @@ class Updates:
 
 
 def schedule(step, steps, warmup, constant=False):
-    """The rate, in peaks: linear over the `warmup` share of the steps, then half a cosine to zero,
-    or `constant`."""
+    """The rate in peaks: it rises over `warmup` of the steps; then half a cosine, or constant."""
     warm = warmup * steps
     if step < warm:
         return (step + 1) / (warm + 1)
-    if constant:
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return 1.0 if constant else cosine

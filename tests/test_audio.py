@@ -422,14 +422,14 @@ def test_random_encoders_are_the_same_every_time_and_leave_the_generator_alone()
 def test_weights_load_strictly(tmp_path):
     net = torch.nn.Linear(2, 3)
     state = net.state_dict()
-    load_strictly(net, state | {"head.weight": torch.zeros(1)}, "file.pt")
+    load_strictly(net.state_dict(), state | {"head.weight": torch.zeros(1)}, "file.pt")
     for damaged in (
         {"weight": state["weight"]},
         state | {"more.weight": torch.zeros(1)},
         state | {"weight": torch.zeros(1, 2)},
     ):
         with pytest.raises(AtlasError, match="file.pt does not fit"):
-            load_strictly(net, damaged, "file.pt")
+            load_strictly(net.state_dict(), damaged, "file.pt")
     torch.save(state, tmp_path / "other.pt")
     for name in ("other.pt", "nowhere.pt"):
         with pytest.raises(AtlasError, match=name):

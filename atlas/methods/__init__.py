@@ -1,15 +1,11 @@
-"""The table of methods. It is plain data, so the core and `--help` may read it.
-
-A new method is a file with a class derived from `atlas.lra.Method`, and a line here
-(docs/extend.md).
-"""
+"""The table of methods: plain data, so the core and `--help` may read it (docs/extend.md)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What must be known of a method before its class is loaded."""
+    """What is known of a method before its class is loaded."""
 
     where: str  # module:class
     help: str  # one line for --help and the documents
@@ -31,17 +27,11 @@ METHODS = {
     ),
     "joint": Entry("atlas.lra:Method", "all tasks at once, the upper bound", plain_start=False),
     "lwf": Entry(
-        "atlas.methods.lwf:LwF",
-        "distils the masks of the last model on today's clips",
-        strength=1.0,
+        "atlas.methods.lwf:LwF", "distils the masks of the last model on today's clips", 1.0
     ),
-    "ewc": Entry(
-        "atlas.methods.ewc:EWC", "an anchor weighed by the Fisher information", strength=500.0
-    ),
+    "ewc": Entry("atlas.methods.ewc:EWC", "an anchor weighed by the Fisher information", 500.0),
     "mas": Entry(
-        "atlas.methods.mas:MAS",
-        "an anchor weighed by the slope of the masks' squared norm",
-        strength=2.0,
+        "atlas.methods.mas:MAS", "an anchor weighed by the slope of the masks' squared norm", 2.0
     ),
     "si": Entry(
         "atlas.methods.si:SI",

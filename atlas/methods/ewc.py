@@ -9,8 +9,7 @@ class EWC(Anchor):
 
     F <- F + (1/n) sum_x (d l(x) / d theta_i)^2,  anchor <- theta.
 
-    This is the empirical Fisher information: l is the task loss at the true masks, of one clip at
-    a time, so no batch size enters. It is a mean over the task's n clips and is not normalised.
+    F is the empirical Fisher information, not normalised: l is the task loss of one of n clips.
     Sources: Kirkpatrick et al. 2017 (arXiv 1612.00796); one anchor and a sum of F: Schwarz et al.
     2018 (arXiv 1805.06370) with gamma = 1.
     """

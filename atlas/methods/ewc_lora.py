@@ -7,8 +7,8 @@ from atlas.lra import Anchor, deltas
 class EWCLoRA(Anchor):
     """EWC (atlas/methods/ewc.py) with theta = (alpha / r) B A of every adapted layer.
 
-    Only LoRA is held, as published, so fusion and decoder forget. The authors fold each task's
-    pair into the weight and begin anew. Here the one pair goes on, and B A - (B A)* is held.
+    Only LoRA is held, as published, so fusion and decoder forget. The authors begin a new pair for
+    each task. Here one pair goes on, and B A - (B A)* is held.
     Source: EWC-LoRA (arXiv 2602.17559).
     """
 

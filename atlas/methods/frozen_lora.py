@@ -6,14 +6,14 @@ from atlas.lra import Holding, deltas
 class FrozenLoRA(Holding):
     """After the first task LoRA's gradients are dropped before the update.
 
-    Fusion and decoder go on learning, and forget. This baseline tells what anchoring LoRA adds
-    over freezing it. olora and inflora derive from it: they too end a pair with its task.
+    Fusion and decoder go on learning, and forget. This tells what anchoring LoRA adds over freezing
+    it. olora and inflora derive from it: they too end a pair with its task.
     """
 
     def __init__(self, run):
         super().__init__(run)
-        self.names = list(deltas(run.model))
-        self.pairs = list(deltas(run.model).values())
+        found = deltas(run.model)
+        self.names, self.pairs = list(found), list(found.values())
 
     def observe(self, step):
         report = self.trigger.watch(step.loss) if self.trigger else None
@@ -27,11 +27,9 @@ class FrozenLoRA(Holding):
         self.end_pair()
 
     def end_pair(self):
-        """A task is over."""
         self.armed = True
 
     def hold(self, pair):
         """Drop the gradients that must not be followed; AdamW leaves such parameters alone."""
         if self.armed:
-            pair.A.grad = None
-            pair.B.grad = None
+            pair.A.grad = pair.B.grad = None

@@ -23,9 +23,8 @@ class InfLoRA(OLoRA):
     a direction without inputs is zero. At the task's end the update is folded into the weight, and
     M gains the fewest eigenvectors of that same matrix, of the inputs as they are then, with which
     M M^T holds the share `strength` of trace C (the rule of gradient projection memory, GPM). So
-    the outputs of past inputs do not move, to first order in what the other layers change. The
-    authors raise the threshold over the tasks, to their number; here it stays. The memory grows
-    with the tasks, up to in x in a layer.
+    the outputs of past inputs do not move, to first order in what other layers change. The authors
+    raise the threshold over the tasks; here it stays. The memory grows, up to in x in a layer.
     Sources: Liang & Li 2024 (arXiv 2404.00228); GPM: Saha et al. 2021 (arXiv 2103.09762).
     """
 
@@ -38,18 +37,16 @@ class InfLoRA(OLoRA):
             if pair.A.dim() == 4 and pair.A.shape[2:] != (1, 1):
                 what = "linear layers and 1x1 convolutions"
                 raise AtlasError(f"method=inflora takes only {what}; change lora_targets")
-            self.register_buffer(f"M{i}", torch.zeros(pair.A.shape[1], 0, device=pair.A.device))
+            self.register_buffer(f"M{i}", pair.A.new_zeros(pair.A.shape[1], 0))
 
     @torch.no_grad()
     def begin_task(self, clips):
         for i, C in enumerate(self.covariances(clips)):
             values, vectors = self.left_of(i, C)
-            pair = self.pairs[i]
-            r = pair.A.shape[0]
-            vectors = vectors[:, :r] * (values[:r] > TINY * C.trace())
-            A = torch.zeros_like(pair.A).flatten(1)
+            A = torch.zeros_like(self.pairs[i].A).flatten(1)
+            vectors = vectors[:, : len(A)] * (values[: len(A)] > TINY * C.trace())
             A[: vectors.shape[1]] = vectors.T / math.sqrt(3)
-            pair.A.data.copy_(A.view_as(pair.A))
+            self.pairs[i].A.copy_(A.view_as(self.pairs[i].A))
 
     @torch.no_grad()
     def end_task(self, clips):
@@ -59,32 +56,25 @@ class InfLoRA(OLoRA):
             missing = values.sum() - (1 - self.held) * trace  # of the share that M must hold
             wanted = values.cumsum(0) - values < missing
             count = int((wanted & (values > TINY * trace)).sum())
-            setattr(self, f"M{i}", torch.cat([getattr(self, f"M{i}"), vectors[:, :count]], 1))
+            self.grow(f"M{i}", vectors[:, :count], 1)
         self.end_pair()
         return {"held": [M.shape[1] for M in self.past("M")]}
 
     def covariances(self, clips):
-        """C of every layer over the clips, [in, in] each."""
-        rows = [0] * len(self.pairs)
-        sums = [0] * len(self.pairs)
+        rows, sums = [0] * len(self.pairs), [0] * len(self.pairs)
         for batch in clips:
             for i, x in self.inputs(batch).items():
                 rows[i] += len(x)
                 sums[i] = x.T @ x + sums[i]
-        found = []
-        for total, count in zip(sums, rows):
-            found.append(parallel.summed(total) / parallel.summed(float(count)))
-        return found
+        return [parallel.summed(x) / parallel.summed(float(n)) for x, n in zip(sums, rows)]
 
     def inputs(self, batch):
-        """{layer number: its inputs for the batch, [rows, in]}."""
+        """{layer number: its inputs [rows, in]}."""
         seen = {}
 
         def note(i):
             def hook(module, given):
-                x = given[0]
-                if self.pairs[i].A.dim() == 4:
-                    x = x.movedim(1, -1)
+                x = given[0].movedim(1, -1) if self.pairs[i].A.dim() == 4 else given[0]
                 seen[i] = x.flatten(0, -2).float()
 
             return hook
@@ -96,11 +86,8 @@ class InfLoRA(OLoRA):
         return seen
 
     def left_of(self, i, C):
-        """Eigenvalues, largest first, and eigenvectors of what past inputs leave of C.
-
-        They are found in double precision, since eigenvectors of almost nothing must stay
-        orthogonal to M.
-        """
+        """Eigenvalues, largest first, and eigenvectors of what past inputs leave of C, in double
+        precision, since eigenvectors of almost nothing must stay orthogonal to M."""
         M = getattr(self, f"M{i}").double()
         P = torch.eye(len(C), dtype=torch.float64, device=C.device) - M @ M.T
         values, vectors = torch.linalg.eigh(P @ C.double() @ P)

@@ -2,24 +2,24 @@
 
 A frame of a new task often shows, silent, what an earlier task has taught to hear. So for each
 clip of a batch the model after the last task hears CANDIDATES sounds of classes learned before,
-drawn at random. The DISTILLED ones for which it masks most are taken. With y its mask
-probabilities for (the clip's frames, such a sound), z the present model's logits for the same and
-p = sigmoid(z),
+drawn at random. The DISTILLED ones for which it masks most are taken. With y its probabilities for
+the clip's frames and such a sound, z the present model's logits for the same, and p = sigmoid(z),
 
     L = L_task + (lambda / 2) sum_i Omega_i (theta_i - anchor_i)^2 + strength D
     D = mean over sounds and frames of BCE(y, z) + 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1)
 
-The sums of D are over a frame's pixels; both its terms are least at p = y.
+The sums are over a frame's pixels; both terms of D are least at p = y.
 
-The last model is LRA's own anchor, run on the batch without gradients. Visual features are those
-of the step itself, so only fusion and decoder run again with gradients. What is kept of a class is
-the mean of its sounds: S = D_a + N D_u numbers, the mean over clips and seconds of the frozen
-audio encoder's features. No clip, no frame and no sound that could be played is kept. Task-free,
-where no class is told, it is one mean a consolidation.
+The last model is LRA's own anchor. Visual features are those of the step itself, so only fusion and
+decoder run again with gradients. What is kept of a class is the mean of its sounds: S = D_a + N D_u
+numbers, the mean over clips and seconds of the frozen audio encoder's features. Task-free, where no
+class is told, it is one mean a consolidation.
 
-Sources: distillation: Li & Hoiem 2016 (arXiv 1606.09282), here on inputs that they do not have; the
-mean of a class instead of exemplars: PASS (Zhu et al. 2021, CVPR).
+Sources: distillation: Li & Hoiem 2016 (arXiv 1606.09282); the mean of a class instead of exemplars:
+PASS (Zhu et al. 2021, CVPR).
 """
+
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,9 @@ from torch.func import functional_call
 
 from atlas import parallel
 from atlas.config import strength_of
-from atlas.lra import LowRankAnchoring
+from atlas.lra import LowRankAnchoring, per_clip_gradients
+from atlas.methods.lwf import last_model
+from atlas.methods.mas import slope
 from atlas.model import clip_means
 
 CANDIDATES = 8  # sounds that the last model hears for each clip
@@ -49,18 +51,24 @@ class LraPlus(LowRankAnchoring):
         for name in ("sounds", "head", "heard", "last_heard"):
             self.register_buffer(name, torch.zeros(0, device=self.anchor.device))
 
-    # ---- what is remembered ------------------------------------------------------------------
-
     def end_task(self, clips):
-        noted = {}
-        report = super().end_task(noting(clips, noted))
-        totals = {}
-        for of_process in parallel.gathered(noted):
-            for category, total in of_process.items():
-                totals[category] = total + totals.get(category, 0)
+        self.noted, totals = Counter(), Counter()  # {class: total of its sounds}
+        report = super().end_task(clips)
+        for noted in parallel.gathered(self.noted):
+            for category, total in noted.items():
+                totals[category] = total + totals[category]
         for total in totals.values():
             self.remember(total.to(self.anchor.device))
         return report
+
+    def measure(self, clips):
+        return per_clip_gradients(self.run.model, self.anchored, self.noting(clips), clips.loss)
+
+    def noting(self, clips):
+        for batch in clips:
+            for category, sound in zip(batch["category"], sounds_of(batch).cpu()):
+                self.noted[category] = total_of(sound[None]) + self.noted[category]
+            yield batch
 
     def remember(self, total):
         """Add the mean of some sounds; total: see `total_of`."""
@@ -84,10 +92,7 @@ class LraPlus(LowRankAnchoring):
         super().note(theta, clips)
 
     def task_gradient(self, theta):
-        """The distillation's own gradient is taken off, as the anchor's is."""
         return super().task_gradient(theta) - self.distilled
-
-    # ---- the penalty -------------------------------------------------------------------------
 
     def penalty(self, batch=None, outputs=None):
         held = super().penalty(batch, outputs)
@@ -96,10 +101,10 @@ class LraPlus(LowRankAnchoring):
             self.distilled = torch.zeros_like(self.anchor)
         if not len(self.sounds) or not self.listen:
             return held
-        last = dict(zip([f"model.{name}" for name in self.names], self.split(self.anchor)))
+        last = {f"model.{name}": value for name, value in last_model(self).items()}
         distillation = self.listen * self.disagreement(batch, outputs, last)
         if self.trigger:
-            self.distilled = self.slope(distillation)
+            self.distilled = slope(self, distillation)
         return held + distillation
 
     def disagreement(self, batch, outputs, last):
@@ -125,26 +130,24 @@ class LraPlus(LowRankAnchoring):
         return apart
 
     def ask(self, batch):
-        """CANDIDATES sounds for every clip: {"context" [CANDIDATES, B, T, D_a], "tokens"}.
-
-        In TIL they are of one task, whose number is "head".
-        """
+        """Sounds for every clip: {"context" [CANDIDATES, B, T, D_a], "tokens"}; in TIL of one task,
+        whose number is "head"."""
         B, seconds = batch["context"].shape[:2]
         known = torch.arange(len(self.sounds))
-        head = {}
+        asked = {}
         if self.til:
-            head = {"head": self.head[torch.randint(len(known), (1,))]}
-            known = (self.head == head["head"]).nonzero()[:, 0].cpu()
+            asked["head"] = self.head[torch.randint(len(known), (1,))]
+            known = (self.head == asked["head"]).nonzero()[:, 0].cpu()
         chosen = self.sounds[known[torch.randint(len(known), (CANDIDATES, B))]]
-        context, tokens = split_sounds(chosen[:, :, None].expand(-1, -1, seconds, -1), batch)
-        return {"context": context, "tokens": tokens} | head
+        chosen = chosen[:, :, None].expand(-1, -1, seconds, -1)
+        D = batch["context"].shape[2]
+        asked["context"] = chosen[..., :D]
+        asked["tokens"] = chosen[..., D:].unflatten(-1, batch["tokens"].shape[2:])
+        return asked
 
 
 class Answers(torch.nn.Module):
-    """The masks of a model on the frames of a batch, for R sounds of each clip: [R, M, H, W].
-
-    asked: context [R, B, T, D_a], tokens [R, B, T, N, D_u].
-    """
+    """Masks [R, M, H, W] for R sounds of each clip: context [R, B, T, D_a], tokens likewise."""
 
     def __init__(self, model):
         super().__init__()
@@ -159,53 +162,24 @@ class Answers(torch.nn.Module):
         return torch.stack(masks)
 
 
-def noting(clips, noted):
-    """The same `clips`; as they pass, `noted` fills with the total of each class's sounds."""
-
-    class Noting:
-        loss = staticmethod(clips.loss)
-
-        def __iter__(self):
-            for batch in clips:
-                for category, sound in zip(batch["category"], sounds_of(batch).cpu()):
-                    noted[category] = total_of(sound[None]) + noted.get(category, 0)
-                yield batch
-
-    return Noting()
-
-
 def most_heard(y, clip, B, count):
-    """Of the answers y [R, M, H, W] to R sounds of each clip, the `count` that mask most.
-
-    A list, the largest first, of (probabilities [M, H, W], the sound's number for each clip [B]).
-    """
+    """Of the answers y [R, M, H, W] to R sounds of each clip, the `count` that mask most:
+    [(probabilities [M, H, W], the sound's number for each clip [B])], the largest first."""
     area = torch.stack([clip_means(masks.mean((1, 2)), clip, B) for masks in y])  # [R, B]
     frames = torch.arange(len(clip), device=clip.device)
     return [(y[chosen[clip], frames], chosen) for chosen in area.topk(count, 0)[1]]
 
 
 def distance(z, y):
-    """Logits z and probabilities y [M, HW] -> BCE + soft Dice, means over pixels and frames.
-
-    It is least, and without a gradient, where sigmoid(z) = y.
-    """
+    """Logits z and probabilities y [M, HW] -> BCE + soft Dice, means over pixels and frames."""
     p = z.sigmoid()
     dice = 1 - (2 * (p * y).sum(1) + 1) / (p.square().sum(1) + y.square().sum(1) + 1)
     return F.binary_cross_entropy_with_logits(z, y) + dice.mean()
 
 
-# ---- sounds ------------------------------------------------------------------------------
-
-
 def sounds_of(batch):
     """The features of each clip's sound [B, S]: means over its seconds of context and tokens."""
     return torch.cat([batch["context"].mean(1), batch["tokens"].mean(1).flatten(1)], 1).float()
-
-
-def split_sounds(sounds, batch):
-    """Sounds [..., S] -> their context [..., D_a] and tokens [..., N, D_u]."""
-    D = batch["context"].shape[2]
-    return sounds[..., :D], sounds[..., D:].unflatten(-1, batch["tokens"].shape[2:])
 
 
 def total_of(sounds):

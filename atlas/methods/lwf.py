@@ -11,11 +11,10 @@ from atlas.lra import Anchor
 class LwF(Anchor):
     """strength * mean over frames and pixels of BCE(sigmoid(z_old), z), on the clips of this task.
 
-    z_old are the mask logits of the model after the last task. This is the binary form of the
-    distillation, as masks ask for, without a temperature. The old model is one copy of the
-    trainables (`anchor`), run on each batch. In TIL the past tasks' heads are distilled, a mean
-    over them, on the features that they read, and the new task's head is free. The classification
-    branch is not distilled. Source: Li & Hoiem 2016 (arXiv 1606.09282).
+    z_old are the mask logits of the model after the last task (its trainables are `anchor`): the
+    binary form of the distillation, without a temperature. In TIL the past tasks' heads are
+    distilled, a mean over them, on the features that they read, and the new head is free. The
+    classification branch is not distilled. Source: Li & Hoiem 2016 (arXiv 1606.09282).
     """
 
     def __init__(self, run):
@@ -33,19 +32,18 @@ class LwF(Anchor):
         til = self.run.config.protocol == "til"
         heads = model.decoder.heads[: model.decoder.active] if til else ()
         if not self.armed or not self.strength or (til and not heads):
-            return torch.zeros((), device=self.anchor.device)
+            return torch.zeros(())
         features = self.features  # now: the old model's pass replaces them
         training = model.training
-        last = dict(zip(self.names, self.split(self.anchor)))
         with torch.no_grad(), self.run.autocast():
-            old = functional_call(model.eval(), last, (batch,))["masks"]
+            old = functional_call(model.eval(), last_model(self), (batch,))["masks"]
             targets = [head(self.features) for head in heads] or [old]
         model.train(training)
         logits = [head(features.float()) for head in heads] or [outputs["masks"]]
-        losses = []
+        loss = 0
         for z, y in zip(logits, targets):
-            losses.append(F.binary_cross_entropy_with_logits(z.float(), y.float().sigmoid()))
-        return self.strength * sum(losses) / len(losses)
+            loss = loss + F.binary_cross_entropy_with_logits(z.float(), y.float().sigmoid())
+        return self.strength * loss / len(logits)
 
     def end_task(self, clips):
         return self.absorb(None, self.theta().detach()) if self.strength else None
@@ -57,3 +55,9 @@ class LwF(Anchor):
         self.anchor.copy_(theta)
         self.armed = True
         return {}
+
+
+def last_model(method):
+    """{name: value} of an Anchor's parameters as they were when the last task ended."""
+    parts = zip(method.names, method.anchor.split(method.sizes), method.anchored)
+    return {name: part.view_as(p) for name, part, p in parts}

@@ -1,8 +1,10 @@
 """Memory aware synapses (MAS)."""
 
+import torch
+
 from atlas import parallel
 from atlas.config import strength_of
-from atlas.lra import Anchor, per_clip_gradients
+from atlas.lra import Anchor, flat, per_clip_gradients
 
 
 class MAS(Anchor):
@@ -10,10 +12,9 @@ class MAS(Anchor):
 
     Omega <- Omega + (1/n) sum_x |d f2(x) / d theta_i|,  anchor <- theta.
 
-    f2(x) is the squared norm of the mask probabilities of one clip, as a mean over its pixels and
-    annotated frames, since a sum would grow with the image. No label enters. Task-free, it is
-    |d / d theta_i| of the batch's f2 at every step, a mean over the window. This is a lower bound
-    of the clips' mean, and is exact where they agree in sign.
+    f2(x) is the squared norm of the mask probabilities of one clip, a mean over pixels and frames.
+    No label enters. Task-free, it is |d / d theta_i| of the batch's f2, a mean over the window's
+    steps: a lower bound of the clips' mean, exact where they agree in sign.
     Source: Aljundi et al. 2018 (arXiv 1711.09601); their lambda is strength / 2.
     """
 
@@ -32,8 +33,16 @@ class MAS(Anchor):
 
     def penalty(self, batch=None, outputs=None):
         if self.trigger and self.strength:
-            self.found = self.slope(self.squared_norm(outputs))
+            self.found = slope(self, self.squared_norm(outputs))
         return super().penalty()
 
     def note(self, theta, clips):
         self.window.add_(parallel.summed(parallel.share(clips) * self.found).abs())
+
+
+def slope(method, value):
+    """The gradient of a scalar over an Anchor's parameters, flat; in fp16 of the scaled value."""
+    scale = method.run.updates.scaler.get_scale() if method.run.updates else 1.0
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(scale * value, method.anchored, **options)
+    return (flat(found) / scale).nan_to_num(0.0, 0.0, 0.0)

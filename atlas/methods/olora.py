@@ -13,12 +13,11 @@ from atlas.methods.frozen_lora import FrozenLoRA
 class OLoRA(FrozenLoRA):
     """strength * sum over layers and past tasks of |A_old A^T|.
 
-    The new update then reads other directions than the past ones. At a task's end the pair is
-    folded into the frozen weight, W <- W + (alpha / r) B A, and begins anew (A drawn, B = 0). The
-    past pairs are kept, for the penalty and to fold them again when a checkpoint is loaded, so the
-    memory grows by r (in + out) a layer and task. Only LoRA is held, as published. Task-free, a
-    pair ends where a plateau has ended, as it is then: what the steps since then changed cannot be
-    taken off. Source: Wang et al. 2023 (arXiv 2310.14152), lambda_1; lambda_2 = 0, as theirs.
+    At a task's end the pair is folded into the frozen weight, W <- W + (alpha / r) B A, and begins
+    anew (A drawn, B = 0). The past pairs are kept, for the penalty and to fold them again when a
+    checkpoint is loaded, so the memory grows by r (in + out) a layer and task. Only LoRA is held,
+    as published. Task-free, a pair ends as it is where the trigger fires.
+    Source: Wang et al. 2023 (arXiv 2310.14152), lambda_1; lambda_2 = 0, as theirs.
     """
 
     def __init__(self, run):
@@ -27,36 +26,37 @@ class OLoRA(FrozenLoRA):
         self.unit = self.strength or 1.0
         self.frozen = [pair.weight.detach().clone() for pair in self.pairs]  # before any folding
         for i, pair in enumerate(self.pairs):
-            A = pair.A.detach().flatten(1)
-            B = pair.B.detach().flatten(1)
+            A, B = pair.A.detach().flatten(1), pair.B.detach().flatten(1)
             self.register_buffer(f"A{i}", A[:0].clone())  # [tasks r, in]
             self.register_buffer(f"B{i}", B[:, :0].clone())  # [out, tasks r]
 
     def past(self, name):
         return [getattr(self, f"{name}{i}") for i in range(len(self.pairs))]
 
+    def grow(self, name, more, dim):
+        setattr(self, name, torch.cat([getattr(self, name), more], dim))
+        return getattr(self, name)
+
     def penalty(self, batch=None, outputs=None):
         if not self.armed or not self.strength:
             return super().penalty(batch, outputs)
-        overlaps = []
+        overlap = 0
         for old, pair in zip(self.past("A"), self.pairs):
-            overlaps.append((old @ pair.A.flatten(1).float().T).abs().sum())
-        return self.strength * sum(overlaps)
+            overlap = overlap + (old @ pair.A.flatten(1).float().T).abs().sum()
+        return self.strength * overlap
 
     @torch.no_grad()
     def end_pair(self):
         for i, pair in enumerate(self.pairs):
-            A = torch.cat([getattr(self, f"A{i}"), pair.A.flatten(1)])
-            setattr(self, f"A{i}", A)
-            setattr(self, f"B{i}", torch.cat([getattr(self, f"B{i}"), pair.B.flatten(1)], 1))
+            A = self.grow(f"A{i}", pair.A.flatten(1), 0)
+            self.grow(f"B{i}", pair.B.flatten(1), 1)
             drawn = torch.empty(pair.A.shape)
             seeds = np.random.SeedSequence([self.run.config.seed, len(A), i])
             generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)  # as PEFT does
             pair.A.copy_(drawn)
             pair.B.zero_()
-            pair.A.grad = None
-            pair.B.grad = None
+            pair.A.grad = pair.B.grad = None
         self.fold()
         self.armed = True
 
@@ -77,7 +77,6 @@ class OLoRA(FrozenLoRA):
             pair.weight.data.copy_(frozen + (pair.scale * B @ A).view_as(frozen))
 
     def adapters(self):
-        """The past pairs of every layer, one after the other: A [tasks r, in], B [out, tasks r]."""
         found = {}
         for name, pair, A, B in zip(self.names, self.pairs, self.past("A"), self.past("B")):
             B = B.view(len(B), -1, *pair.B.shape[2:])

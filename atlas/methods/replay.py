@@ -1,5 +1,7 @@
 """Replay of stored clips. It is NOT exemplar-free: a reference row only."""
 
+from collections import Counter
+
 import torch
 
 from atlas import parallel
@@ -17,10 +19,10 @@ KEPT |= {"context": torch.float32, "tokens": torch.float32}
 class Replay(Method):
     """strength * the mask loss of stored clips, as many as the batch has, drawn at random.
 
-    Of a clip the first annotated frame is stored, with the features of its sound. At a task's end
-    OF_A_CLASS clips of each class are stored. On a stream OF_A_STREAM clips are a uniform sample
-    of all that passed (reservoir sampling: Vitter 1985). In TIL the clips of a draw are of one task
-    and its head is asked. Source: experience replay (Chaudhry et al. 2019, arXiv 1902.10486).
+    Of a clip the first annotated frame is stored, with the features of its sound: at a task's end
+    OF_A_CLASS clips of each class; on a stream OF_A_STREAM clips, a uniform sample of all that
+    passed (reservoir sampling: Vitter 1985). In TIL the clips of a draw are of one task, whose head
+    is asked. Source: experience replay (Chaudhry et al. 2019, arXiv 1902.10486).
     """
 
     def __init__(self, run):
@@ -35,24 +37,22 @@ class Replay(Method):
         self.register_buffer("passed", torch.zeros((), dtype=torch.long, device=run.device))
 
     def end_task(self, clips):
-        counts = {}
+        counts = Counter()
         for batch in clips:
             for i, category in enumerate(batch["category"]):
-                counts[category] = counts.get(category, 0) + 1
+                counts[category] += 1
                 if counts[category] <= OF_A_CLASS and self.strength:
                     self.store(batch, i, len(self.head))
         return {"kept": len(self.head)}
 
     def store(self, batch, i, place):
-        """Store clip i of a batch at `place`, which may be the end."""
         first = int((batch["clip"] == i).nonzero()[0])
         values = {name: batch[name][first] for name in ("frames", "masks", "second")}
         values |= {name: batch[name][i] for name in ("context", "tokens")}
         values["head"] = torch.tensor(self.run.model.decoder.active, device=self.head.device)
         for name, value in values.items():
             kept = getattr(self, name).view(-1, *value.shape)
-            kept = torch.cat([kept[:place], value[None], kept[place + 1 :]])
-            setattr(self, name, kept)
+            setattr(self, name, torch.cat([kept[:place], value[None], kept[place + 1 :]]))
 
     def penalty(self, batch, outputs):
         loss = super().penalty(batch, outputs)
@@ -70,7 +70,6 @@ class Replay(Method):
         return known[torch.randint(len(known), (count,)).to(known.device)]
 
     def loss_of(self, chosen):
-        """The mean mask loss of stored clips."""
         batch = {name: getattr(self, name)[chosen] for name in KEPT}
         batch["clip"] = torch.arange(len(chosen), device=chosen.device)
         decoder = self.run.model.decoder
@@ -84,7 +83,6 @@ class Replay(Method):
         return sum(weighted(terms, self.run.config).values()).mean()
 
     def sample(self, batch):
-        """Give every clip that has passed the same chance to be stored."""
         for i in range(len(batch["context"])):
             self.passed += 1
             place = len(self.head)

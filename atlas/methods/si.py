@@ -12,9 +12,8 @@ class SI(Anchor):
     Omega <- Omega + max(0, w_i) / ((theta_i - anchor_i)^2 + xi),  anchor <- theta.
 
     w_i = - sum over the task's steps of g_i * (change of theta_i), with g the gradient of the task
-    loss before the step, unscaled and unclipped, without the penalty's. It is what theta_i's own
-    path took off the loss. A negative w_i counts as zero, else the penalty would have no minimum.
-    xi = 0.1. The first anchor is the start.
+    loss before the step: what theta_i's own path took off the loss. A negative w_i counts as zero,
+    else the penalty would have no minimum. xi = 0.1. The first anchor is the start.
     Source: Zenke et al. 2017 (arXiv 1703.04200); their c is strength / 2.
     """
 

@@ -88,7 +88,8 @@ def open_trained(run, task=None):
         raise AtlasError(f"{run} has not learned a task yet")
     encoder = build_audio_encoder(config.audio, config.audio_weights)
     classes = [each["classes"] for each in found["tasks"]] if config.classify else None
-    learner = Learner(config, (encoder.context_dim, encoder.token_dim), classes)
+    dims = [x.shape[-1] for x in encode_wave(encoder, torch.zeros(T * RATE), T)]
+    learner = Learner(config, dims, classes)
     refuse_other_encoders(run, found, learner.visual_sha, fingerprint(encoder))
     learner.load(Path(run, f"task_{learned:02d}"))
     decoder = learner.model.eval().decoder
