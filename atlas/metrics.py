@@ -30,16 +30,17 @@ class MaskMeter:
 
     def __init__(self, with_F=True):
         self.with_F = with_F
-        names = ("J", "J_strict", "frames", "F", "sounding_clips", "sounding_frames")
+        names = "J J_strict frames F sounding_clips sounding_frames".split()
         self.sums = dict.fromkeys(names, 0.0)
         self.sums["curve"] = torch.zeros(THRESHOLDS, dtype=torch.float64)
 
     def update(self, logits, masks, annotated):
         """`add` of logits and masks [B, T, H, W]; annotated [B, T] is True where a mask exists."""
-        return self.add(logits[annotated], masks[annotated], annotated.nonzero()[:, 0])
+        clip = annotated.nonzero()[:, 0]
+        return self.add(logits[annotated], masks[annotated], clip), clip
 
     def add(self, logits, masks, clip):
-        """logits and masks [M, H, W] and their clips [M] -> J of each frame and its clip, [M]."""
+        """logits and masks [M, H, W], the clip of each [M] -> J of each [M]."""
         x, g = logits.flatten(1).float(), masks.flatten(1).bool()  # [M, HW]
         p = x > 0
         pixels = g.shape[1]
@@ -62,7 +63,7 @@ class MaskMeter:
             self.sums["sounding_clips"] += len(best)
             self.sums["sounding_frames"] += len(curves)
             self.sums["curve"] += curves.sum(0).cpu()
-        return J, clip
+        return J
 
     def compute(self):
         """{"J", "J_strict", "F", "F_dataset"} over all processes; None has nothing to average."""
@@ -126,9 +127,9 @@ def score(run, indices, full=False):
         batch = to_device(batch, run.device)
         with run.autocast():
             features = run.model.encode(batch["frames"])
-        outputs = segmented(run, features, batch)
-        J, clip = own.add(outputs["masks"], batch["masks"], batch["clip"])
-        numbers = torch.tensor(batch["index"])[clip.cpu()]
+            outputs = run.model.segment(features, batch)
+        J = own.add(outputs["masks"], batch["masks"], batch["clip"])
+        numbers = torch.tensor(batch["index"])[batch["clip"].cpu()]
         of_clips.index_add_(1, numbers, torch.stack([J, torch.ones_like(J)]).double().cpu())
         if "classes" in outputs:
             labels = run.model.classifier.labels(batch["category"])
@@ -136,11 +137,13 @@ def score(run, indices, full=False):
             right += torch.where(labels < 0, torch.nan, hits).sum().item()
             classified += len(labels)
         if full:
-            partners = [run.partners[i] for i in batch["index"]]
-            swap = segmented(run, features, batch | sounds(run, partners))
-            swapped.add(swap["masks"], batch["masks"], batch["clip"])
-            mute = segmented(run, features, batch | sounds(run, [None] * len(partners)))
-            area += (mute["masks"] > 0).flatten(1).float().mean(1).sum().item()
+            partners = sounds(run, [run.partners[i] for i in batch["index"]])
+            silence = sounds(run, [None] * len(batch["index"]))
+            with run.autocast():
+                swap = run.model.segment(features, batch | partners)["masks"]
+                mute = run.model.segment(features, batch | silence)["masks"]
+            swapped.add(swap, batch["masks"], batch["clip"])
+            area += (mute > 0).flatten(1).float().mean(1).sum().item()
     totals = torch.tensor([area, right, classified], dtype=torch.float64)
     area, right, classified = parallel.summed(totals).tolist()
     of_clips = parallel.summed(of_clips)
@@ -164,13 +167,6 @@ def grouped_means(clips, of_clips):
     return {"J_source": mean_of(of_sources), "J_drawn": mean_of(drawn)}
 
 
-def segmented(run, features, batch):
-    """Outputs of the model on features, the masks [M, H, W] in float32."""
-    with run.autocast():
-        outputs = run.model.segment(features, batch)
-    return outputs | {"masks": outputs["masks"].float()}
-
-
 def sounds(run, clips):
     """{"context", "tokens"} of a batch, from clips of the cache; of None, a zero waveform's."""
     heard = torch.utils.data.default_collate([run.cache.sound(i) for i in clips])
@@ -178,12 +174,10 @@ def sounds(run, clips):
 
 
 def score_tasks(run, learned):
-    """One row of every matrix, over all tasks, past, present and future.
+    """One row of every matrix, over all tasks, past, present and future, after `learned` tasks.
 
-    {"test": {score: [one a task], or None}, "val": [J of each task on validation clips], or None,
-    "classes": [J of each of `class_names` on test clips]}. None is what `full_scores: last` leaves
-    for the last row. learned: tasks so far; the classes of later ones do not compete. In TIL each
-    task has its head; one not learned yet has the latest.
+    {"test": {score: [one a task]}, "val": [J of each task on validation clips], "classes": [J of
+    each of `class_names` on test clips]}; None is what `full_scores: last` leaves for the last row.
     """
     full = run.config.full_scores == "every" or learned == len(run.sequence)
     rows, val, classes = [], [], []
@@ -205,7 +199,8 @@ def score_tasks(run, learned):
 
 
 def compete(run, j, learned):
-    """Choose the classes that compete when task j (from 0) is scored after `learned` tasks."""
+    """Choose the classes that compete when task j (from 0) is scored: of tasks learned so far, in
+    TIL of the task itself."""
     if run.config.method == "joint" and learned:
         learned = len(run.tasks)
     if run.model.classifier and run.config.protocol == "til":
@@ -243,15 +238,14 @@ def continual_metrics(R, joint=None):
     final          mean_j R[T, j]                       (Lopez-Paz & Ranzato 2017, ACC)
     incremental    mean_k mean_{j <= k} R[k, j]         (Rebuffi et al. 2017)
     learning       mean_j R[j, j]
-    forgetting     mean_{j < T} ( max_{j <= l < T} R[l, j] - R[T, j] )   (Chaudhry et al. 2018);
-                   positive = forgot
+    forgetting     mean_{j < T} ( max_{j <= l < T} R[l, j] - R[T, j] )   (Chaudhry et al. 2018)
     bwt            mean_{j < T} ( R[T, j] - R[j, j] )   (Lopez-Paz & Ranzato 2017)
     fwt            mean_{j > 1} ( R[j - 1, j] - R[0, j] )   (the same; ours: R[0] is untrained)
     intransigence  mean_j ( joint_j - R[j, j] )         (Chaudhry et al. 2018; ours: joint are the
                    T scores of one model of all tasks)
 
-    Undefined entries are left out of a mean; a mean of nothing is None. A joint run's R has two
-    rows, untrained and trained on everything: then only `final` is defined.
+    Undefined entries are left out; a mean of nothing is None. A joint run's R has two rows,
+    untrained and trained on everything: then only `final` is defined.
     """
     last = max(len(row) for row in R if row is not None)
     R = np.array([[None] * last if row is None else row for row in R], dtype=float)

@@ -28,14 +28,11 @@ CHUNK = 20  # batches of a stream between two points to resume from
 
 @dataclass(frozen=True)
 class Task:
-    """`train`, `val` and `test` are indices into the cache, `classes` category names.
-
-    On a stream `train` is what is learned up to a checkpoint, in order; `val` and `test` are the
-    clips of a segment.
-    """
+    """`train`, `val` and `test` are indices into the cache: on a stream what is learned up to a
+    checkpoint, in order, and the clips of a segment."""
 
     name: str
-    classes: tuple
+    classes: tuple  # of category names
     train: tuple
     val: tuple
     test: tuple
@@ -68,8 +65,8 @@ def domain_incremental(cache, config):
         domains = np.random.default_rng(config.seed).permutation(list(DOMAINS)).tolist()
     if not isinstance(domains, dict):
         if unknown := set(domains) - set(DOMAINS):
-            known = f"choose from {', '.join(DOMAINS)}, or give a mapping"
-            raise AtlasError(f"domains has `{min(unknown)}`; {known}")
+            how = f"choose from {', '.join(DOMAINS)}, or give a mapping"
+            raise AtlasError(f"domains has `{min(unknown)}`; {how}")
         domains = {name: DOMAINS[name] for name in domains}
     categories, tasks = {clip["category"] for clip in cache.clips}, []
     for name, classes in domains.items():
@@ -117,9 +114,9 @@ def drifting_stream(cache, config):
     """TF-CL: every train clip once, in an order that drifts through `stream_checkpoints` segments.
 
     A segment is a cluster of what clips sound like (`audio_segments`), since MS3 has no categories.
-    The stream visits them in an order drawn from `seed` and mixes clips up to half of `stream_blur`
-    segments around a drift. Task i is the i-th equal part of the stream; column i of R holds the
-    val and test clips of the i-th segment visited.
+    Their order is drawn from `seed`; clips up to half of `stream_blur` segments around a drift are
+    mixed. Task i holds the i-th equal part of the stream, and the val and test clips of the i-th
+    segment visited.
     """
     k = config.stream_checkpoints
     rng = np.random.default_rng([config.seed, 0])
@@ -146,9 +143,9 @@ def drifting_stream(cache, config):
 def audio_segments(features, clips, k):
     """The segment of every clip, [n] in 0 to k - 1, by balanced k-means from a fixed seed.
 
-    features [n, D] are standardised over the train clips. What is clustered are source videos, each
-    by the mean over its train clips. A cluster holds at most about 1 / k of the train clips. A
-    source without train clips goes to the nearest cluster.
+    features [n, D] are standardised over the train clips. Source videos are clustered, each by the
+    mean over its train clips, of which a cluster holds about 1 / k at most. A source without train
+    clips goes to the nearest cluster.
     """
     rng = np.random.default_rng(0)
     is_train = np.array([clip["split"] == "train" for clip in clips])
@@ -182,9 +179,8 @@ def squared_distances(means, centres):
 
 
 def balanced(distance, weight, k):
-    """The cluster of each source, the nearest with room left for its train clips; [sources, k] in.
-
-    Sources choose first whose nearest centre is much nearer than the second nearest.
+    """The cluster of each source, the nearest with room left for its train clips; distance is
+    [sources, k]. Sources choose first whose nearest centre is much nearer than the second nearest.
     """
     two = np.sort(distance, 1)[:, :2]
     chosen = np.zeros(len(distance), int)
@@ -196,8 +192,8 @@ def balanced(distance, weight, k):
     return chosen
 
 
-PROTOCOLS = {
-    "til": class_incremental,  # CIL's tasks, with a mask head each
+PROTOCOLS = {  # til: CIL's tasks, with a mask head each
+    "til": class_incremental,
     "cil": class_incremental,
     "dil": domain_incremental,
     "tfcl": drifting_stream,
@@ -224,7 +220,7 @@ class Plan:
     t: int
     epochs: list
     repeats: int  # times each batch is used in a row
-    before: int  # optimiser steps of the schedule that are taken before this task
+    before: int  # optimiser steps of the schedule before this task
     steps: int  # optimiser steps of the schedule
     batch_size: int
     task_word: str  # "task", on a stream "checkpoint"
@@ -235,18 +231,15 @@ class Plan:
         return self.repeats * math.ceil(len(self.epochs[epoch - 1]) / self.batch_size)
 
     def steps_before(self, epoch):
-        """Optimiser steps of the schedule that are taken before an epoch, counted from 1."""
         return self.before + sum(self.steps_of(e) for e in range(1, epoch))
 
 
 def plan_of(sequence, t, config):
     """The Plan of task t, from 1: shuffled passes, or one pass of a stream in its order."""
-    clips = sequence[t - 1].train
-    size = config.batch_size
+    clips, size = sequence[t - 1].train, config.batch_size
     if config.protocol == "tfcl" and config.method != "joint":
-        length = CHUNK * size
+        repeats, length = config.stream_epochs, CHUNK * size
         chunks = [list(clips[i : i + length]) for i in range(0, len(clips), length)]
-        repeats = config.stream_epochs
         steps = [repeats * math.ceil(len(task.train) / size) for task in sequence]
         before = sum(steps[: t - 1])
         return Plan(t, chunks, repeats, before, sum(steps), size, "checkpoint", "chunk")
@@ -255,5 +248,4 @@ def plan_of(sequence, t, config):
         count = config.stream_epochs
     draws = [np.random.default_rng([config.seed, t, epoch]) for epoch in range(1, count + 1)]
     epochs = [rng.permutation(clips).tolist() for rng in draws]
-    steps = count * math.ceil(len(clips) / size)
-    return Plan(t, epochs, 1, 0, steps, size, "task", "epoch")
+    return Plan(t, epochs, 1, 0, count * math.ceil(len(clips) / size), size, "task", "epoch")
