@@ -53,8 +53,8 @@ class Clip:
 
 
 def source_of(name):
-    """The YouTube id (11 characters, not all small letters) in a name of AVSBench's form, ID or
-    ID_NUMBERS; else the whole name."""
+    """The YouTube id (11 characters, not all small letters) of a name ID or ID_NUMBERS, as AVSBench
+    has them; else the whole name."""
     found = YOUTUBE.fullmatch(name)
     return found[1] if found else name
 
@@ -106,10 +106,8 @@ READERS = {"s4": read_s4, "ms3": read_ms3}
 
 @contextlib.contextmanager
 def built_beside(final, inside="."):
-    """Yield an empty folder, and rename it (what lies `inside` it) to `final` at the end.
-
-    On failure nothing is left. Where another process was faster, its folder is used.
-    """
+    """Yield an empty folder; at the end it (what lies `inside` it) becomes `final`, or on failure
+    nothing. Where another process was faster, its folder is used."""
     final = Path(final)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -126,10 +124,8 @@ def built_beside(final, inside="."):
 
 
 def locked(path, in_use=None):
-    """Open the file `path`, locked until it is closed, also between the nodes of a cluster.
-
-    Another process that has it is waited for, or with `in_use` an AtlasError of that text.
-    """
+    """The file `path`, open and locked until it is closed, also between the nodes of a cluster.
+    Another process that has it is waited for, or with `in_use` an AtlasError of that text."""
     file = open(path, "a", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,7 +160,6 @@ def read_rows(path, columns):
 
 def read_table(path, columns):
     """The rows of a table that holds `columns` and maybe others: dicts of strings without blanks.
-
     Commas, semicolons or tabs part the values, as Excel writes them; the text is UTF-8 or UTF-16.
     """
     rows = []
@@ -212,10 +207,8 @@ def why_unreadable(path, error):
 
 
 def open_picture(path):
-    """The picture in `path` as Pillow's image, in its own mode, turned as its EXIF says.
-
-    `image.info["deep"]` says whether the file holds 16 bits a channel.
-    """
+    """The picture in `path` as Pillow's image, in its own mode, turned as its EXIF says;
+    `image.info["deep"]`: the file holds 16 bits a channel."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.info["deep"] = ";16" in str(image.tile)

@@ -23,6 +23,7 @@ from atlas.clips import RATE, T, built_beside, load_clip, locked, why_unreadable
 from atlas.errors import AtlasError
 
 VERSION = 3  # of the cache's layout and of what the readers make of a file
+SOUND = ("context", "tokens")
 
 
 def pack(clips, root, cache_dir, size, encoder):
@@ -67,10 +68,7 @@ def refuse(clip, root, why):
 
 
 def _fill(build, clips, root, size, encoder):
-    """Write the cache into the folder `build`: files of a row for each clip, and three whole ones.
-
-    A file's header tells its type and shape; they stand in index.json once more.
-    """
+    """Write the cache into the folder `build`: files of a row for each clip, and three others."""
     files, arrays = {}, {}
     with contextlib.ExitStack() as stack:
         for clip in tqdm(clips, "packing clips", unit="clip", disable=None):
@@ -130,8 +128,7 @@ class PackedClips:
             what = f"the file {path} of the cache is damaged: {why_unreadable(path, error)}"
             remedy = f"delete the folder {self.folder}: the next run packs it anew"
             raise AtlasError(f"{what}; {remedy}") from None
-        self.context_dim = self.arrays["context"].shape[-1]
-        self.token_dim = self.arrays["tokens"].shape[-1]
+        self.context_dim, self.token_dim = (self.arrays[k].shape[-1] for k in SOUND)
 
     def close(self, indices):
         """Exemplar-free: from now on, asking for one of these clips is an error."""
@@ -153,23 +150,17 @@ class PackedClips:
         if i in self.closed:
             raise AtlasError(f"train clip {clip['id']} was asked for after its task: keep no clips")
         second = np.flatnonzero(self.arrays["annotated"][i])
+        frames = torch.from_numpy(self.arrays["frames"][i, second]).permute(0, 3, 1, 2)
         bits = self.arrays["masks"][i, second]
         masks = np.unpackbits(bits, axis=-1, count=self.size**2).view(np.bool_)
-        return {
-            "index": i,
-            "category": clip["category"],
-            "frames": torch.from_numpy(self.arrays["frames"][i, second]).permute(0, 3, 1, 2),
-            "masks": torch.from_numpy(masks.reshape(-1, self.size, self.size)),
-            "second": torch.from_numpy(second),
-            **self.sound(i),
-        }
+        masks = torch.from_numpy(masks.reshape(-1, self.size, self.size))
+        item = {"index": i, "category": clip["category"], "frames": frames, "masks": masks}
+        return item | {"second": torch.from_numpy(second), **self.sound(i)}
 
     def sound(self, i):
         """Clip i's sound, or silence (None): context [T, D_a], tokens [T, N, D_u], float16."""
-        kinds = ("context", "tokens")
-        if i is None:
-            return {kind: torch.tensor(self.arrays[f"mute_{kind}"]) for kind in kinds}
-        return {kind: torch.tensor(self.arrays[kind][i]) for kind in kinds}
+        found = {kind: self.arrays[f"mute_{kind}" if i is None else kind] for kind in SOUND}
+        return {kind: torch.tensor(x if i is None else x[i]) for kind, x in found.items()}
 
 
 class ClipDataset(torch.utils.data.Dataset):
@@ -209,7 +200,7 @@ def collate(items):
     batch = {name: [item[name] for item in items] for name in ("index", "category")}
     for name in ("frames", "masks", "second"):
         batch[name] = torch.cat([item[name] for item in items])
-    for name in ("context", "tokens"):
+    for name in SOUND:
         batch[name] = torch.stack([item[name] for item in items]).float()
     counts = torch.tensor([len(item["second"]) for item in items])
     batch["clip"] = torch.repeat_interleave(torch.arange(len(items)), counts)
@@ -218,12 +209,12 @@ def collate(items):
 
 def loader(dataset, batch_size, workers=0, device="cpu", shared=False):
     """Batches of `dataset` as stored; `shared`: of each, this process's part (parallel.py)."""
-    options = {"batch_size": batch_size}
+    parts = {"batch_size": batch_size}
     if shared:
-        options = {"batch_sampler": parallel.batches(len(dataset), batch_size)}
-    options |= {"collate_fn": collate, "num_workers": workers, "worker_init_fn": _send_by_value}
+        parts = {"batch_sampler": parallel.batches(len(dataset), batch_size)}
+    parts |= {"num_workers": workers, "worker_init_fn": _send_by_value, "collate_fn": collate}
     pinned = torch.device(device).type == "cuda"
-    return torch.utils.data.DataLoader(dataset, **options, pin_memory=pinned)
+    return torch.utils.data.DataLoader(dataset, **parts, pin_memory=pinned)
 
 
 def _send_by_value(worker):
