@@ -38,7 +38,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 PIXELS = 10**8  # of a picture, at most; Pillow's own bound only warns
 Image.MAX_IMAGE_PIXELS = None
 YOUTUBE = re.compile(r"(?=[a-z_-]{0,10}[A-Z0-9])([A-Za-z0-9_-]{11})(_(0|[1-9]\d*))*")
-POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,15 @@ class Clip:
 
 
 def source_of(name):
-    """The YouTube id (11 characters, not all small letters) in a name of AVSBench's form, ID or
-    ID_NUMBERS; else the whole name."""
+    """The YouTube id (11 characters, not all small letters) of a name ID or ID_NUMBERS, as AVSBench
+    has them; else the whole name."""
     found = YOUTUBE.fullmatch(name)
     return found[1] if found else name
 
 
 def s4_clip(root, name, category, split, mask=None):
     """One S4 clip below `root`, which holds Single-source/. Its files need not exist."""
-    data = Path(root, "Single-source/s4_data")
-    place = f"{split}/{category}/{name}"
+    data, place = Path(root, "Single-source/s4_data"), f"{split}/{category}/{name}"
     frames = _numbered(f"{data}/visual_frames/{place}/{name}")
     masks = _numbered(f"{data}/gt_masks/{place}/{name}")
     if split == "train":
@@ -87,11 +85,20 @@ def _numbered(stem):
 
 def read_s4(root):
     """All clips that S4's table below `root` names, in its order. Their files are not opened."""
-    return [s4_clip(root, *values) for values in _rows(root, "s4")]
+    return _read(root, "s4", s4_clip)
 
 
 def read_ms3(root):
-    return [ms3_clip(root, *values) for values in _rows(root, "ms3")]
+    return _read(root, "ms3", ms3_clip)
+
+
+def _read(root, dataset, make):
+    path, columns = Path(root, CSVS[dataset]), COLUMNS[dataset]
+    if not path.is_file():
+        what = f"no {dataset.upper()} tree in {root}: {path} is missing"
+        raise AtlasError(f"{what}; set data_root to the folder of {path.parent.name}/")
+    rows = read_rows(path, columns)
+    return [make(root, *map(row.get, columns), row.get("mask")) for row in rows]
 
 
 READERS = {"s4": read_s4, "ms3": read_ms3}
@@ -99,10 +106,8 @@ READERS = {"s4": read_s4, "ms3": read_ms3}
 
 @contextlib.contextmanager
 def built_beside(final, inside="."):
-    """Yield an empty folder, and rename it (what lies `inside` it) to `final` at the end.
-
-    On failure nothing is left. Where another process was faster, its folder is used.
-    """
+    """Yield an empty folder; at the end it (what lies `inside` it) becomes `final`, or on failure
+    nothing. Where another process was faster, its folder is used."""
     final = Path(final)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -119,10 +124,8 @@ def built_beside(final, inside="."):
 
 
 def locked(path, in_use=None):
-    """Open the file `path`, locked until it is closed, also between the nodes of a cluster.
-
-    Another process that has it is waited for, or with `in_use` an AtlasError of that text.
-    """
+    """The file `path`, open and locked until it is closed, also between the nodes of a cluster.
+    Another process that has it is waited for, or with `in_use` an AtlasError of that text."""
     file = open(path, "a", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,74 +140,52 @@ def locked(path, in_use=None):
     return file
 
 
-def _rows(root, dataset):
-    path = Path(root, CSVS[dataset])
-    if not path.is_file():
-        what = f"no {dataset.upper()} tree in {root}: {path} is missing"
-        raise AtlasError(f"{what}; set data_root to the folder of {path.parent.name}/")
-    columns = COLUMNS[dataset]
-    return [[*map(row.get, columns), row.get("mask")] for row in read_rows(path, columns)]
-
-
 def read_rows(path, columns):
     """The rows of a table of clips. The first of `columns` is the id; all are plain file names."""
-    seen, rows = set(), read_table(path, columns)
+    rows, ids = read_table(path, columns), set()
     for row in rows:
-        name, wrong = row[columns[0]], None
-        for value in (row[column] for column in columns):
-            if value in ("", ".", "..") or "/" in value:
-                wrong = f"{value!r} is no plain file name"
-        if row["split"] not in SPLITS:
-            wrong = f"its split is {row['split']!r}; write {', '.join(SPLITS)}"
-        if row.get("mask") not in (None, *MASKS):
-            wrong = f"its mask is {row['mask']!r}; write {' or '.join(MASKS)}"
-        if name in seen:
-            wrong = "its id stands twice; remove or rename one"
-        if wrong:
-            raise AtlasError(f"{path}, clip {name}: {wrong}")
-        seen.add(name)
+        name, mask = row[columns[0]], row.get("mask")
+        bad = [v for v in map(row.get, columns) if v in ("", ".", "..") or "/" in v]
+        for wrong, what in (
+            (bad, f"{bad} cannot name files; write plain file names"),
+            (row["split"] not in SPLITS, f"its split is {row['split']!r}, not {SPLITS}"),
+            (mask not in (None, *MASKS), f"its mask is {mask!r}; write {' or '.join(MASKS)}"),
+            (name in ids, "its id stands twice; remove or rename one"),
+        ):
+            if wrong:
+                raise AtlasError(f"{path}, clip {name}: {what}")
+        ids.add(name)
     return rows
 
 
 def read_table(path, columns):
     """The rows of a table that holds `columns` and maybe others: dicts of strings without blanks.
-
     Commas, semicolons or tabs part the values, as Excel writes them; the text is UTF-8 or UTF-16.
     """
+    rows = []
     try:
         content = Path(path).read_bytes()
         utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
         text = content.decode("utf-16" if utf16 else "utf-8-sig")
-        if "\0" in text or not text.strip() or content.startswith(POINTER):
+        if "\0" in text:
             raise ValueError("it holds no text")
-        return _parsed(text, columns)
-    except (OSError, ValueError) as error:
-        why = why_unreadable(path, error)
-        what = "save it as a UTF-8 CSV" if isinstance(error, UnicodeError) else "mend it"
-        raise AtlasError(f"cannot read the table {path}: {why}; {what}") from None
-
-
-def _parsed(text, columns):
-    mark = max(",;\t", key=text.lstrip().split("\n")[0].count)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    rows = []
-    try:
+        mark = max(",;\t", key=text.lstrip().split("\n")[0].count)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
         for cells in lines:
             row = [cell.strip() for cell in cells]
             rows += [row] if any(row) else []
             width = len(rows[0]) if rows else 0
             if any(row) and len(row) < width or any(row[width:]):
                 raise csv.Error(f"{len(row)} values in {width} columns")
-    except csv.Error as error:
-        raise ValueError(f"line {lines.line_num}: {error}") from None
-    header = rows.pop(0)
-    for column in columns:
-        if header.count(column) != 1:
-            held = ", ".join(header)[:200]
-            raise ValueError(f"it holds the columns {held} and must hold {column} once")
-    if not rows:
-        raise ValueError("it holds no row below the names of its columns")
-    return [dict(zip(header, row)) for row in rows]
+        held = rows[0] if rows else []
+        if len(rows) < 2 or any(held.count(column) != 1 for column in columns):
+            found = f"it has {', '.join(held)[:200]} and {len(rows) - 1} rows"
+            raise ValueError(f"{found}; it must have {', '.join(columns)} once, and rows below")
+    except (OSError, ValueError, csv.Error) as error:
+        where = f"line {lines.line_num}: " if isinstance(error, csv.Error) else ""
+        why = why_unreadable(path, f"{where}{error}; mend it, and save it as a UTF-8 CSV")
+        raise AtlasError(f"cannot read the table {path}: {why}") from None
+    return [dict(zip(held, row)) for row in rows[1:]]
 
 
 def why_unreadable(path, error):
@@ -218,7 +199,7 @@ def why_unreadable(path, error):
         return refused.strerror
     if not start:
         return "the file is empty"
-    if start.startswith(POINTER):
+    if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
     if start.startswith((b"<!doctype", b"<html")):
         return "it is a web page; fetch the file again"
@@ -226,35 +207,26 @@ def why_unreadable(path, error):
 
 
 def open_picture(path):
-    """The picture in `path` as Pillow's image, in its own mode, turned as its EXIF says.
-
-    `image.info["deep"]` says whether the file holds 16 bits a channel.
-    """
+    """The picture in `path` as Pillow's image, in its own mode, turned as its EXIF says;
+    `image.info["deep"]`: the file holds 16 bits a channel."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.info["deep"] = ";16" in str(image.tile)
-            _refuse_ambiguous(image)
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"it is too large, with {image.width}x{image.height} pixels")
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's JPEG
+                raise ValueError(f"it holds {image.n_frames} frames")
+            if image.mode in ("I", "F", "LAB"):
+                raise ValueError("it has 32 bits a channel, or colours that are not RGB")
+            if image.has_transparency_data:
+                if image.mode == "I;16" or image.convert("RGBA").getextrema()[3][0] < 255:
+                    raise ValueError("it has transparent pixels")
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # whatever a broken file makes Pillow raise
-        why = why_unreadable(path, error)
+        why = why_unreadable(path, f"{error}; save it anew as PNG or JPEG")
         raise AtlasError(f"the picture {path} is not readable: {why}") from None
     return image
-
-
-def _refuse_ambiguous(image):
-    why = None
-    if image.width * image.height > PIXELS:
-        why = f"it is too large, with {image.width}x{image.height} pixels"
-    elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a camera's JPEG
-        why = f"it holds {image.n_frames} frames"
-    elif image.mode in ("I", "F", "LAB"):
-        why = "it has 32 bits a channel, or colours that are not RGB"
-    elif image.has_transparency_data:
-        if image.mode == "I;16" or image.convert("RGBA").getextrema()[3][0] < 255:
-            why = "it has transparent pixels"
-    if why:
-        raise ValueError(f"{why}; save it anew as PNG or JPEG")
 
 
 def read_frame(path):
@@ -298,12 +270,13 @@ def load_clip(clip, size):
         if mask_path:
             mask = read_mask(mask_path)
             refuse_other_size(mask_path, mask, frame)
-            masks[t] = resized(mask.astype(np.uint8), size, Image.Resampling.NEAREST)
+            masks[t] = resized(mask, size)
     return frames, masks
 
 
-def resized(array, size, how=Image.Resampling.BILINEAR):
-    """A picture [H, W, ...] at size x size."""
-    if array.shape[:2] == (size, size):
-        return array
-    return np.asarray(Image.fromarray(array).resize((size, size), how))
+def resized(picture, size):
+    """A frame [H, W, 3] uint8 (bilinear) or mask [H, W] bool (nearest) at size x size."""
+    if picture.shape[:2] == (size, size):
+        return picture
+    how = Image.NEAREST if picture.dtype == bool else Image.BILINEAR
+    return np.asarray(Image.fromarray(picture).resize((size, size), how))

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from atlas import parallel
 from atlas.audio import encode_wave, fingerprint, read_wave
-from atlas.clips import RATE, T, load_clip, locked, why_unreadable
+from atlas.clips import RATE, T, built_beside, load_clip, locked, why_unreadable
 from atlas.errors import AtlasError
 
 VERSION = 3  # of the cache's layout and of what the readers make of a file
+SOUND = ("context", "tokens")
 
 
 def pack(clips, root, cache_dir, size, encoder):
@@ -37,16 +38,12 @@ def pack(clips, root, cache_dir, size, encoder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock")):
+        for half in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
+            shutil.rmtree(half)
         if folder.name not in os.listdir(cache_dir):  # by the process that was waited for
-            build = folder.with_name(f".{folder.name}.part")
-            shutil.rmtree(build, ignore_errors=True)  # of a process that was killed
-            build.mkdir()
-            try:
+            with built_beside(folder) as build:
                 _fill(build, clips, root, size, encoder)
                 PackedClips(build)  # every file must be whole
-                os.rename(build, folder)
-            finally:
-                shutil.rmtree(build, ignore_errors=True)
     return folder
 
 
@@ -71,37 +68,33 @@ def refuse(clip, root, why):
 
 
 def _fill(build, clips, root, size, encoder):
-    """Write the cache of `clips` into the folder `build`."""
-    n = len(clips)
-    silence = encode_wave(encoder, torch.zeros(T * RATE), T)
-    rows = {  # {file: type and shape}, a row for each clip
-        "frames": ("|u1", (n, T, size, size, 3)),
-        "masks": ("|u1", (n, T, -(-size * size // 8))),  # a bit a pixel
-        "context": ("<f2", (n, *silence[0].shape)),
-        "tokens": ("<f2", (n, *silence[1].shape)),
-    }
+    """Write the cache into the folder `build`: files of a row for each clip, and three others."""
+    files, arrays = {}, {}
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(build / f"{name}.npy", "wb")) for name in rows]
-        for file, (kind, shape) in zip(files, rows.values()):
-            header = {"descr": kind, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
         for clip in tqdm(clips, "packing clips", unit="clip", disable=None):
             try:
                 frames, masks = load_clip(clip, size)
-                sound = encode_wave(encoder, read_wave(clip.audio), T)
+                context, tokens = encode_wave(encoder, read_wave(clip.audio), T)
             except AtlasError as error:
                 refuse(clip, root, error)
-            masks = np.packbits(masks.reshape(T, -1), axis=-1)
-            for file, row in zip(files, (frames, masks, *sound)):
-                file.write(row.tobytes())
-    annotated = np.array([[mask is not None for mask in clip.masks] for clip in clips])
-    whole = {"annotated": annotated, "mute_context": silence[0], "mute_tokens": silence[1]}
+            masks = np.packbits(masks.reshape(T, -1), axis=-1)  # a bit a pixel
+            rows = {"frames": frames, "masks": masks, "context": context, "tokens": tokens}
+            for name, row in rows.items():
+                if name not in files:
+                    files[name] = stack.enter_context(open(build / f"{name}.npy", "wb"))
+                    arrays[name] = (row.dtype.str, (len(clips), *row.shape))
+                    header = dict(zip(("descr", "shape"), arrays[name]), fortran_order=False)
+                    np.lib.format.write_array_header_1_0(files[name], header)
+                files[name].write(row.tobytes())
+    annotated = [[mask is not None for mask in clip.masks] for clip in clips]
+    context, tokens = encode_wave(encoder, torch.zeros(T * RATE), T)
+    whole = {"annotated": np.array(annotated), "mute_context": context, "mute_tokens": tokens}
     for name, array in whole.items():
         np.save(build / f"{name}.npy", array)
-        rows[name] = (array.dtype.str, array.shape)
+        arrays[name] = (array.dtype.str, array.shape)
     names = ("id", "source", "split", "category", "mask")
     listed = [{name: getattr(clip, name) for name in names} for clip in clips]
-    index = {"size": size, "arrays": rows, "clips": listed}
+    index = {"size": size, "arrays": arrays, "clips": listed}
     index["sha256"] = _sha256(index)
     (build / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
@@ -135,8 +128,7 @@ class PackedClips:
             what = f"the file {path} of the cache is damaged: {why_unreadable(path, error)}"
             remedy = f"delete the folder {self.folder}: the next run packs it anew"
             raise AtlasError(f"{what}; {remedy}") from None
-        self.context_dim = self.arrays["context"].shape[-1]
-        self.token_dim = self.arrays["tokens"].shape[-1]
+        self.context_dim, self.token_dim = (self.arrays[k].shape[-1] for k in SOUND)
 
     def close(self, indices):
         """Exemplar-free: from now on, asking for one of these clips is an error."""
@@ -148,37 +140,27 @@ class PackedClips:
 
     def select(self, split, categories):
         """Indices of the clips of `split` whose category is in `categories`."""
-        chosen = []
-        for i, clip in enumerate(self.clips):
-            if clip["split"] == split and clip["category"] in categories:
-                chosen.append(i)
-        return chosen
+        clips = enumerate(self.clips)
+        return [i for i, c in clips if c["split"] == split and c["category"] in categories]
 
     def __getitem__(self, i):
         """Clip i as a dict: frames [m, 3, H, W] uint8 and masks [m, H, W] bool of its m annotated
         frames, their second [m], its sound, index and category."""
         clip = self.clips[i]
         if i in self.closed:
-            what = f"train clip {clip['id']} was asked for after its task"
-            raise AtlasError(f"{what}; no past clip may be used")
+            raise AtlasError(f"train clip {clip['id']} was asked for after its task: keep no clips")
         second = np.flatnonzero(self.arrays["annotated"][i])
+        frames = torch.from_numpy(self.arrays["frames"][i, second]).permute(0, 3, 1, 2)
         bits = self.arrays["masks"][i, second]
         masks = np.unpackbits(bits, axis=-1, count=self.size**2).view(np.bool_)
-        return {
-            "index": i,
-            "category": clip["category"],
-            "frames": torch.from_numpy(self.arrays["frames"][i, second]).permute(0, 3, 1, 2),
-            "masks": torch.from_numpy(masks.reshape(-1, self.size, self.size)),
-            "second": torch.from_numpy(second),
-            **self.sound(i),
-        }
+        masks = torch.from_numpy(masks.reshape(-1, self.size, self.size))
+        item = {"index": i, "category": clip["category"], "frames": frames, "masks": masks}
+        return item | {"second": torch.from_numpy(second), **self.sound(i)}
 
     def sound(self, i):
         """Clip i's sound, or silence (None): context [T, D_a], tokens [T, N, D_u], float16."""
-        kinds = ("context", "tokens")
-        if i is None:
-            return {kind: torch.tensor(self.arrays[f"mute_{kind}"]) for kind in kinds}
-        return {kind: torch.tensor(self.arrays[kind][i]) for kind in kinds}
+        found = {kind: self.arrays[f"mute_{kind}" if i is None else kind] for kind in SOUND}
+        return {kind: torch.tensor(x if i is None else x[i]) for kind, x in found.items()}
 
 
 class ClipDataset(torch.utils.data.Dataset):
@@ -218,7 +200,7 @@ def collate(items):
     batch = {name: [item[name] for item in items] for name in ("index", "category")}
     for name in ("frames", "masks", "second"):
         batch[name] = torch.cat([item[name] for item in items])
-    for name in ("context", "tokens"):
+    for name in SOUND:
         batch[name] = torch.stack([item[name] for item in items]).float()
     counts = torch.tensor([len(item["second"]) for item in items])
     batch["clip"] = torch.repeat_interleave(torch.arange(len(items)), counts)
@@ -227,12 +209,12 @@ def collate(items):
 
 def loader(dataset, batch_size, workers=0, device="cpu", shared=False):
     """Batches of `dataset` as stored; `shared`: of each, this process's part (parallel.py)."""
-    options = {"batch_size": batch_size}
+    parts = {"batch_size": batch_size}
     if shared:
-        options = {"batch_sampler": parallel.batches(len(dataset), batch_size)}
-    options |= {"collate_fn": collate, "num_workers": workers, "worker_init_fn": _send_by_value}
+        parts = {"batch_sampler": parallel.batches(len(dataset), batch_size)}
+    parts |= {"num_workers": workers, "worker_init_fn": _send_by_value, "collate_fn": collate}
     pinned = torch.device(device).type == "cuda"
-    return torch.utils.data.DataLoader(dataset, **options, pin_memory=pinned)
+    return torch.utils.data.DataLoader(dataset, **parts, pin_memory=pinned)
 
 
 def _send_by_value(worker):
@@ -245,13 +227,13 @@ def to_device(batch, device):
     return batch | moved
 
 
-def swap_partners(cache, tasks, seed=0):
+def swap_partners(cache, tasks):
     """{test clip: a test clip of another category (MS3: segment)}, drawn once from the split."""
-    rng = np.random.default_rng(seed)
+    rng, partners = np.random.default_rng(0), {}
     group = {i: cache.clips[i]["category"] or task.name for task in tasks for i in task.test}
-    if len(set(group.values())) < 2:
-        raise AtlasError("no sounds can be exchanged: add test clips of a second category")
-    partners = {}
     for i in sorted(group):
-        partners[i] = int(rng.choice([j for j in sorted(group) if group[j] != group[i]]))
+        others = [j for j in sorted(group) if group[j] != group[i]]
+        if not others:
+            raise AtlasError("no sounds can be exchanged: add test clips of a second category")
+        partners[i] = int(rng.choice(others))
     return partners

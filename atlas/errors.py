@@ -2,16 +2,17 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 
-FULL = "no room to write: free some space and run again (train.py: with --resume)"
-RIGHTS = "change its permissions, or choose another folder"
-PLACE = "a file stands where a folder should be, or the reverse: choose another path"
-REMEDIES = {"ENOSPC": FULL, "EDQUOT": FULL, "EFBIG": FULL, "EACCES": RIGHTS, "EPERM": RIGHTS,
-    "EROFS": RIGHTS, "ENOTDIR": PLACE, "EISDIR": PLACE, "EEXIST": PLACE, "ENOENT": "check the path",
-    "ENAMETOOLONG": "choose a shorter name"}  # fmt: skip
-OTHERWISE = "check the disk or the network, and run again"
+REMEDIES = {  # by what errno calls the number of an OSError
+    "ENOSPC EDQUOT EFBIG": "no room to write: free some space, then run again (train.py: --resume)",
+    "EACCES EPERM EROFS": "change its permissions, or choose another folder",
+    "ENOTDIR EISDIR EEXIST": "a file stands in a folder's place, or the reverse: take another path",
+    "ENOENT": "check the path",
+    "ENAMETOOLONG": "choose a shorter name",
+}
 MEMORY = ("out of memory", "allocate memory", "DataLoader worker (pid")  # in torch's own words
 
 
@@ -19,30 +20,19 @@ class AtlasError(Exception):
     """Bad input. Its text says what is wrong, where (file, clip, key), and what to do."""
 
 
-class Output:
-    """A text stream that outlives its reader (`train.py | head`): the rest is dropped."""
+class Outlet(io.FileIO):
+    """A terminal or pipe. Where its reader leaves (`train.py | head`), the rest is dropped."""
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self._try(self.stream.write, text)
-        return len(text)
-
-    def flush(self):
-        self._try(self.stream.flush)
-
-    def _try(self, work, *words):
+    def write(self, data):
         try:
-            work(*words)
+            return super().write(data)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            _drop(self.stream)
+        _drop(self)
+        if self.fileno() != sys.stderr.fileno():
             print("note: nobody reads the output any more; the work goes on", file=sys.stderr)
+        return len(data)
 
 
 def prepare_process():
@@ -50,10 +40,12 @@ def prepare_process():
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "10000"  # waiting threads take cores from those who work
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: closed
-        if not isinstance(stream, Output):
-            stream.reconfigure(errors="replace", line_buffering=True)
-            setattr(sys, name, Output(stream))
+        stream = getattr(sys, name)
+        number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)  # None: closed
+        outlet = io.BufferedWriter(Outlet(number, "w", closefd=False))
+        encoding = getattr(stream, "encoding", "utf-8")
+        text = io.TextIOWrapper(outlet, encoding, errors="replace", line_buffering=True)
+        setattr(sys, name, text)
 
 
 @contextlib.contextmanager
@@ -78,7 +70,9 @@ def explained(error):
     """An OSError in words: the file, what is wrong with it, what to do."""
     files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
     what = f"{files}: {error.strerror}" if files else str(error)
-    return f"{what}; {REMEDIES.get(errno.errorcode.get(error.errno), OTHERWISE)}"
+    code = errno.errorcode.get(error.errno)
+    remedies = [remedy for codes, remedy in REMEDIES.items() if code in codes.split()]
+    return f"{what}; {[*remedies, 'check the disk or the network, and run again'][0]}"
 
 
 def _end(text, code):

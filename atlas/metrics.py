@@ -1,7 +1,7 @@
 """Scores of masks (J, F, does it listen?) and of continual learning, computed from R[i, j].
 
 Shapes: B clips, T seconds (= frames), M annotated frames, H W pixels. A logit is positive on the
-sounding object; `annotated[b, t]` is True where a mask exists.
+sounding object.
 """
 
 import numpy as np
@@ -9,7 +9,6 @@ import torch
 from tqdm import tqdm
 
 from atlas import parallel
-from atlas.clips import T
 from atlas.data import ClipDataset, loader, to_device
 from atlas.encoders import merged
 
@@ -31,15 +30,18 @@ class MaskMeter:
 
     def __init__(self, with_F=True):
         self.with_F = with_F
-        names = ("J", "J_strict", "frames", "F", "sounding_clips", "sounding_frames")
+        names = "J J_strict frames F sounding_clips sounding_frames".split()
         self.sums = dict.fromkeys(names, 0.0)
         self.sums["curve"] = torch.zeros(THRESHOLDS, dtype=torch.float64)
 
     def update(self, logits, masks, annotated):
-        """logits and masks [B, T, H, W], annotated [B, T] -> J and the clip of each frame [M]."""
-        clip = annotated.nonzero()[:, 0]  # [M]
-        x = logits[annotated].flatten(1).float()  # [M, HW]
-        g = masks[annotated].flatten(1).bool()
+        """`add` of logits and masks [B, T, H, W]; annotated [B, T] is True where a mask exists."""
+        clip = annotated.nonzero()[:, 0]
+        return self.add(logits[annotated], masks[annotated], clip), clip
+
+    def add(self, logits, masks, clip):
+        """logits and masks [M, H, W], the clip of each [M] -> J of each [M]."""
+        x, g = logits.flatten(1).float(), masks.flatten(1).bool()  # [M, HW]
         p = x > 0
         pixels = g.shape[1]
         size = g.sum(1, dtype=torch.int32)
@@ -53,23 +55,19 @@ class MaskMeter:
         self.sums["J_strict"] += strict.sum(dtype=torch.float64).item()
         self.sums["frames"] += len(x)
         if self.with_F:
-            curves = f_curves(x.sigmoid(), g)[~empty]
-            counts = torch.bincount(clip[~empty], minlength=len(annotated))
-            sums = curves.new_zeros(len(annotated), THRESHOLDS).index_add_(0, clip[~empty], curves)
+            curves, clips = f_curves(x.sigmoid(), g)[~empty], clip[~empty]
+            counts = torch.bincount(clips)
+            sums = curves.new_zeros(len(counts), THRESHOLDS).index_add_(0, clips, curves)
             best = (sums[counts > 0] / counts[counts > 0, None]).amax(1)  # of each sounding clip
             self.sums["F"] += best.sum().item()
             self.sums["sounding_clips"] += len(best)
             self.sums["sounding_frames"] += len(curves)
             self.sums["curve"] += curves.sum(0).cpu()
-        return J, clip
-
-    def reduce(self):
-        self.sums = {name: parallel.summed(value) for name, value in self.sums.items()}
-        return self
+        return J
 
     def compute(self):
-        """{"J", "J_strict", "F", "F_dataset"}; a score with nothing to average is None."""
-        sums = self.sums
+        """{"J", "J_strict", "F", "F_dataset"} over all processes; None has nothing to average."""
+        sums = {name: parallel.summed(value) for name, value in self.sums.items()}
         frames, clips = sums["frames"], sums["sounding_clips"]
         curve = sums["curve"] / max(sums["sounding_frames"], 1)
         return {
@@ -85,30 +83,22 @@ def f_curves(scores, masks):
 
     scores [M, HW] fp32 in [0, 1], masks [M, HW] bool -> [M, 255] float64. A score counts at a
     threshold when it is >= it: F = 1.3 p r / (0.3 p + r), and 0 where that is 0 / 0. One histogram,
-    summed from the top, replaces 255 passes.
+    summed from the top, replaces 255 passes: a pixel counts at the last threshold <= its score. A
+    threshold is k / 254 rounded to fp32. With half a unit in the last place added to the score (in
+    fp64, by its bits), score >= threshold just where 254 score >= k.
     """
-    if not len(scores):
-        return torch.zeros(0, THRESHOLDS, dtype=torch.float64, device=scores.device)
-    counts = torch.stack([histogram(x, g) for x, g in zip(scores, masks)])  # [M, 2, 255]
-    above = counts.flip(-1).cumsum(-1).flip(-1).double()  # pixels with a score >= the threshold
-    background, hit = above.unbind(1)
+    counts = torch.zeros(len(scores), 2 * THRESHOLDS, dtype=torch.int64, device=scores.device)
+    for row, score, mask in zip(counts, scores, masks):
+        x = score.double()
+        x.view(torch.int64).add_(1 << 28)
+        places = x.mul_(THRESHOLDS - 1).int().add_(mask, alpha=THRESHOLDS)
+        row.copy_(torch.bincount(places, minlength=2 * THRESHOLDS))
+    counts = counts.unflatten(1, (2, THRESHOLDS))  # pixels of the background, of the object
+    background, hit = counts.flip(-1).cumsum(-1).flip(-1).double().unbind(1)  # score >= threshold
     precision = hit / (hit + background + 1e-20)
     recall = hit / (hit[:, :1] + 1e-20)  # at threshold 0 all of the object is hit
     F = (1 + BETA2) * precision * recall / (BETA2 * precision + recall)
     return F.nan_to_num(0.0)
-
-
-def histogram(scores, mask):
-    """Numbers of pixels [2, 255] of one frame, background and object.
-
-    A pixel counts at the last threshold that is <= its score. A threshold is k / 254 rounded to
-    fp32. With half a unit in the last place added to the score (in fp64, by its bits), score >=
-    threshold just where 254 score >= k.
-    """
-    x = scores.double()
-    x.view(torch.int64).add_(1 << 28)
-    places = x.mul_(THRESHOLDS - 1).int().add_(mask, alpha=THRESHOLDS)
-    return torch.bincount(places, minlength=2 * THRESHOLDS).view(2, THRESHOLDS)
 
 
 # ---- scoring a model ---------------------------------------------------------------------------
@@ -129,20 +119,17 @@ def score(run, indices, full=False):
                     number, [2, n] float64
     """
     run.model.eval()
-    own = MaskMeter(with_F=full)
-    swapped = MaskMeter(with_F=False)
+    own, swapped = MaskMeter(with_F=full), MaskMeter(with_F=False)
     area = right = classified = 0.0  # summed over frames; over clips
     of_clips = torch.zeros(2, len(run.cache.clips), dtype=torch.float64)
     dataset = ClipDataset(run.cache, parallel.mine(indices))
     for batch in loader(dataset, run.config.batch_size, run.config.workers, run.device):
         batch = to_device(batch, run.device)
-        truth = padded(batch["masks"], batch)
-        annotated = padded(torch.ones_like(batch["second"], dtype=torch.bool), batch)
         with run.autocast():
             features = run.model.encode(batch["frames"])
-        outputs = segmented(run, features, batch)
-        J, clip = own.update(outputs["masks"], truth, annotated)
-        numbers = torch.tensor(batch["index"])[clip.cpu()]
+            outputs = run.model.segment(features, batch)
+        J = own.add(outputs["masks"], batch["masks"], batch["clip"])
+        numbers = torch.tensor(batch["index"])[batch["clip"].cpu()]
         of_clips.index_add_(1, numbers, torch.stack([J, torch.ones_like(J)]).double().cpu())
         if "classes" in outputs:
             labels = run.model.classifier.labels(batch["category"])
@@ -151,16 +138,19 @@ def score(run, indices, full=False):
             classified += len(labels)
         if full:
             partners = sounds(run, [run.partners[i] for i in batch["index"]])
-            swapped.update(segmented(run, features, batch | partners)["masks"], truth, annotated)
-            mute = segmented(run, features, batch | sounds(run, [None] * len(batch["index"])))
-            area += (mute["masks"] > 0)[annotated].flatten(1).float().mean(1).sum().item()
-    found = own.reduce().compute()
-    found["of_clips"] = parallel.summed(of_clips)
-    found |= grouped_means(run.cache.clips, found["of_clips"])
-    right, classified = parallel.summed(right), parallel.summed(classified)
+            silence = sounds(run, [None] * len(batch["index"]))
+            with run.autocast():
+                swap = run.model.segment(features, batch | partners)["masks"]
+                mute = run.model.segment(features, batch | silence)["masks"]
+            swapped.add(swap, batch["masks"], batch["clip"])
+            area += (mute > 0).flatten(1).float().mean(1).sum().item()
+    totals = torch.tensor([area, right, classified], dtype=torch.float64)
+    area, right, classified = parallel.summed(totals).tolist()
+    of_clips = parallel.summed(of_clips)
+    frames = of_clips[1].sum().item()
+    found = own.compute() | grouped_means(run.cache.clips, of_clips) | {"of_clips": of_clips}
     found["class_accuracy"] = right / classified if classified and not np.isnan(right) else None
-    area, frames = parallel.summed(area), own.sums["frames"]
-    found["J_swap"] = swapped.reduce().compute()["J"]
+    found["J_swap"] = swapped.compute()["J"]
     found["mute_area"] = area / frames if full and frames else None
     return found
 
@@ -177,20 +167,6 @@ def grouped_means(clips, of_clips):
     return {"J_source": mean_of(of_sources), "J_drawn": mean_of(drawn)}
 
 
-def segmented(run, features, batch):
-    """Outputs of the model on features, the masks as [B, T, H, W] float32."""
-    with run.autocast():
-        outputs = run.model.segment(features, batch)
-    return outputs | {"masks": padded(outputs["masks"].float(), batch)}
-
-
-def padded(values, batch):
-    """Values of the annotated frames [M, ...] -> of all frames [B, T, ...], zero elsewhere."""
-    out = values.new_zeros(len(batch["context"]), T, *values.shape[1:])
-    out[batch["clip"], batch["second"]] = values
-    return out
-
-
 def sounds(run, clips):
     """{"context", "tokens"} of a batch, from clips of the cache; of None, a zero waveform's."""
     heard = torch.utils.data.default_collate([run.cache.sound(i) for i in clips])
@@ -198,12 +174,10 @@ def sounds(run, clips):
 
 
 def score_tasks(run, learned):
-    """One row of every matrix, over all tasks, past, present and future.
+    """One row of every matrix, over all tasks, past, present and future, after `learned` tasks.
 
-    {"test": {score: [one a task], or None}, "val": [J of each task on validation clips], or None,
-    "classes": [J of each of `class_names` on test clips]}. None is what `full_scores: last` leaves
-    for the last row. learned: tasks so far; the classes of later ones do not compete. In TIL each
-    task has its head; one not learned yet has the latest.
+    {"test": {score: [one a task]}, "val": [J of each task on validation clips], "classes": [J of
+    each of `class_names` on test clips]}; None is what `full_scores: last` leaves for the last row.
     """
     full = run.config.full_scores == "every" or learned == len(run.sequence)
     rows, val, classes = [], [], []
@@ -225,7 +199,8 @@ def score_tasks(run, learned):
 
 
 def compete(run, j, learned):
-    """Choose the classes that compete when task j (from 0) is scored after `learned` tasks."""
+    """Choose the classes that compete when task j (from 0) is scored: of tasks learned so far, in
+    TIL of the task itself."""
     if run.config.method == "joint" and learned:
         learned = len(run.tasks)
     if run.model.classifier and run.config.protocol == "til":
@@ -263,15 +238,14 @@ def continual_metrics(R, joint=None):
     final          mean_j R[T, j]                       (Lopez-Paz & Ranzato 2017, ACC)
     incremental    mean_k mean_{j <= k} R[k, j]         (Rebuffi et al. 2017)
     learning       mean_j R[j, j]
-    forgetting     mean_{j < T} ( max_{j <= l < T} R[l, j] - R[T, j] )   (Chaudhry et al. 2018);
-                   positive = forgot
+    forgetting     mean_{j < T} ( max_{j <= l < T} R[l, j] - R[T, j] )   (Chaudhry et al. 2018)
     bwt            mean_{j < T} ( R[T, j] - R[j, j] )   (Lopez-Paz & Ranzato 2017)
     fwt            mean_{j > 1} ( R[j - 1, j] - R[0, j] )   (the same; ours: R[0] is untrained)
     intransigence  mean_j ( joint_j - R[j, j] )         (Chaudhry et al. 2018; ours: joint are the
                    T scores of one model of all tasks)
 
-    Undefined entries are left out of a mean; a mean of nothing is None. A joint run's R has two
-    rows, untrained and trained on everything: then only `final` is defined.
+    Undefined entries are left out; a mean of nothing is None. A joint run's R has two rows,
+    untrained and trained on everything: then only `final` is defined.
     """
     last = max(len(row) for row in R if row is not None)
     R = np.array([[None] * last if row is None else row for row in R], dtype=float)

@@ -5,15 +5,16 @@ them; a new one is a function here, a line in that table, and a choice in atlas/
 """
 
 import difflib
+import itertools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from atlas.clips import DOMAINS as AVSBENCH
+from atlas.clips import SPLITS
 from atlas.errors import AtlasError
 
-SPLITS = ("train", "val", "test")
 OPENAVS = {
     "human": ("person",),
     "animal": ("bird", "cat", "cow", "dog", "elephant", "horse", "rooster", "sheep"),
@@ -27,14 +28,11 @@ CHUNK = 20  # batches of a stream between two points to resume from
 
 @dataclass(frozen=True)
 class Task:
-    """`train`, `val` and `test` are indices into the cache, `classes` category names.
-
-    On a stream `train` is what is learned up to a checkpoint, in order; `val` and `test` are the
-    clips of a segment.
-    """
+    """`train`, `val` and `test` are indices into the cache: on a stream what is learned up to a
+    checkpoint, in order, and the clips of a segment."""
 
     name: str
-    classes: tuple
+    classes: tuple  # of category names
     train: tuple
     val: tuple
     test: tuple
@@ -45,82 +43,67 @@ class Task:
 
 
 def class_incremental(cache, config):
-    """CIL and TIL: `base` classes, then `step` at a time. TIL is told the task at test time."""
-    order = class_order(sorted({clip["category"] for clip in cache.clips}), config)
+    """CIL and TIL: `base` classes, then `step` at a time, in the order of config.class_order (null:
+    drawn from `seed`). TIL is told the task at test time."""
+    order = sorted({clip["category"] for clip in cache.clips})
     if config.base > len(order):
         raise AtlasError(f"base={config.base}, but the data has {len(order)} classes; lower base")
-    tasks = [task_of(cache, order[: config.base])]
-    for first in range(config.base, len(order), config.step):
-        tasks.append(task_of(cache, order[first : first + config.step]))
-    return checked(tasks, cache)
+    drawn = np.random.default_rng(config.seed).permutation(order).tolist()
+    order = drawn if config.class_order is None else config.class_order
+    cuts = sorted({0, *range(config.base, len(order), config.step), len(order)})
+    return checked([task_of(cache, order[a:b]) for a, b in itertools.pairwise(cuts)], cache)
 
 
 def domain_incremental(cache, config):
     """DIL: one domain of classes after the other, and no task id at test time.
 
-    config.domains: null = DOMAINS in an order drawn from `seed`, a list = their
-    order, or {domain: its classes}.
+    config.domains: null = DOMAINS in an order drawn from `seed`; names of DOMAINS; or
+    {domain: its classes}.
     """
     domains = config.domains
     if domains is None:
         domains = np.random.default_rng(config.seed).permutation(list(DOMAINS)).tolist()
     if not isinstance(domains, dict):
-        unknown = sorted(set(domains) - set(DOMAINS))
-        if unknown:
-            known = ", ".join(DOMAINS)
-            raise AtlasError(f"domains has `{unknown[0]}`; choose from {known}, or give a mapping")
+        if unknown := set(domains) - set(DOMAINS):
+            how = f"choose from {', '.join(DOMAINS)}, or give a mapping"
+            raise AtlasError(f"domains has `{min(unknown)}`; {how}")
         domains = {name: DOMAINS[name] for name in domains}
-    categories = {clip["category"] for clip in cache.clips}
-    named = [str(name) for classes in domains.values() for name in classes]
-    each_once("domains", named, categories, or_more=True)
-    tasks = []
+    categories, tasks = {clip["category"] for clip in cache.clips}, []
     for name, classes in domains.items():
-        present = [str(c) for c in classes if str(c) in categories]
+        present = [c for c in classes if c in categories]
         if present:
             tasks.append(task_of(cache, present, name))
     return checked(tasks, cache)
 
 
-def class_order(categories, config):
-    """The classes in learning order: the config's list, or a permutation drawn from `seed`."""
-    if config.class_order is None:
-        return np.random.default_rng(config.seed).permutation(categories).tolist()
-    order = [str(name) for name in config.class_order]
-    each_once("class_order", order, categories)
-    return order
-
-
-def each_once(key, names, categories, or_more=False):
-    """Refuse names that do not hold each category once. or_more: others may be among them."""
-    for name in names:
-        if name not in categories and not or_more:
-            near = difflib.get_close_matches(name, categories, n=1, cutoff=0.0)[0]
-            raise AtlasError(f"{key}: the data have no class `{name}`; the nearest is `{near}`")
-    missing = sorted(set(categories) - set(names))
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if missing or twice:
-        wrong = f"missing: {', '.join(missing) or 'none'}; twice: {', '.join(twice) or 'none'}"
-        raise AtlasError(f"{key} must hold each class of the data once; {wrong}")
-
-
 def task_of(cache, classes, name=None):
-    if name is None:
-        name = classes[0] if len(classes) == 1 else f"{classes[0]}+{len(classes) - 1}"
+    name = name or f"{classes[0]}+{len(classes) - 1}".removesuffix("+0")
     splits = [tuple(cache.select(split, classes)) for split in SPLITS]
     return Task(name, tuple(classes), *splits)
 
 
 def checked(tasks, cache):
-    """The tasks, if each class is in one of them, no train clip in two, and no split empty."""
-    names = sorted(name for task in tasks for name in task.classes)
-    trained = [i for task in tasks for i in task.train]
+    """The tasks, if each class of the data is in one of them, and no split is empty."""
+    names = [name for task in tasks for name in task.classes]
     classes = sorted({clip["category"] for clip in cache.clips})
-    if names != classes or len(trained) != len(set(trained)):
-        raise AtlasError("the protocol put a class or a train clip into no task, or into two")
+    for name in names:
+        if name not in classes:
+            near = difflib.get_close_matches(name, classes, n=1, cutoff=0.0)[0]
+            raise AtlasError(f"the data have no class `{name}`; the nearest is `{near}`")
+    if sorted(names) != classes:
+        missing = ", ".join(sorted(set(classes) - set(names))) or "none"
+        twice = ", ".join(sorted({n for n in names if names.count(n) > 1})) or "none"
+        what = "class_order, or domains, must hold each class of the data once"
+        raise AtlasError(f"{what}; missing: {missing}; twice: {twice}")
+    return none_empty(tasks, "change base and step")
+
+
+def none_empty(tasks, remedy):
+    """The tasks, if each has clips in every split."""
     for task in tasks:
         for split in SPLITS:
             if not getattr(task, split):
-                raise AtlasError(f"task {task.name} has no {split} clip; change base and step")
+                raise AtlasError(f"{task.name} has no {split} clip; {remedy}")
     return tasks
 
 
@@ -131,9 +114,9 @@ def drifting_stream(cache, config):
     """TF-CL: every train clip once, in an order that drifts through `stream_checkpoints` segments.
 
     A segment is a cluster of what clips sound like (`audio_segments`), since MS3 has no categories.
-    The stream visits them in an order drawn from `seed` and mixes clips up to half of `stream_blur`
-    segments around a drift. Task i is the i-th equal part of the stream; column i of R holds the
-    val and test clips of the i-th segment visited.
+    Their order is drawn from `seed`; clips up to half of `stream_blur` segments around a drift are
+    mixed. Task i holds the i-th equal part of the stream, and the val and test clips of the i-th
+    segment visited.
     """
     k = config.stream_checkpoints
     rng = np.random.default_rng([config.seed, 0])
@@ -149,43 +132,40 @@ def drifting_stream(cache, config):
     cuts = [round(i * batches / k) * config.batch_size for i in range(k + 1)]
     tasks = []
     for s in range(k):
-        held = []
-        for split in ("val", "test"):
-            found = np.flatnonzero((splits == split) & (segment == s)).tolist()
-            if not found:
-                raise AtlasError(f"segment {s + 1} has no {split} clip; lower stream_checkpoints")
-            held.append(tuple(found))
-        part = tuple(stream[cuts[s] : cuts[s + 1]])
+        held = [(splits == split) & (segment == s) for split in ("val", "test")]
+        val, test = (tuple(np.flatnonzero(own).tolist()) for own in held)
         begins = int((segment[train] < s).sum())
-        tasks.append(Task(f"segment {s + 1}", (), part, *held, begins=begins))
-    return tasks
+        part = tuple(stream[cuts[s] : cuts[s + 1]])
+        tasks.append(Task(f"segment {s + 1}", (), part, val, test, begins))
+    return none_empty(tasks, "lower stream_checkpoints")
 
 
 def audio_segments(features, clips, k):
     """The segment of every clip, [n] in 0 to k - 1, by balanced k-means from a fixed seed.
 
-    features [n, D] are standardised over the train clips. What is clustered are source videos, each
-    by the mean over its train clips. A cluster holds at most about 1 / k of the train clips. A
-    source without train clips goes to the nearest cluster.
+    features [n, D] are standardised over the train clips. Source videos are clustered, each by the
+    mean over its train clips, of which a cluster holds about 1 / k at most. A source without train
+    clips goes to the nearest cluster.
     """
     rng = np.random.default_rng(0)
     is_train = np.array([clip["split"] == "train" for clip in clips])
     features = (features - features[is_train].mean(0)) / (features[is_train].std(0) + 1e-6)
     names, source = np.unique([clip["source"] for clip in clips], return_inverse=True)
     weight = np.bincount(source, is_train, len(names))  # train clips of each source
-    means = []
-    for s in range(len(names)):
-        own = source == s
-        means.append(features[own & is_train if weight[s] else own].mean(0))
-    means = np.stack(means)
+    heard = is_train | (weight == 0)[source]
+    means = np.stack([features[heard & (source == s)].mean(0) for s in range(len(names))])
     items = np.flatnonzero(weight)
     if len(items) < k:
         raise AtlasError(f"{len(items)} source videos are too few for stream_checkpoints={k}")
-    centres = first_centres(means, weight, k, rng)
+    centres = means[rng.choice(items, 1)]
+    while len(centres) < k:  # k-means++: far sources are likely to be centres
+        far = squared_distances(means[items], centres).min(1) * weight[items]
+        centres = np.concatenate([centres, means[rng.choice(items, 1, p=far / far.sum())]])
     of_source = np.full(len(names), -1)
     for _ in range(100):
-        before = of_source
-        of_source = balanced(squared_distances(means, centres), weight, k)
+        before, distance = of_source, squared_distances(means, centres)
+        of_source = distance.argmin(1)
+        of_source[items] = balanced(distance[items], weight[items], k)
         if (of_source == before).all():
             break
         for c in set(of_source[items].tolist()):
@@ -198,34 +178,22 @@ def squared_distances(means, centres):
     return ((means[:, None] - centres) ** 2).sum(-1)  # [sources, centres]
 
 
-def first_centres(means, weight, k, rng):
-    """k-means++ over the sources that have train clips: far sources are likely to be centres."""
-    items = np.flatnonzero(weight)
-    centres = means[rng.choice(items, 1)]
-    while len(centres) < k:
-        far = squared_distances(means, centres)[items].min(1) * weight[items]
-        centres = np.concatenate([centres, means[rng.choice(items, 1, p=far / far.sum())]])
-    return centres
-
-
 def balanced(distance, weight, k):
-    """The cluster of each source, the nearest with room left for its train clips; [sources, k] in.
-
-    Sources choose first whose nearest centre is much nearer than the second nearest.
+    """The cluster of each source, the nearest with room left for its train clips; distance is
+    [sources, k]. Sources choose first whose nearest centre is much nearer than the second nearest.
     """
-    items = np.flatnonzero(weight)
-    two = np.sort(distance[items], 1)[:, :2]
-    chosen = distance.argmin(1)
+    two = np.sort(distance, 1)[:, :2]
+    chosen = np.zeros(len(distance), int)
     left = np.full(k, float(-(-weight.sum() // k)))
-    for s in items[np.argsort(two[:, 0] - two[:, 1], kind="stable")]:
+    for s in np.argsort(two[:, 0] - two[:, 1], kind="stable"):
         fitting = [c for c in np.argsort(distance[s]) if left[c] >= weight[s]]
         chosen[s] = fitting[0] if fitting else left.argmax()
         left[chosen[s]] -= weight[s]
     return chosen
 
 
-PROTOCOLS = {
-    "til": class_incremental,  # CIL's tasks, with a mask head each
+PROTOCOLS = {  # til: CIL's tasks, with a mask head each
+    "til": class_incremental,
     "cil": class_incremental,
     "dil": domain_incremental,
     "tfcl": drifting_stream,
@@ -252,7 +220,7 @@ class Plan:
     t: int
     epochs: list
     repeats: int  # times each batch is used in a row
-    before: int  # optimiser steps of the schedule that are taken before this task
+    before: int  # optimiser steps of the schedule before this task
     steps: int  # optimiser steps of the schedule
     batch_size: int
     task_word: str  # "task", on a stream "checkpoint"
@@ -263,27 +231,21 @@ class Plan:
         return self.repeats * math.ceil(len(self.epochs[epoch - 1]) / self.batch_size)
 
     def steps_before(self, epoch):
-        """Optimiser steps of the schedule that are taken before an epoch, counted from 1."""
         return self.before + sum(self.steps_of(e) for e in range(1, epoch))
 
 
 def plan_of(sequence, t, config):
     """The Plan of task t, from 1: shuffled passes, or one pass of a stream in its order."""
-    clips = sequence[t - 1].train
-    size = config.batch_size
+    clips, size = sequence[t - 1].train, config.batch_size
     if config.protocol == "tfcl" and config.method != "joint":
-        length = CHUNK * size
+        repeats, length = config.stream_epochs, CHUNK * size
         chunks = [list(clips[i : i + length]) for i in range(0, len(clips), length)]
-        repeats = config.stream_epochs
         steps = [repeats * math.ceil(len(task.train) / size) for task in sequence]
         before = sum(steps[: t - 1])
         return Plan(t, chunks, repeats, before, sum(steps), size, "checkpoint", "chunk")
     count = config.epochs_first if t == 1 else config.epochs
     if config.protocol == "tfcl":
         count = config.stream_epochs
-    epochs = []
-    for epoch in range(1, count + 1):
-        rng = np.random.default_rng([config.seed, t, epoch])
-        epochs.append(rng.permutation(clips).tolist())
-    steps = count * math.ceil(len(clips) / size)
-    return Plan(t, epochs, 1, 0, steps, size, "task", "epoch")
+    draws = [np.random.default_rng([config.seed, t, epoch]) for epoch in range(1, count + 1)]
+    epochs = [rng.permutation(clips).tolist() for rng in draws]
+    return Plan(t, epochs, 1, 0, count * math.ceil(len(clips) / size), size, "task", "epoch")

@@ -229,7 +229,7 @@ def test_a_table_means_the_same_as_any_program_writes_it(tmp_path, kind):
         (b"name,split\na,train,b\n", ["line 2", "3 values in 2 columns"]),
         (b'name,split\n"a,train\nb,test\n', ["line 3"]),
         (b"name,split\n\xe9,train\n", ["UTF-8"]),
-        (b"name,split\n", ["no row"]),
+        (b"name,split\n", ["0 rows"]),
         (b" \n\n", ["empty"]),
         (b"\x89PNG\r\n\x1a\n\0\0", ["UTF-8"]),
         (b"version https://git-lfs.github.com/spec/v1\n", ["git lfs pull"]),

@@ -69,7 +69,7 @@ def test_a_killed_pack_leaves_nothing_that_is_used(own, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load_clip", watched)
     with pytest.raises(Killed):
         packed(own, tmp_path / "c")
-    torn = tmp_path / "c" / f".{whole.name}.part"
+    torn = tmp_path / "c" / f".{whole.name}.1.tmp"
     torn.mkdir()  # as SIGKILL leaves it
     (torn / "frames.npy").write_bytes(b"half a row")
     again = packed(own, tmp_path / "c")
@@ -118,7 +118,7 @@ def test_two_processes_that_pack_the_same_cache_make_one_whole_one(own, tmp_path
         while not (said.exists() and "waiting for the process" in said.read_text()):
             assert child.is_alive()
             time.sleep(0.01)
-        assert not list((tmp_path / "c").glob("*.part"))
+        assert not list((tmp_path / "c").glob("*.tmp"))
     made = packed(own, tmp_path / "c")
     child.join()
     assert child.exitcode == 0

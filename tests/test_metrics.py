@@ -193,15 +193,15 @@ def test_score_swaps_and_mutes_the_sound_only(scored, monkeypatch):
     assert both["J_swap"] == pytest.approx(swapped["J"], abs=1e-6) != both["J"]
 
     areas = []
-    update = MaskMeter.update
+    add = MaskMeter.add
     with monkeypatch.context() as patch:
         patch.setattr(PackedClips, "__getitem__", lambda self, i: get(self, i) | sound(self, None))
         patch.setattr(
             MaskMeter,
-            "update",
-            lambda self, logits, masks, annotated: (
-                areas.append((logits > 0).float().mean((2, 3)).flatten()),
-                update(self, logits, masks, annotated),
+            "add",
+            lambda self, logits, masks, clip: (
+                areas.append((logits > 0).float().mean((1, 2))),
+                add(self, logits, masks, clip),
             )[1],
         )
         score(run, test)
