@@ -17,6 +17,7 @@ from atlas.protocols import (
     class_incremental,
     domain_incremental,
     drifting_stream,
+    none_empty,
     plan_of,
     sequence_of,
 )
@@ -99,6 +100,12 @@ ALL = [name for names in DOMAINS.values() for name in names]
 DOMAIN_CLIPS = [
     {"category": name, "split": split} for split in ("train", "val", "test") for name in ALL
 ]
+
+
+def test_a_clip_in_two_tasks_is_refused():
+    one = Task("one", ("a",), (0, 1), (2,), (3,))
+    with pytest.raises(AtlasError, match="a clip is in two tasks"):
+        none_empty([one, replace(one, train=(1, 4), val=(5,), test=(6,))], "")
 
 
 def test_dil_is_five_domains_in_the_order_of_the_config_or_of_the_seed():
