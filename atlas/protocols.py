@@ -99,14 +99,14 @@ def checked(tasks, cache):
 
 
 def none_empty(tasks, remedy):
-    """The tasks, if each has clips in every split, and no clip is in two tasks."""
+    """The tasks, if each has clips in every split, and no train clip is in two tasks."""
     for task in tasks:
         for split in SPLITS:
             if not getattr(task, split):
                 raise AtlasError(f"{task.name} has no {split} clip; {remedy}")
-    clips = [i for task in tasks for split in SPLITS for i in getattr(task, split)]
+    clips = [i for task in tasks for i in task.train]
     if len(set(clips)) < len(clips):
-        raise AtlasError("a clip is in two tasks; a protocol must give each clip to one")
+        raise AtlasError("a train clip is in two tasks; a protocol must give it to one")
     return tasks
 
 

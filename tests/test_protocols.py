@@ -102,9 +102,9 @@ DOMAIN_CLIPS = [
 ]
 
 
-def test_a_clip_in_two_tasks_is_refused():
+def test_a_train_clip_in_two_tasks_is_refused():
     one = Task("one", ("a",), (0, 1), (2,), (3,))
-    with pytest.raises(AtlasError, match="a clip is in two tasks"):
+    with pytest.raises(AtlasError, match="a train clip is in two tasks"):
         none_empty([one, replace(one, train=(1, 4), val=(5,), test=(6,))], "")
 
 
