@@ -16,7 +16,6 @@ import timm
 import torch
 import torch.nn as nn
 import torchaudio
-from av.stream import Disposition
 from safetensors.torch import load_file
 
 from atlas.clips import RATE, T, why_unreadable
@@ -74,13 +73,6 @@ def resampled(wave, rate):
     heard = torch.from_numpy(np.concatenate([part.to_ndarray()[0] for part in parts]))
     end = RATE + math.ceil(len(wave) * RATE / rate)
     return nn.functional.pad(heard, (-RATE, end - len(heard)))  # cuts where it is negative
-
-
-def best_stream(container, kind):
-    """The default stream of a kind, or else the first, or None. A cover picture is no video."""
-    found = [s for s in container.streams if s.type == kind]
-    found = [s for s in found if not s.disposition & Disposition.attached_pic]
-    return max(found, key=lambda s: bool(s.disposition & Disposition.default), default=None)
 
 
 def mel_filters():

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 from tqdm import tqdm
 
-from atlas.audio import best_stream, mono
+from atlas.audio import mono
 from atlas.clips import COLUMNS, CSVS, RATE, T, locked, ms3_clip, read_rows, resized, s4_clip
 from atlas.errors import AtlasError
 from atlas.prepare import tree
@@ -154,3 +155,10 @@ def _read_sound(file, begin):
     if channels.shape[1] <= (T - 1) * RATE:
         raise AtlasError(f"too short: its sound ends at {channels.shape[1] / RATE:.2f} s of {T}")
     return mono(channels.T, "track")
+
+
+def best_stream(container, kind):
+    """The default stream of a kind, or else the first, or None. A cover picture is no video."""
+    found = [s for s in container.streams if s.type == kind]
+    found = [s for s in found if not s.disposition & Disposition.attached_pic]
+    return max(found, key=lambda s: bool(s.disposition & Disposition.default), default=None)

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from atlas.audio import LOUDEST, RATES, best_stream, build_audio_encoder, encode_wave, fingerprint
+from atlas.audio import LOUDEST, RATES, build_audio_encoder, encode_wave, fingerprint
 from atlas.clips import RATE, T, resized
 from atlas.config import load_config
 from atlas.data import to_device
 from atlas.encoders import merged
 from atlas.errors import AtlasError
 from atlas.learner import Learner
+from atlas.prepare.extract import best_stream
 from atlas.report.masks import overlaid
 from atlas.results import read_results
 from atlas.runs import refuse_other_encoders
