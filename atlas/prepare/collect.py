@@ -52,8 +52,8 @@ def fill_stock(out, folders, lists=()):
             if lists and key in ("esc", "sounds"):
                 items = from_list(Path(folder), listed["sounds"])
             taken = Counter()
-            for name, *item in tqdm(items, key, unit="file", disable=None):
-                stem, row, _, masks = item
+            for item in tqdm(items, key, unit="file", disable=None):
+                name, stem, row, _, masks = item
                 kind = "pictures" if masks else "sounds"
                 place = name, stem
                 if place in rows[kind] or (lists and place not in listed[kind]):
@@ -64,7 +64,7 @@ def fill_stock(out, folders, lists=()):
                 elif not lists and taken[name] == MOST:
                     left[f"{kind} of a class above {MOST}"] += 1
                 else:
-                    known = {"class": name, "mask": "drawn", kind[:-1]: write(out, name, *item)}
+                    known = {"class": name, "mask": "drawn", kind[:-1]: write(out, *item)}
                     rows[kind][place] = row | listed[kind].get(place, {}) | known
                     taken[name] += 1
                     added[name, kind] += 1
@@ -153,15 +153,15 @@ def _photo(name, root, row, shown):
 def from_davis(root, found, class_map, left):
     """T evenly spaced frames of each sequence; all its objects are one mask."""
     class_of = _classes(class_map, "davis")
-    for sequence in sorted({path.parent.name for path in found}):
-        if sequence not in class_of:
+    for name in sorted({path.parent.name for path in found}):
+        if name not in class_of:
             left["DAVIS videos of no known class"] += 1
             continue
-        masks = evenly([path for path in found if path.parent.name == sequence])
-        path, category = f"JPEGImages/480p/{sequence}", class_of[sequence]
-        also = " ".join(class_map[category]["carries"].get(sequence, []))
-        row = {"source": f"davis_{sequence}", "also": also, "dataset": "DAVIS", "path": path}
-        files = [root / path / f"{mask.stem}.jpg" for mask in masks]
+        masks = evenly([path for path in found if path.parent.name == name])
+        place, category = f"JPEGImages/480p/{name}", class_of[name]
+        also = " ".join(class_map[category]["carries"].get(name, []))
+        row = {"source": f"davis_{name}", "also": also, "dataset": "DAVIS", "path": place}
+        files = [root / place / f"{mask.stem}.jpg" for mask in masks]
         yield category, row["source"], row, files, [read_labels(mask) > 0 for mask in masks]
 
 

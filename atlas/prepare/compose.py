@@ -6,7 +6,7 @@ seconds of its own. The truth of a second is every pixel of what is heard in it.
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -97,13 +97,13 @@ def gather(stock, recipe):
     for split in SPLITS:
         seen = [picture for picture in pictures if seen_in[picture.source] == split]
         own = [sound for sound in sounds if heard_in.get(sound.source) == split]
-        pools[split] = Pool(seen, own, heard, rng)
+        pools[split] = Pool(seen, own, heard, rng, Counter())
     return pools
 
 
 def large_enough(picture):
     """Whether the class fills VISIBLE of a half frame in each mask, with room to cut."""
-    masks = map(read_mask, picture.masks)
+    masks = [read_mask(path) for path in picture.masks]
     return all(m.sum() >= 1.5 * VISIBLE * min(m.shape[0], 2 * m.shape[1]) ** 2 for m in masks)
 
 
@@ -134,7 +134,7 @@ class Pool:
     sounds: list
     heard: list  # classes
     rng: np.random.Generator
-    used: Counter = field(default_factory=Counter)
+    used: Counter
 
     def plan(self, split, recipe):
         """The class that each clip is about."""
@@ -193,13 +193,16 @@ def make_clip(pool, first, recipe):
     heard, silent = pool.cast(first, recipe)
     names = heard + silent
     edges = np.linspace(0, recipe.size, len(names) + 1).round().astype(int).tolist()
-    wave, frames, masks, shown = np.zeros(T * RATE), [], [], []
+    wave = np.zeros(T * RATE)
+    views, shown = [], []
     for place, left, right in zip(pool.rng.permutation(len(names)).tolist(), edges, edges[1:]):
-        name, sounding = names[place], place < len(heard)
-        showing = pool.showing(name, {*heard} - {name})
-        picture = pool.draw("heard" if sounding else "silent", showing)
-        seen, mask = view(picture, (recipe.size, right - left), pool.rng)
-        schedule, recording, recording_source = np.full(T, sounding), None, None
+        name = names[place]
+        sounding = place < len(heard)
+        pictures = pool.showing(name, {*heard} - {name})
+        picture = pool.draw("heard" if sounding else "silent", pictures)
+        seen, mask = view(picture, (right - left, recipe.size), pool.rng)
+        schedule = np.full(T, sounding)
+        recording = recording_source = None
         if sounding:
             sound = pool.draw("sound", [s for s in pool.sounds if s.category == name])
             recording, recording_source = sound.name, sound.source
@@ -207,30 +210,28 @@ def make_clip(pool, first, recipe):
             if recipe.dataset == "ms3":
                 schedule = draw_schedule(own, CHANCES[place], pool.rng)
             wave += own * gate(schedule)
-        frames.append(seen)
-        masks.append(mask & schedule[:, None, None])
+        views.append((seen, mask & schedule[:, None, None]))
         entry = {"class": name, "picture": picture.name, "source": picture.source}
         entry |= {"mask": picture.mask, "columns": [left, right]}
-        entry |= {"schedule": schedule.astype(int).tolist()}
+        entry["schedule"] = schedule.astype(int).tolist()
         shown.append(entry | {"recording": recording, "recording_source": recording_source})
     source = next(entry["source"] for entry in shown if entry["class"] == first)
     drawn = all(entry["mask"] == "drawn" for entry in shown if entry["recording"])
     report = {"source": source, "mask": "drawn" if drawn else "made"}
     report |= {"heard": heard, "pictures": shown}
     wave /= max(1, np.abs(wave).max())  # each recording stays within 1, their sum may not
-    return np.concatenate(frames, axis=2), np.concatenate(masks, axis=2), wave, report
+    frames, masks = (np.concatenate(parts, axis=2) for parts in zip(*views))
+    return frames, masks, wave, report
 
 
-def view(picture, shape, rng):
-    """(frames [T, H, W, 3] uint8, masks [T, H, W] bool): a window pans and zooms around the object.
-
-    It is the first of 30 draws that keeps VISIBLE of the frame in sight, or the best.
-    """
-    height, width = shape
+def view(picture, size, rng):
+    """(frames [T, H, W, 3] uint8, masks [T, H, W] bool) of a `size` (W, H): a window pans and zooms
+    around the object. It is the first of 30 draws that keeps VISIBLE in sight, or the best."""
+    width, height = size
     pairs = read_pictures(picture) * (T // len(picture.files))
     high, wide = pairs[0][1].shape
     middle = np.array([np.argwhere(mask).mean(0)[::-1] + 0.5 for _, mask in pairs])  # [T, 2], x y
-    masks = [Image.fromarray(mask.astype(np.uint8)) for _, mask in pairs]
+    masks = [Image.fromarray(mask) for _, mask in pairs]
     tallest = min(high, wide * height / width)
     time = np.linspace(-0.5, 0.5, T)[:, None]
     most = -1
@@ -242,16 +243,13 @@ def view(picture, shape, rng):
         centre = centre + time * rng.uniform(-0.06, 0.06, 2) * tallest
         corner = np.clip(centre - extent / 2, 0, [wide, high] - extent)
         boxes = np.concatenate([corner, corner + extent], axis=1).clip(0, [wide, high] * 2).tolist()
-        cut = [m.resize((width, height), Image.NEAREST, box) for m, box in zip(masks, boxes)]
-        cut = np.stack(cut) > 0
+        cut = np.stack([m.resize(size, Image.NEAREST, box) for m, box in zip(masks, boxes)])
         seen = cut.mean((1, 2)).min() * width / height
         if seen > most:
             most, best, kept = seen, boxes, cut
         if seen >= VISIBLE:
             break
-    frames = []
-    for (frame, _), box in zip(pairs, best):
-        frames.append(Image.fromarray(frame).resize((width, height), Image.BILINEAR, box))
+    frames = [Image.fromarray(f).resize(size, Image.BILINEAR, b) for (f, _), b in zip(pairs, best)]
     return np.stack(frames), kept
 
 

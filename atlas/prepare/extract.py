@@ -8,6 +8,7 @@ Sound (ours). The mean of the default track's channels, T seconds from the first
 silence where the sound begins after it. What ends early stays short.
 """
 
+import itertools
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +40,10 @@ def extract(videos, out, table=None, dataset="s4"):
         raise AtlasError(f"no CSV {table}; give AVSBench's {own.name}, or one like it, with --csv")
     if not Path(videos).is_dir():
         raise AtlasError(f"no folder {videos}; --videos holds SPLIT/CATEGORY/NAME.mp4 or NAME.mp4")
-    make, columns = {"s4": s4_clip, "ms3": ms3_clip}[dataset], COLUMNS[dataset]
-    rows, key = read_rows(table, columns), columns[0]
+    make = {"s4": s4_clip, "ms3": ms3_clip}[dataset]
+    columns = COLUMNS[dataset]
+    key = columns[0]
+    rows = read_rows(table, columns)
     kept, bad = 0, []
 
     def take(row):
@@ -112,7 +115,7 @@ def _read_frames(file):
     rate = float(stream.guessed_rate or stream.average_rate or 25)
     shown, chosen = None, []
     for k, frame in enumerate(file.decode(stream)):
-        time = frame.time if frame.time is not None else k / rate
+        time = k / rate if frame.time is None else frame.time
         if shown is None:
             begin = time
             # a frame that comes later than half a frame late is the next one
@@ -136,19 +139,15 @@ def _read_frames(file):
 
 def _read_sound(file, begin):
     """The sound from the time `begin` of the file on, [<= T * RATE]."""
-    frames, parts = [], []
-    for frame in file.decode(best_stream(file, "audio")):
-        if (frame.time or 0.0) > begin + T + 1:
-            break
-        frames.append(frame)
+    decoded = file.decode(best_stream(file, "audio"))
+    frames = list(itertools.takewhile(lambda f: (f.time or 0.0) <= begin + T + 1, decoded))
     if not frames:
         raise AtlasError("no sound: its audio stream is empty")
     resampler = av.AudioResampler(format="fltp", rate=RATE)
-    for frame in [*frames, None]:  # None empties the resampler
-        parts += [piece.to_ndarray() for piece in resampler.resample(frame)]  # [channels, samples]
+    parts = itertools.chain(*map(resampler.resample, [*frames, None]))  # None empties it
+    channels = np.concatenate([part.to_ndarray() for part in parts], 1)  # [channels, samples]
     skip = round((begin - (frames[0].time or 0.0)) * RATE)  # negative: silence before the sound
-    channels = np.concatenate(parts, 1)[:, max(0, skip) :]
-    channels = np.pad(channels, ((0, 0), (max(0, -skip), 0)))[:, : T * RATE]
+    channels = np.pad(channels[:, max(0, skip) :], ((0, 0), (max(0, -skip), 0)))[:, : T * RATE]
     if channels.shape[1] <= (T - 1) * RATE:
         raise AtlasError(f"too short: its sound ends at {channels.shape[1] / RATE:.2f} s of {T}")
     return mono(channels.T, "track")
@@ -156,6 +155,6 @@ def _read_sound(file, begin):
 
 def best_stream(container, kind):
     """The default stream of a kind, or else the first, or None. A cover picture is no video."""
-    found = [s for s in container.streams if s.type == kind]
-    found = [s for s in found if not s.disposition & Disposition.attached_pic]
-    return max(found, key=lambda s: bool(s.disposition & Disposition.default), default=None)
+    cover, default = Disposition.attached_pic, Disposition.default
+    found = [s for s in container.streams if s.type == kind and not s.disposition & cover]
+    return max(found, key=lambda s: bool(s.disposition & default), default=None)

@@ -22,17 +22,17 @@ COLUMNS = {
 LEAST = 10  # sources of pictures, and of sounds, that a class needs to be heard by default
 
 
-@dataclass(frozen=True)
+@dataclass
 class Item:
     """A photo (a file and a mask), a video (T of each) or a sound (no mask)."""
 
     category: str
     name: str
-    source: str
-    files: tuple
-    masks: tuple = ()
-    also: frozenset = frozenset()  # the other classes that a picture shows
-    mask: str = ""  # drawn | made
+    source: str  # it stays in one split
+    files: list
+    masks: list
+    also: set  # the other classes that a picture shows
+    mask: str  # drawn | made
 
 
 def read_stock(root):
@@ -48,17 +48,17 @@ def _items(root, kind):
         for path in entries(folder):
             row = rows.get((folder.name, path.stem), {})
             source = row.get("source") or f"{folder.name}/{path.name}"
-            files, masks = (path,), ()
+            files, masks = [path], []
             if kind == "pictures":
                 if path.is_dir():
                     files = evenly(entries(path))
                     if not files:
                         raise AtlasError(f"the video {path} has no frames: fill or remove it")
                 places = [file.relative_to(folder.parent).with_suffix(".png") for file in files]
-                masks = tuple(Path(root, "masks", place) for place in places)
-            also = frozenset(row.get("also", "").replace(";", " ").split())
+                masks = [Path(root, "masks", place) for place in places]
+            also = set(row.get("also", "").replace(";", " ").split())
             drawn = row.get("mask") or "drawn"
-            items.append(Item(folder.name, path.name, source, tuple(files), masks, also, drawn))
+            items.append(Item(folder.name, path.name, source, files, masks, also, drawn))
     return items
 
 
@@ -131,11 +131,11 @@ def _content(item):
     """What tells the pixels or samples of an item from others."""
     if item.masks:
         frames, masks = zip(*read_pictures(item))
-        content, good = np.stack(frames), all(mask.any() for mask in masks)
+        content = np.stack(frames)
+        good = all(mask.any() for mask in masks)
     else:
         content = read_wave(item.files[0]).numpy()
         good = content.any()
     if not good:
-        what = "mask is empty" if item.masks else "sound is silent"
-        raise AtlasError(f"{item.category}/{item.name}: its {what}")
+        raise AtlasError(f"{item.category}/{item.name}: its mask is empty, or its sound silent")
     return content.shape, hashlib.sha256(content).digest()

@@ -5,7 +5,6 @@ of the things heard in it. S4: one heard and one or two silent things. MS3: two 
 which one or two of one scene are heard, each in seconds of its own.
 """
 
-import itertools
 import json
 from pathlib import Path
 
@@ -58,11 +57,12 @@ def make_set(dataset, root, seed=0, size=96, classes=CLASSES, **counts):
 
 def s4_clips(folder, seed, size, classes, counts):
     """Yield (clip, frames, masks, wave)."""
-    for name, (k, split) in itertools.product(classes, enumerate(SPLITS)):
-        for i in range(counts[split]):
-            where = CLASSES.index(name), k, i
-            clip = s4_clip(folder, "s{:02d}{}{:05d}".format(*where), name, split)
-            yield clip, *make_clip(name, np.random.default_rng([seed, *where]), size, classes)
+    for name in classes:
+        for k, split in enumerate(SPLITS):
+            for i in range(counts[split]):
+                where = CLASSES.index(name), k, i
+                clip = s4_clip(folder, "s{:02d}{}{:05d}".format(*where), name, split)
+                yield clip, *make_clip(name, np.random.default_rng([seed, *where]), size, classes)
 
 
 def make_clip(name, rng, size=96, classes=CLASSES):
@@ -107,7 +107,8 @@ def make_ms3_clip(heard, silent, rng, size=96):
     """What make_clip gives, and schedules {class: [T] bool}."""
     things = draw_scene(heard + silent, rng)
     backdrop = draw_background(rng, size)
-    wave, schedules = np.zeros(T * RATE), {}
+    wave = np.zeros(T * RATE)
+    schedules = {}
     for name, chance in zip(heard, CHANCES):
         own = sound(name, rng)
         schedules[name] = draw_schedule(own, chance, rng)

@@ -172,25 +172,19 @@ def render_frame(things, t, background):
 
 
 def draw_scene(names, rng):
-    """Things of the classes `names`, back to front in random order; none is hidden."""
+    """Things of the classes `names`, back to front in random order. VISIBLE of each is in sight,
+    whatever the size of the set."""
     order = rng.permutation(len(names))
     while True:
         things = [draw_object(names[k], rng) for k in order]
-        if not _crowded(things) and all(_in_sight(things, t) for t in range(T)):
+        pairs = itertools.combinations(things, 2)
+        near = [np.hypot(*(a.path - b.path).T) / sum(np.sqrt((a.area, b.area))) for a, b in pairs]
+        if np.min(near) < 0.4:  # one thing must hide another: a cheap first test
+            continue
+        least = VISIBLE * np.array([thing.area for thing in things])  # [things, T]
+        frames = (render_frame(things, t, np.zeros((48, 48, 3), np.float32)) for t in range(T))
+        if all((seen.mean((1, 2)) >= least[:, t]).all() for t, (_, seen) in enumerate(frames)):
             return things
-
-
-def _crowded(things):
-    """Whether one thing must hide another: a cheap first test."""
-    pairs = itertools.combinations(things, 2)
-    distances = [np.hypot(*(a.path - b.path).T) / sum(np.sqrt((a.area, b.area))) for a, b in pairs]
-    return np.min(distances) < 0.4
-
-
-def _in_sight(things, t):
-    """Whether VISIBLE of each thing is seen in frame t, whatever the size of the set."""
-    seen = render_frame(things, t, np.zeros((48, 48, 3), np.float32))[1].mean((1, 2))
-    return (seen >= [VISIBLE * thing.area[t] for thing in things]).all()
 
 
 def draw_background(rng, size):
