@@ -1,11 +1,11 @@
 """Everything that turns files into clips.
 
-    synth --out data/synthetic                                      a synthetic S4 or MS3 set
-    collect --voc VOC2012 --esc ESC-50 --out data/stock             a stock of pictures and sounds
-    compose --stock data/stock --out data/open                      an open S4 or MS3 set from it
-    extract --videos raw_videos --csv s4_meta_data.csv --out data/AVSBench     AVSBench from mp4
-    check --root data/AVSBench                                      what is missing or wrong
-    pack --cfg configs/ss_cil.yaml                                  the packed cache of a config
+    synth --out data/synthetic
+    collect --voc VOC2012 --esc ESC-50 --out data/stock
+    compose --stock data/stock --out data/open
+    extract --videos raw_videos --csv s4_meta_data.csv --out data/AVSBench
+    check --root data/AVSBench
+    pack --cfg configs/ss_cil.yaml
 
 `python prepare_data.py COMMAND --help` explains each.
 """
@@ -45,10 +45,10 @@ def compose(stock, out, **recipe):
     from atlas.prepare.compose import Recipe, make_open_set
 
     report = make_open_set(stock, out, Recipe(**recipe))
-    text = "{clips} ({picture_sources}, {sound_sources})"
+    text = "{} {clips} ({picture_sources}, {sound_sources})".format
     print("clips (sources of pictures, of sounds)")
     for name, splits in report["heard"].items():
-        print(f"{name}:", *(f"{split} {text.format(**found)}" for split, found in splits.items()))
+        print(f"{name}:", *(text(split, **found) for split, found in splits.items()))
     print(f"{out}: {len(report['clips'])} clips; compose.json says what each is made of")
 
 
@@ -102,14 +102,14 @@ def option(help, type=None, **more):
 # Each command is called with those of its options that are given.
 STOCK = option("a folder as collect makes it")
 TREE = option("the folder of Single-source/ or Multi-sources/")
-SET = {
+TO = {
     "--out": TREE | {"required": True},
     "--dataset": option("which tree (s4)", choices=("s4", "ms3")),
-    "--seed": option("decides all that is drawn (0)", int),
 }
 OPTIONS = {
-    synth: SET
+    synth: TO
     | {
+        "--seed": option("decides all that is drawn (0)", int),
         "--size": option("pixels of a side (96)", int),
         "--train": option("clips: in S4 of a class (32), in MS3 in all (1200)", int),
         "--val": option("the same for validation (3; 60)", int),
@@ -125,19 +125,19 @@ OPTIONS = {
         "--out": option("the stock, new or there already", required=True),
         "--list": option("take what these tables name", nargs="+", dest="lists", metavar="CSV"),
     },
-    compose: SET
+    compose: TO
     | {
         "--stock": STOCK | {"required": True},
+        "--seed": option("decides all that is drawn (0)", int),
         "--size": option("pixels of a side (128)", int),
         "--clips": option("train clips: in S4 of a class (40), in MS3 in all (1000)", int),
         "--classes": option("CLASS,CLASS,... to be heard (all that have enough)", names),
         "--alone": option("share of the clips that show one picture only (0)", float),
     },
-    extract: {
+    extract: TO
+    | {
         "--videos": option("AVSBench's raw_videos, or the folder of NAME.mp4", required=True),
         "--csv": option("AVSBench's s4_meta_data.csv or ms3_meta_data.csv (that in --out)"),
-        "--out": SET["--out"],
-        "--dataset": SET["--dataset"],
     },
     check: {"--root": TREE, "--stock": STOCK},
     pack: {

@@ -337,6 +337,24 @@ def test_bad_videos_are_listed_and_skipped(tmp_path, video):
         pass
 
 
+def test_a_column_mask_is_kept_and_tables_with_and_without_it_are_not_mixed(tmp_path, video):
+    folder, out = tmp_path / "v", tmp_path / "out"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.mp4").write_bytes(video.read_bytes())
+    (tmp_path / "mask.csv").write_text(
+        "name,category,split,mask\na,dog_barking,train,drawn\nb,dog_barking,train,made\n"
+    )
+    extract(folder, out, tmp_path / "mask.csv")
+    before = contents(out)
+    assert [clip.mask for clip in read_s4(out)] == ["drawn", "made"]
+    for words in ((), (table(tmp_path, "ab"),)):
+        assert extract(folder, out, *words) == (0, 2, []) and contents(out) == before
+    with pytest.raises(AtlasError, match="one has a column mask"):
+        extract(folder, out, table(tmp_path, "abc"))
+    assert contents(out) == before
+
+
 def test_a_kill_leaves_nothing_half_and_the_next_run_finishes(tmp_path, video):
     folder = tmp_path / "v"
     folder.mkdir()

@@ -5,17 +5,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from atlas import clips as files
 from atlas.audio import read_wave
-from atlas.clips import CSVS, RATE, SPLITS, T
+from atlas.clips import CSVS, RATE, READERS, SPLITS, T, read_frame, read_mask, refuse_other_size
 from atlas.errors import AtlasError
 
 
 def check(root):
     """(counts, errors, warnings), lists of lines, over the S4 and MS3 trees that are in `root`.
 
-    An error stops or falsifies a run. Source videos in two splits are a warning in MS3, which was
-    released with some.
+    An error stops or falsifies a run. (AVSBench's MS3 has source videos in two splits.)
     """
     present = [dataset for dataset, table in CSVS.items() if Path(root, table).is_file()]
     if not present:
@@ -23,12 +21,10 @@ def check(root):
         raise AtlasError(f"{what}; give the folder of Single-source/ or Multi-sources/")
     counts, errors, warnings = [], [], []
     for dataset in present:
-        clips = _tried(errors, files.READERS[dataset], root) or []
+        clips = _tried(errors, READERS[dataset], root) or []
         for clip in tqdm(clips, f"checking {dataset.upper()}", unit="clip", disable=None):
-            _check_pictures(clip, errors, warnings)
-            _check_sound(clip.audio, errors, warnings)
-        if clips:
-            counts += counted(clips, dataset)
+            _check_clip(clip, errors, warnings)
+        counts += counted(clips, dataset) if clips else []
         for source, splits in shared_sources(clips).items():
             line = f"the source video {source} is in {' and '.join(sorted(splits))}"
             if dataset == "s4":
@@ -48,9 +44,9 @@ def shared_sources(clips):
 
 def counted(clips, dataset):
     numbers = Counter(clip.split for clip in clips)
+    numbers.update((clip.category, clip.split) for clip in clips)
     listed = ", ".join(f"{split} {numbers[split]}" for split in SPLITS)
     lines = [f"{dataset.upper()}: {len(clips)} clips, {listed}"]
-    numbers = Counter((clip.category, clip.split) for clip in clips)
     for name in sorted({clip.category for clip in clips if clip.category}):
         lines.append(f"  {name:<32} " + " ".join(f"{numbers[name, s]:5d}" for s in SPLITS))
     return lines
@@ -64,27 +60,23 @@ def _tried(errors, work, *words):
         errors.append(str(error))
 
 
-def _check_pictures(clip, errors, warnings):
+def _check_clip(clip, errors, warnings):
     empty = []
     for frame_path, mask_path in zip(clip.frames, clip.masks):
-        frame = _tried(errors, files.read_frame, frame_path)
-        mask = _tried(errors, files.read_mask, mask_path) if mask_path else None
+        frame = _tried(errors, read_frame, frame_path)
+        mask = _tried(errors, read_mask, mask_path) if mask_path else None
         if frame is not None and mask is not None:
-            _tried(errors, files.refuse_other_size, mask_path, mask, frame)
+            _tried(errors, refuse_other_size, mask_path, mask, frame)
         if mask is not None and not mask.any():
             empty.append(mask_path)
     if clip.category:
         warnings += [f"{path}: nothing is masked, but S4's object always sounds" for path in empty]
     elif len(empty) == T:  # in MS3 a second may be silent
         warnings.append(f"{clip.id}: none of its masks holds anything")
-
-
-def _check_sound(path, errors, warnings):
-    wave = _tried(errors, read_wave, path)
-    if wave is None:
-        return
-    seconds = len(wave) / RATE
-    if abs(seconds - T) > 0.2:
-        warnings.append(f"{path}: {seconds:.2f} s; it is cut or padded to {T} s")
-    if not wave.any():
-        warnings.append(f"{path}: silent throughout")
+    wave = _tried(errors, read_wave, clip.audio)
+    if wave is not None:
+        seconds = len(wave) / RATE
+        if abs(seconds - T) > 0.2:
+            warnings.append(f"{clip.audio}: {seconds:.2f} s; it is cut or padded to {T} s")
+        if not wave.any():
+            warnings.append(f"{clip.audio}: silent throughout")

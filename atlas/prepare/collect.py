@@ -1,13 +1,12 @@
 """A stock (stock.py) from data sets that anyone can download: VOC, COCO, DAVIS, ESC-50, sounds.
 
-configs/class_map.yaml says which class is what in each set. What has a row in the stock's tables is
-skipped, so a second run only adds.
+configs/class_map.yaml says which class is what in each set. A reader yields, of the files `found`
+below `root`, (class, name, row of the table, files, masks [H, W] bool): a sound has no masks.
 """
 
 import json
 import shutil
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from atlas.clips import open_picture, read_frame, read_table, refuse_other_size
 from atlas.errors import AtlasError
 from atlas.prepare.stock import COLUMNS, by_place, evenly, read_rows
-from atlas.prepare.tree import write_table
+from atlas.prepare.tree import placed, write_table
 
 CLASS_MAP = Path(__file__).parents[2] / "configs" / "class_map.yaml"
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
@@ -28,19 +27,8 @@ MOST = 200  # pictures, or sounds, of a class from a folder
 SOUNDS = (".wav", ".ogg", ".flac", ".mp3")
 
 
-@dataclass
-class Found:
-    """A photo, a video (several files and masks) or a sound, for one class."""
-
-    category: str
-    name: str
-    row: dict  # source, also, dataset, path
-    files: list
-    masks: list = ()  # [H, W] bool; a sound has none
-
-
 def fill_stock(out, folders, lists=()):
-    """Fill the stock `out` from `folders`: {"voc" | "coco" | "davis" | "esc" | "sounds": folder}.
+    """Add to the stock `out` from `folders`: {"voc" | "coco" | "davis" | "esc" | "sounds": folder}.
 
     With `lists`, the tables of another stock, exactly what these name is taken. Returns (Counter of
     what was added, by (class, kind); {why: how many were left out}; [listed rows still missing]).
@@ -65,52 +53,43 @@ def fill_stock(out, folders, lists=()):
                 items = from_list(Path(folder), listed["sounds"])
             taken = Counter()
             for item in tqdm(items, key, unit="file", disable=None):
-                kind = "pictures" if item.masks else "sounds"
-                place = item.category, item.name
+                name, stem, row, _, masks = item
+                kind = "pictures" if masks else "sounds"
+                place = name, stem
                 if place in rows[kind] or (lists and place not in listed[kind]):
                     continue
-                shares = [mask.mean() for mask in item.masks] or [1]
+                shares = [mask.mean() for mask in masks] or [1]
                 if not lists and (not min(shares) or np.mean(shares) < LEAST):
                     left["pictures in which the class is small"] += 1
-                    continue
-                if not lists and taken[item.category] == MOST:
+                elif not lists and taken[name] == MOST:
                     left[f"{kind} of a class above {MOST}"] += 1
-                    continue
-                known = {"class": item.category, "mask": "drawn", kind[:-1]: write(out, item)}
-                rows[kind][place] = item.row | listed[kind].get(place, {}) | known
-                taken[item.category] += 1
-                added[item.category, kind] += 1
+                else:
+                    known = {"class": name, "mask": "drawn", kind[:-1]: write(out, *item)}
+                    rows[kind][place] = row | listed[kind].get(place, {}) | known
+                    taken[name] += 1
+                    added[name, kind] += 1
     finally:
-        for kind in COLUMNS:
-            if rows[kind]:
-                table = [rows[kind][place] for place in sorted(rows[kind])]
+        for kind, known in rows.items():
+            if known:
+                table = [known[place] for place in sorted(known)]
                 write_table(Path(out, f"{kind}.csv"), COLUMNS[kind], table)
     missing = [listed[kind][p] for kind in COLUMNS for p in listed[kind] if p not in rows[kind]]
     return added, left, missing
 
 
-def write(out, item):
+def write(out, category, name, row, files, masks):
     """Copy the files of an item, write its masks, and return its name in the table."""
-    if any(name in ("", ".", "..") or "/" in name for name in (item.category, item.name)):
-        raise AtlasError(f"{item.category!r} and {item.name!r} cannot name a folder and a file")
-    video = len(item.files) > 1
-    for k, path in enumerate(item.files):
-        name = Path(item.category, item.name, f"{k:05d}" if video else "")
-        if item.masks:
-            refuse_other_size(f"of {path}", item.masks[k], read_frame(path))
-            mask = Image.fromarray(item.masks[k]).convert("L")
-            mask.save(_made(Path(out, "masks", f"{name}.png")))
-        kind = "pictures" if item.masks else "sounds"
-        shutil.copyfile(path, _made(Path(out, kind, f"{name}{path.suffix.lower()}")))
-    return item.name if video else f"{item.name}{path.suffix.lower()}"
-
-
-def _made(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-# ---- the data sets: each yields, of the files `found` below `root`, what it has, as Found
+    if any(word in ("", ".", "..") or "/" in word for word in (category, name)):
+        raise AtlasError(f"{category!r} and {name!r} cannot name a folder and a file")
+    video = len(files) > 1
+    for k, path in enumerate(files):
+        place = Path(category, name, f"{k:05d}" if video else "")
+        if masks:
+            refuse_other_size(f"of {path}", masks[k], read_frame(path))
+            Image.fromarray(masks[k]).convert("L").save(placed(Path(out, "masks", f"{place}.png")))
+        kind = "pictures" if masks else "sounds"
+        shutil.copyfile(path, placed(Path(out, kind, f"{place}{path.suffix.lower()}")))
+    return name if video else f"{name}{path.suffix.lower()}"
 
 
 def from_voc(root, found, class_map, left):
@@ -126,22 +105,28 @@ def from_voc(root, found, class_map, left):
 
 
 def from_coco(root, found, class_map, left):
-    """annotations/instances_SET.json and SET/, without pictures that hold crowds or RLE regions."""
+    """Pictures without crowds and RLE regions. Polygons [x, y, x, y, ...] are filled."""
+    class_of = _classes(class_map, "coco")
     for file in found:
-        folder = file.stem.removeprefix("instances_")
-        for number, file_name, size, regions in read_instances(file, class_map):
-            row = {"dataset": "COCO", "path": f"{folder}/{file_name}"}
+        for number, name, size, regions in read_instances(file, class_of):
+            row = {"dataset": "COCO", "path": f"{file.stem.removeprefix('instances_')}/{name}"}
             if not (root / row["path"]).is_file():
                 left["COCO pictures that are not there"] += 1
             elif not all(isinstance(polygons, list) for _, polygons in regions):
                 left["COCO pictures with a crowd or RLE region"] += 1
             else:
-                yield from _photo(f"coco_{number}", root, row, fill(regions, size))
+                planes = {category: Image.new("1", size) for category, _ in regions}
+                for category, polygons in regions:
+                    for polygon in polygons:
+                        if len(polygon) >= 6:
+                            ImageDraw.Draw(planes[category]).polygon(polygon, fill=1)
+                shown = {category: np.array(plane) for category, plane in planes.items()}
+                yield from _photo(f"coco_{number}", root, row, shown)
 
 
-def read_instances(file, class_map):
+def read_instances(file, class_of):
     """[(id, file name, (W, H), [(class, segmentation)])] of the pictures of known classes."""
-    class_of, regions = _classes(class_map, "coco"), defaultdict(list)
+    regions = defaultdict(list)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         category = {c["id"]: class_of.get(c["name"]) for c in data["categories"]}
@@ -156,40 +141,28 @@ def read_instances(file, class_map):
         raise AtlasError(f"{file} is not COCO's instances json: {error!r}") from None
 
 
-def fill(regions, size):
-    """{class: mask [H, W] bool} of [(class, polygons [x, y, x, y, ...])] in a picture (W, H)."""
-    planes = {}
-    for category, polygons in regions:
-        plane = planes.setdefault(category, Image.new("1", size))
-        for polygon in polygons:
-            if len(polygon) >= 6:
-                ImageDraw.Draw(plane).polygon(polygon, fill=1)
-    return {category: np.array(plane) for category, plane in planes.items()}
-
-
 def _photo(name, root, row, shown):
-    """Yield the photo ROOT/PATH for each class of {class: mask} that has a pixel."""
+    """Yield the photo of a row for each class of {class: mask} that has a pixel."""
     present = sorted(category for category, mask in shown.items() if mask.any())
     for category in present:
         also = " ".join(other for other in present if other != category)
         own = row | {"source": name, "also": also}
-        yield Found(category, name, own, [root / row["path"]], [shown[category]])
+        yield category, name, own, [root / row["path"]], [shown[category]]
 
 
 def from_davis(root, found, class_map, left):
     """T evenly spaced frames of each sequence; all its objects are one mask."""
     class_of = _classes(class_map, "davis")
-    for sequence in sorted({path.parent.name for path in found}):
-        if sequence not in class_of:
+    for name in sorted({path.parent.name for path in found}):
+        if name not in class_of:
             left["DAVIS videos of no known class"] += 1
             continue
-        masks = evenly([path for path in found if path.parent.name == sequence])
-        path, category = f"JPEGImages/480p/{sequence}", class_of[sequence]
-        also = " ".join(class_map[category]["carries"].get(sequence, []))
-        row = {"source": f"davis_{sequence}", "also": also, "dataset": "DAVIS", "path": path}
-        files = [root / path / f"{mask.stem}.jpg" for mask in masks]
-        masks = [read_labels(mask) > 0 for mask in masks]
-        yield Found(category, row["source"], row, files, masks)
+        masks = evenly([path for path in found if path.parent.name == name])
+        place, category = f"JPEGImages/480p/{name}", class_of[name]
+        also = " ".join(class_map[category]["carries"].get(name, []))
+        row = {"source": f"davis_{name}", "also": also, "dataset": "DAVIS", "path": place}
+        files = [root / place / f"{mask.stem}.jpg" for mask in masks]
+        yield category, row["source"], row, files, [read_labels(mask) > 0 for mask in masks]
 
 
 def from_esc(root, found, class_map, left):
@@ -200,8 +173,7 @@ def from_esc(root, found, class_map, left):
         path = root / "audio" / Path(given["filename"]).name
         if category and path.is_file():
             row = {"source": f"esc_{given['src_file']}", "dataset": "ESC-50"}
-            row["path"] = f"audio/{path.name}"
-            yield Found(category, f"esc_{path.stem}", row, [path])
+            yield category, f"esc_{path.stem}", row | {"path": f"audio/{path.name}"}, [path], []
         elif category:
             left["ESC-50 sounds that are not there"] += 1
 
@@ -210,11 +182,10 @@ def from_sounds(root, found, class_map, left):
     """DIR/CLASS/NAME.wav, as one sorts FSD50K. Every file is its own source."""
     class_of = _classes(class_map, "sounds") | {name: name for name in class_map}
     for path in found:
-        category, name = class_of.get(path.parent.name), f"{root.name}_{path.stem}"
-        if category and path.suffix.lower() in SOUNDS:
-            place = f"{path.parent.name}/{path.name}"
-            row = {"source": name, "dataset": root.name, "path": place}
-            yield Found(category, name, row, [path])
+        folder, name = path.parent.name, f"{root.name}_{path.stem}"
+        if folder in class_of and path.suffix.lower() in SOUNDS:
+            row = {"source": name, "dataset": root.name, "path": f"{folder}/{path.name}"}
+            yield class_of[folder], name, row, [path], []
 
 
 def from_list(root, listed):
@@ -226,7 +197,7 @@ def from_list(root, listed):
         paths.append(takes.get(Path(row["path"]).stem, root))
         paths = [path for path in paths if path.is_file() and path.suffix.lower() in SOUNDS]
         if paths:
-            yield Found(category, name, row, paths[:1])
+            yield category, name, row, paths[:1], []
 
 
 READERS = {  # and what a folder of each must hold

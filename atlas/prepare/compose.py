@@ -1,14 +1,12 @@
-"""An open AVS set from a stock of real pictures and sounds, written as an AVSBench tree, S4 or MS3.
+"""An open AVS set from a stock of real pictures and sounds, as AVSBench's S4 or MS3 tree.
 
-Pictures stand side by side: in S4 two, one heard in all T seconds; in MS3 two or three, one or two
-heard, each in seconds of its own. The truth of a second is every pixel of the classes heard in it;
-no other picture shows them. A source is in one split only. Silent pictures are drawn, cut and moved
-like heard ones, and all recordings have one loudness: only the sound tells what is heard.
+Pictures stand side by side: in S4 two, one heard; in MS3 two or three, one or two heard, each in
+seconds of its own. The truth of a second is every pixel of what is heard in it.
 """
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,42 +51,53 @@ def make_open_set(stock, out, recipe):
         raise AtlasError("compose needs --size of 32, --seed of 0, --clips of 4, --alone of 0 to 1")
     pools = gather(stock, recipe)
     sources = sorted({picture.source for pool in pools.values() for picture in pool.pictures})
-    clips, made, takes = [], [], Counter()
+    rows, made, takes = [], [], Counter()
     with built_beside(out) as folder:
         for split, pool in pools.items():
-            plan = pool.plan(split, recipe)
-            for first in tqdm(plan, f"composing {split}", disable=None):
+            for first in tqdm(pool.plan(split, recipe), f"composing {split}", disable=None):
                 *files, entry = make_clip(pool, first, recipe)
-                number = sources.index(entry["source"])
-                name = f"p{number:010d}_{takes[number]}"  # clips.source_of() finds the source in it
-                takes[number] += 1
-                clip = ms3_clip(folder, name, split)
+                source, mask = entry["source"], entry["mask"]
+                # clips.source_of() finds the source in it
+                name = f"p{sources.index(source):010d}_{takes[source]}"
+                takes[source] += 1
+                clip = ms3_clip(folder, name, split, mask)
                 if recipe.dataset == "s4":
-                    clip = s4_clip(folder, name, first, split)
-                clips.append(write_clip(clip, *files))
+                    clip = s4_clip(folder, name, first, split, mask)
+                rows.append(write_clip(clip, *files))
                 made.append({"id": name, "split": split, **entry})
         heard = {name: {split: count(made, name, split) for split in SPLITS} for name in pool.heard}
         report = {"recipe": asdict(recipe), "heard": heard, "clips": made}
         Path(folder, "compose.json").write_text(json.dumps(report, indent=1) + "\n")
-        write_csv(folder, clips, recipe.dataset, [entry["mask"] for entry in made])
+        write_csv(folder, recipe.dataset, rows)
     return report
+
+
+def count(made, name, split):
+    mine = [p for clip in made if clip["split"] == split for p in clip["pictures"]]
+    mine = [p for p in mine if p["recording"] and p["class"] == name]
+    pictures, sounds = ({p[key] for p in mine} for key in ("source", "recording_source"))
+    return {"clips": len(mine), "picture_sources": len(pictures), "sound_sources": len(sounds)}
 
 
 def gather(stock, recipe):
     """{split: Pool}: the stock divided for a recipe."""
     pictures, sounds = read_stock(stock)
-    bar = tqdm(pictures, "reading masks", disable=None)
-    pictures = [picture for picture in bar if large_enough(picture)]
-    heard = choose_classes(sources_of(pictures), sources_of(sounds), recipe.classes)
-    sounds = [sound for sound in sounds if sound.category in heard]
+    pictures = [p for p in tqdm(pictures, "reading masks", disable=None) if large_enough(p)]
+    shown, known = sources_of(pictures), sources_of(sounds)
+    least = 3 if recipe.classes else LEAST  # three can be divided
+    enough = {name for name in shown if min(len(shown[name]), len(known[name])) >= least}
+    heard = sorted(set(recipe.classes or enough))
+    if not enough.issuperset(heard) or not heard:
+        few = ", ".join(name for name in heard if name not in enough) or "every class"
+        raise AtlasError(f"too few sources of pictures or of sounds, {least} needed: {few}")
     rng = np.random.default_rng(recipe.seed)
-    seen_in = divide(sources_of(pictures), heard, rng)
-    heard_in = divide(sources_of(sounds), heard, rng)
+    seen_in = divide(shown, heard, rng)
+    heard_in = divide({name: known[name] for name in heard}, heard, rng)
     pools = {}
     for split in SPLITS:
-        shown = [picture for picture in pictures if seen_in[picture.source] == split]
-        known = [sound for sound in sounds if heard_in[sound.source] == split]
-        pools[split] = Pool(shown, known, heard, rng)
+        seen = [picture for picture in pictures if seen_in[picture.source] == split]
+        own = [sound for sound in sounds if heard_in.get(sound.source) == split]
+        pools[split] = Pool(seen, own, heard, rng, Counter())
     return pools
 
 
@@ -96,17 +105,6 @@ def large_enough(picture):
     """Whether the class fills VISIBLE of a half frame in each mask, with room to cut."""
     masks = [read_mask(path) for path in picture.masks]
     return all(m.sum() >= 1.5 * VISIBLE * min(m.shape[0], 2 * m.shape[1]) ** 2 for m in masks)
-
-
-def choose_classes(shown, known, classes):
-    """The classes to be heard, of {class: sources}."""
-    least = 3 if classes else LEAST  # three can be divided
-    enough = [name for name in shown if min(len(shown[name]), len(known[name])) >= least]
-    heard = sorted(set(classes or enough))
-    if not heard or not set(heard) <= set(enough):
-        few = ", ".join(sorted(set(heard) - set(enough))) or "every class"
-        raise AtlasError(f"too few sources of pictures or of sounds, {least} needed: {few}")
-    return heard
 
 
 def divide(sources, heard, rng):
@@ -136,7 +134,7 @@ class Pool:
     sounds: list
     heard: list  # classes
     rng: np.random.Generator
-    used: Counter = field(default_factory=Counter)
+    used: Counter
 
     def plan(self, split, recipe):
         """The class that each clip is about."""
@@ -146,11 +144,8 @@ class Pool:
         if split == "train":
             return self.heard * train
         shown, known = sources_of(self.pictures), sources_of(self.sounds)
-        counts = {}
-        for name in self.heard:
-            most = CLIPS_A_SOURCE * min(len(shown[name]), len(known[name]))
-            counts[name] = min(train // PARTS[split], most)
-        return [name for k in range(train) for name in self.heard if k < counts[name]]
+        most = {c: CLIPS_A_SOURCE * min(len(shown[c]), len(known[c])) for c in self.heard}
+        return [c for k in range(train // PARTS[split]) for c in self.heard if k < most[c]]
 
     def showing(self, name, without):
         return [p for p in self.pictures if p.category == name and not p.also & set(without)]
@@ -177,8 +172,8 @@ class Pool:
         for _ in range(wanted - len(heard)):
             names = {p.category for p in self.pictures if not p.also & set(heard)}
             names = sorted(names - {*heard, *silent})
-            rare = [name for name in names if name not in self.heard]
             usual = [name for name in names if name in self.heard]
+            rare = [name for name in names if name not in self.heard]
             if rare and (not usual or self.rng.random() < DISTRACTORS):
                 usual = rare
             if usual:
@@ -199,45 +194,44 @@ def make_clip(pool, first, recipe):
     names = heard + silent
     edges = np.linspace(0, recipe.size, len(names) + 1).round().astype(int).tolist()
     wave = np.zeros(T * RATE)
-    frames, masks, shown = [], [], []
+    views, shown = [], []
     for place, left, right in zip(pool.rng.permutation(len(names)).tolist(), edges, edges[1:]):
         name = names[place]
-        role = "heard" if place < len(heard) else "silent"
-        picture = pool.draw(role, pool.showing(name, {*heard} - {name}))
-        entry = {"class": name, "picture": picture.name, "source": picture.source}
-        entry |= {"mask": picture.mask, "columns": [left, right], "schedule": [0] * T}
-        entry |= {"recording": None, "recording_source": None}
-        seen, mask = view(picture, (recipe.size, right - left), pool.rng)
-        schedule = np.full(T, role == "heard")
-        if role == "heard":
+        sounding = place < len(heard)
+        pictures = pool.showing(name, {*heard} - {name})
+        picture = pool.draw("heard" if sounding else "silent", pictures)
+        seen, mask = view(picture, (right - left, recipe.size), pool.rng)
+        schedule = np.full(T, sounding)
+        recording = recording_source = None
+        if sounding:
             sound = pool.draw("sound", [s for s in pool.sounds if s.category == name])
+            recording, recording_source = sound.name, sound.source
             own = load_sound(sound.files[0])
             if recipe.dataset == "ms3":
                 schedule = draw_schedule(own, CHANCES[place], pool.rng)
             wave += own * gate(schedule)
-            entry["schedule"] = schedule.astype(int).tolist()
-            entry |= {"recording": sound.name, "recording_source": sound.source}
-        frames.append(seen)
-        masks.append(mask & schedule[:, None, None])
-        shown.append(entry)
-    sounding = {entry["class"]: entry for entry in shown if entry["recording"]}
-    drawn = all(entry["mask"] == "drawn" for entry in sounding.values())
-    report = {"source": sounding[first]["source"], "mask": "drawn" if drawn else "made"}
+        views.append((seen, mask & schedule[:, None, None]))
+        entry = {"class": name, "picture": picture.name, "source": picture.source}
+        entry |= {"mask": picture.mask, "columns": [left, right]}
+        entry["schedule"] = schedule.astype(int).tolist()
+        shown.append(entry | {"recording": recording, "recording_source": recording_source})
+    source = next(entry["source"] for entry in shown if entry["class"] == first)
+    drawn = all(entry["mask"] == "drawn" for entry in shown if entry["recording"])
+    report = {"source": source, "mask": "drawn" if drawn else "made"}
     report |= {"heard": heard, "pictures": shown}
     wave /= max(1, np.abs(wave).max())  # each recording stays within 1, their sum may not
-    return np.concatenate(frames, axis=2), np.concatenate(masks, axis=2), wave, report
+    frames, masks = (np.concatenate(parts, axis=2) for parts in zip(*views))
+    return frames, masks, wave, report
 
 
-def view(picture, shape, rng):
-    """(frames [T, H, W, 3] uint8, masks [T, H, W] bool): a window pans and zooms around the object.
-
-    It is the first of 30 draws that keeps VISIBLE of the frame in sight, or the best.
-    """
-    height, width = shape
+def view(picture, size, rng):
+    """(frames [T, H, W, 3] uint8, masks [T, H, W] bool) of a `size` (W, H): a window pans and zooms
+    around the object. It is the first of 30 draws that keeps VISIBLE in sight, or the best."""
+    width, height = size
     pairs = read_pictures(picture) * (T // len(picture.files))
     high, wide = pairs[0][1].shape
     middle = np.array([np.argwhere(mask).mean(0)[::-1] + 0.5 for _, mask in pairs])  # [T, 2], x y
-    masks = [Image.fromarray(mask.astype(np.uint8)) for _, mask in pairs]
+    masks = [Image.fromarray(mask) for _, mask in pairs]
     tallest = min(high, wide * height / width)
     time = np.linspace(-0.5, 0.5, T)[:, None]
     most = -1
@@ -249,16 +243,13 @@ def view(picture, shape, rng):
         centre = centre + time * rng.uniform(-0.06, 0.06, 2) * tallest
         corner = np.clip(centre - extent / 2, 0, [wide, high] - extent)
         boxes = np.concatenate([corner, corner + extent], axis=1).clip(0, [wide, high] * 2).tolist()
-        cut = [m.resize((width, height), Image.NEAREST, box) for m, box in zip(masks, boxes)]
-        cut = np.stack(cut) > 0
+        cut = np.stack([m.resize(size, Image.NEAREST, box) for m, box in zip(masks, boxes)])
         seen = cut.mean((1, 2)).min() * width / height
         if seen > most:
             most, best, kept = seen, boxes, cut
         if seen >= VISIBLE:
             break
-    frames = []
-    for (frame, _), box in zip(pairs, best):
-        frames.append(Image.fromarray(frame).resize((width, height), Image.BILINEAR, box))
+    frames = [Image.fromarray(f).resize(size, Image.BILINEAR, b) for (f, _), b in zip(pairs, best)]
     return np.stack(frames), kept
 
 
@@ -270,11 +261,3 @@ def load_sound(path):
         raise AtlasError(f"the sound {path} is silent: remove it from the stock")
     wave = np.resize(wave[audible[0] : audible[-1] + 1], T * RATE)  # repeats it
     return wave * min(RMS / np.sqrt(np.mean(wave**2)), 1 / np.abs(wave).max())
-
-
-def count(made, name, split):
-    mine = [p for clip in made if clip["split"] == split for p in clip["pictures"]]
-    mine = [p for p in mine if p["recording"] and p["class"] == name]
-    pictures = len({p["source"] for p in mine})
-    sounds = len({p["recording_source"] for p in mine})
-    return {"clips": len(mine), "picture_sources": pictures, "sound_sources": sounds}

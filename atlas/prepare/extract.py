@@ -1,13 +1,14 @@
-"""Videos as clips: mp4 files and AVSBench's CSV -> frames and sounds in AVSBench's tree (clips.py).
+"""Videos as clips: mp4 files and a table -> frames and sounds in AVSBench's tree (clips.py).
 
 Frames. AVSBench samples each second 16 times and keeps the 16th: with f = the frame rate rounded to
 a whole number (ours: below 10 it is not rounded), second l = 0..4 is frame n = floor(l f + 15/16 f)
 or else the last one, which is on display n / rate seconds after the first one.
 
-Sound (ours). The mean of all channels of the default track, T seconds from the first frame's time
-on, silence where the sound begins after it. What ends early stays short.
+Sound (ours). The mean of the default track's channels, T seconds from the first frame's time on,
+silence where the sound begins after it. What ends early stays short.
 """
 
+import itertools
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from atlas.audio import mono
 from atlas.clips import COLUMNS, CSVS, RATE, T, locked, ms3_clip, read_rows, resized, s4_clip
 from atlas.errors import AtlasError
-from atlas.prepare import tree
+from atlas.prepare.tree import placed, write_clip, write_csv
 
 STAGE = ".extract"  # of files that are not whole yet
 SIZE = 224  # pixels of a side, as of AVSBench's masks; squeezed, not cropped
@@ -39,29 +40,37 @@ def extract(videos, out, table=None, dataset="s4"):
         raise AtlasError(f"no CSV {table}; give AVSBench's {own.name}, or one like it, with --csv")
     if not Path(videos).is_dir():
         raise AtlasError(f"no folder {videos}; --videos holds SPLIT/CATEGORY/NAME.mp4 or NAME.mp4")
-    good, kept, bad = [], 0, []
+    make = {"s4": s4_clip, "ms3": ms3_clip}[dataset]
     columns = COLUMNS[dataset]
+    key = columns[0]
     rows = read_rows(table, columns)
-    own.parent.mkdir(parents=True, exist_ok=True)
-    with locked(own.parent / ".extract.lock"), ThreadPoolExecutor() as pool:
-        done = pool.map(lambda row: extract_clip(videos, out, row), rows)
-        bar = tqdm(done, f"extracting {dataset.upper()}", len(rows), unit="clip", disable=None)
-        for row, (video, why) in zip(rows, bar):
+    kept, bad = 0, []
+
+    def take(row):
+        words = [row[column] for column in columns]
+        return extract_clip(videos, make(out, *words), make(Path(out, STAGE), *words))
+
+    with locked(placed(own.parent / ".extract.lock")), ThreadPoolExecutor() as pool:
+        old = read_rows(own, columns) if own.is_file() else []
+        known = {row[key]: row for row in old}
+        rows = [known.get(row[key], {}) | row for row in rows]
+        if len({"mask" in row for row in old + rows}) > 1:
+            what = f"of {own} and {table}, one has a column mask"
+            raise AtlasError(f"{what}: add it to the other; it holds drawn or made")
+        bar = tqdm(rows, f"extracting {dataset.upper()}", unit="clip", disable=None)
+        for row, (video, why) in zip(bar, pool.map(take, rows)):
             kept += video is None
             if why:
                 bad.append((video, why))
             else:
-                good.append(row)
+                known[row[key]] = row
         shutil.rmtree(Path(out, STAGE), ignore_errors=True)
-        old = read_rows(own, columns) if own.is_file() else []
-        known = {row[columns[0]]: row for row in old + good}
-        tree.write_table(own, tree.COLUMNS[dataset], [{"start": 0} | row for row in known.values()])
-    return len(good) - kept, kept, bad
+        write_csv(out, dataset, known.values())
+    return len(rows) - len(bad) - kept, kept, bad
 
 
-def extract_clip(videos, out, row):
-    """Write the clip of a row of the CSV: (its video, or None if it was there; why it is bad)."""
-    clip, staged = clip_of(out, row), clip_of(Path(out, STAGE), row)
+def extract_clip(videos, clip, staged):
+    """Write a clip, first at `staged`: (its video, or None if it was there; why it is bad)."""
     files = *clip.frames, clip.audio
     if all(Path(path).is_file() for path in files):
         return None, None
@@ -72,18 +81,10 @@ def extract_clip(videos, out, row):
         frames, wave = read_video(video)
     except AtlasError as error:
         return video, str(error)
-    frames = [resized(np.ascontiguousarray(frame), SIZE) for frame in frames]
-    tree.write_clip(staged, frames, (), wave)
+    write_clip(staged, [resized(frame, SIZE) for frame in frames], (), wave)
     for source, path in zip((*staged.frames, staged.audio), files):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, path)  # what has its name is whole
+        os.replace(source, placed(path))  # what has its name is whole
     return video, None
-
-
-def clip_of(root, row):
-    if "name" in row:
-        return s4_clip(root, row["name"], row["category"], row["split"])
-    return ms3_clip(root, row["video_id"], row["split"])
 
 
 def frame_numbers(rate):
@@ -93,8 +94,7 @@ def frame_numbers(rate):
 
 
 def read_video(path):
-    """(T frames [H, W, 3] uint8, sound [samples <= T * RATE] float32) of a video that reaches the
-    clip's last second."""
+    """(T frames [H, W, 3] uint8, sound [<= T * RATE] float32) of a video of T - 1 s or more."""
     if not path.is_file():
         raise AtlasError("missing")
     try:
@@ -107,16 +107,16 @@ def read_video(path):
 
 
 def _read_frames(file):
-    """The T frames, and the time in the file at which its first one is shown."""
-    stream = best_stream(file, "video")
-    for kind, name in (("video", "pictures"), ("audio", "sound")):
-        if best_stream(file, kind) is None:
+    """The T frames, and the time at which the file's first one is shown."""
+    for kind, name in (("audio", "sound"), ("video", "pictures")):
+        stream = best_stream(file, kind)
+        if stream is None:
             raise AtlasError(f"no {name}: it has no {kind} stream")
     rate = float(stream.guessed_rate or stream.average_rate or 25)
-    begin, shown, chosen, time = None, None, [], 0.0
+    shown, chosen = None, []
     for k, frame in enumerate(file.decode(stream)):
-        time = frame.time if frame.time is not None else k / rate
-        if begin is None:
+        time = k / rate if frame.time is None else frame.time
+        if shown is None:
             begin = time
             # a frame that comes later than half a frame late is the next one
             due = [begin + (n + 0.5) / rate for n in frame_numbers(rate)]
@@ -138,20 +138,16 @@ def _read_frames(file):
 
 
 def _read_sound(file, begin):
-    """The sound of the default track from the time `begin` of the file on, [<= T * RATE]."""
-    frames, parts = [], []
-    for frame in file.decode(best_stream(file, "audio")):
-        if (frame.time or 0.0) > begin + T + 1:
-            break
-        frames.append(frame)
+    """The sound from the time `begin` of the file on, [<= T * RATE]."""
+    decoded = file.decode(best_stream(file, "audio"))
+    frames = list(itertools.takewhile(lambda f: (f.time or 0.0) <= begin + T + 1, decoded))
     if not frames:
         raise AtlasError("no sound: its audio stream is empty")
     resampler = av.AudioResampler(format="fltp", rate=RATE)
-    for frame in [*frames, None]:  # None empties the resampler
-        parts += [piece.to_ndarray() for piece in resampler.resample(frame)]  # [channels, samples]
+    parts = itertools.chain(*map(resampler.resample, [*frames, None]))  # None empties it
+    channels = np.concatenate([part.to_ndarray() for part in parts], 1)  # [channels, samples]
     skip = round((begin - (frames[0].time or 0.0)) * RATE)  # negative: silence before the sound
-    channels = np.concatenate(parts, 1)[:, max(0, skip) :]
-    channels = np.pad(channels, ((0, 0), (max(0, -skip), 0)))[:, : T * RATE]
+    channels = np.pad(channels[:, max(0, skip) :], ((0, 0), (max(0, -skip), 0)))[:, : T * RATE]
     if channels.shape[1] <= (T - 1) * RATE:
         raise AtlasError(f"too short: its sound ends at {channels.shape[1] / RATE:.2f} s of {T}")
     return mono(channels.T, "track")
@@ -159,6 +155,6 @@ def _read_sound(file, begin):
 
 def best_stream(container, kind):
     """The default stream of a kind, or else the first, or None. A cover picture is no video."""
-    found = [s for s in container.streams if s.type == kind]
-    found = [s for s in found if not s.disposition & Disposition.attached_pic]
-    return max(found, key=lambda s: bool(s.disposition & Disposition.default), default=None)
+    cover, default = Disposition.attached_pic, Disposition.default
+    found = [s for s in container.streams if s.type == kind and not s.disposition & cover]
+    return max(found, key=lambda s: bool(s.disposition & default), default=None)

@@ -1,9 +1,6 @@
-"""A stock: real pictures with masks, and sounds, in plain folders by class (docs/data.md).
+"""A stock: real pictures with masks, and sounds, by class; docs/data.md tells of its tables.
 
-    pictures/CLASS/NAME.jpg    masks/CLASS/NAME.png    sounds/CLASS/NAME.wav    (tables: COLUMNS)
-
-A video is a folder of frames and one of masks. A `source` stays in one split; `also` names other
-classes that the picture shows. A file without a row is its own source and shows nothing else.
+pictures/CLASS/NAME.jpg    masks/CLASS/NAME.png    sounds/CLASS/NAME.wav
 """
 
 import hashlib
@@ -25,17 +22,17 @@ COLUMNS = {
 LEAST = 10  # sources of pictures, and of sounds, that a class needs to be heard by default
 
 
-@dataclass(frozen=True)
+@dataclass
 class Item:
     """A photo (a file and a mask), a video (T of each) or a sound (no mask)."""
 
     category: str
     name: str
-    source: str
-    files: tuple
-    masks: tuple = ()
-    also: frozenset = frozenset()  # the other classes that a picture shows
-    mask: str = ""  # drawn | made
+    source: str  # it stays in one split
+    files: list
+    masks: list
+    also: set  # the other classes that a picture shows
+    mask: str  # drawn | made
 
 
 def read_stock(root):
@@ -47,31 +44,28 @@ def read_stock(root):
 
 def _items(root, kind):
     rows, items = read_rows(root, kind), []
-    for path in (path for folder in entries(Path(root, kind)) for path in entries(folder)):
-        category = path.parent.name
-        row = rows.get((category, path.stem), {})
-        source = row.get("source") or f"{category}/{path.name}"
-        if kind == "sounds":
-            items.append(Item(category, path.name, source, (path,)))
-            continue
-        files = [path]
-        if path.is_dir():
-            files = evenly(entries(path))
-            if not files:
-                raise AtlasError(f"the video {path} has no frames: remove its folder, or fill it")
-        places = [file.relative_to(Path(root, kind)).with_suffix(".png") for file in files]
-        masks = tuple(Path(root, "masks", place) for place in places)
-        also = frozenset(row.get("also", "").replace(";", " ").split())
-        drawn = row.get("mask") or "drawn"
-        items.append(Item(category, path.name, source, tuple(files), masks, also, drawn))
+    for folder in entries(Path(root, kind)):
+        for path in entries(folder):
+            row = rows.get((folder.name, path.stem), {})
+            source = row.get("source") or f"{folder.name}/{path.name}"
+            files, masks = [path], []
+            if kind == "pictures":
+                if path.is_dir():
+                    files = evenly(entries(path))
+                    if not files:
+                        raise AtlasError(f"the video {path} has no frames: fill or remove it")
+                places = [file.relative_to(folder.parent).with_suffix(".png") for file in files]
+                masks = [Path(root, "masks", place) for place in places]
+            also = set(row.get("also", "").replace(";", " ").split())
+            drawn = row.get("mask") or "drawn"
+            items.append(Item(folder.name, path.name, source, files, masks, also, drawn))
     return items
 
 
 def entries(folder):
     """What a folder holds, without hidden files. (glob passes over what it may not read.)"""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if not path.name.startswith(".")]
 
 
 def evenly(frames):
@@ -99,6 +93,7 @@ def by_place(rows, kind):
 
 
 def sources_of(items):
+    """{class: its sources}."""
     found = defaultdict(set)
     for item in items:
         found[item.category].add(item.source)
@@ -136,11 +131,11 @@ def _content(item):
     """What tells the pixels or samples of an item from others."""
     if item.masks:
         frames, masks = zip(*read_pictures(item))
-        if not all(mask.any() for mask in masks):
-            raise AtlasError(f"{item.category}/{item.name}: its mask is empty")
         content = np.stack(frames)
+        good = all(mask.any() for mask in masks)
     else:
         content = read_wave(item.files[0]).numpy()
-        if not content.any():
-            raise AtlasError(f"the sound {item.files[0]} is silent")
+        good = content.any()
+    if not good:
+        raise AtlasError(f"{item.category}/{item.name}: its mask is empty, or its sound silent")
     return content.shape, hashlib.sha256(content).digest()

@@ -1,11 +1,8 @@
-"""Synthetic sets in AVSBench's trees, made from a seed: things that look and sound alike.
+"""Synthetic sets in AVSBench's trees, made from a seed: only the sound tells what is heard.
 
-A class has its own look (things.py) and timbre (timbres.py). All things are drawn by one law: only
-the sound tells what is heard. The mask of a second is what is seen of the things heard in it.
-
-S4: one heard and one or two silent things. MS3: two or three things, of which one or two of one
-scene (SCENES) are heard, each in seconds of its own; the two clips of a source share their cast.
-A larger set of the same seed and classes begins with the same clips.
+A class has its own look (things.py) and timbre (timbres.py). The mask of a second is what is seen
+of the things heard in it. S4: one heard and one or two silent things. MS3: two or three things, of
+which one or two of one scene are heard, each in seconds of its own.
 """
 
 import json
@@ -36,13 +33,13 @@ CHANCES = (0.85, 0.5)  # that the first and the second heard thing are heard in 
 def make_set(dataset, root, seed=0, size=96, classes=CLASSES, **counts):
     """Write a synthetic tree below `root`, whole or not at all; return the root.
 
-    counts: the clips of each split, where they are not CLIPS.
+    counts: the clips of each split, where not CLIPS. More clips begin with the same ones.
     """
     tree = Path(root, CSVS[dataset]).parent
     counts = dict(zip(SPLITS, CLIPS[dataset])) | counts
     if len(set(classes)) < 2 or not set(classes) <= set(CLASSES):
-        given = ", ".join(classes)
-        raise AtlasError(f"{given}: give two classes or more of {', '.join(CLASSES)}")
+        what = f"{', '.join(classes)}: give two classes or more of"
+        raise AtlasError(f"{what} {', '.join(CLASSES)}")
     classes = [name for name in CLASSES if name in classes]
     if size < 32 or min(seed, *counts.values()) < 0:
         given = f"size {size}, seed {seed}, clips {counts}"
@@ -54,17 +51,17 @@ def make_set(dataset, root, seed=0, size=96, classes=CLASSES, **counts):
     with built_beside(tree, inside=tree.name) as folder:
         made = clips_of(folder, seed, size, classes, counts)
         bar = tqdm(made, f"synthetic {dataset.upper()}", total, disable=None)
-        write_csv(folder, [write_clip(*files) for files in bar], dataset)
+        write_csv(folder, dataset, [write_clip(*files) for files in bar])
     return Path(root)
 
 
 def s4_clips(folder, seed, size, classes, counts):
     """Yield (clip, frames, masks, wave)."""
     for name in classes:
-        for split, split_name in enumerate(SPLITS):
-            for i in range(counts[split_name]):
-                where = CLASSES.index(name), split, i
-                clip = s4_clip(folder, "s{:02d}{}{:05d}".format(*where), name, split_name)
+        for k, split in enumerate(SPLITS):
+            for i in range(counts[split]):
+                where = CLASSES.index(name), k, i
+                clip = s4_clip(folder, "s{:02d}{}{:05d}".format(*where), name, split)
                 yield clip, *make_clip(name, np.random.default_rng([seed, *where]), size, classes)
 
 
@@ -75,21 +72,20 @@ def make_clip(name, rng, size=96, classes=CLASSES):
     things = draw_scene([name, *silent.tolist()], rng)
     wave = sound(name, rng)
     frames, visible = paint(things, draw_background(rng, size), rng)
-    heard = [thing.name for thing in things].index(name)
-    return frames, visible[:, heard], wave
+    return frames, visible[:, [thing.name for thing in things].index(name)], wave
 
 
 def ms3_clips(folder, seed, size, classes, counts):
-    """Yield (clip, frames, masks, wave), then write scenes.json: what is heard and when."""
+    """Yield as s4_clips, two clips of a cast; then write scenes.json: what is heard and when."""
     scenes = {}
-    for split, split_name in enumerate(SPLITS):
-        for i in range(counts[split_name]):
-            where = [seed, split, i // 2]
-            name = f"m{split}{i // 2:09d}" + "_2" * (i % 2)
+    for k, split in enumerate(SPLITS):
+        for i in range(counts[split]):
+            where = [seed, k, i // 2]
+            name = f"m{k}{i // 2:09d}" + "_2" * (i % 2)
             heard, silent = draw_cast(np.random.default_rng(where), classes)
             rng = np.random.default_rng([*where, i % 2])
             *files, schedules = make_ms3_clip(heard, silent, rng, size)
-            yield ms3_clip(folder, name, split_name), *files
+            yield ms3_clip(folder, name, split), *files
             seconds = {thing: np.flatnonzero(on).tolist() for thing, on in schedules.items()}
             scenes[name] = {"heard": seconds, "silent": silent}
     Path(folder, CSVS["ms3"]).with_name("scenes.json").write_text(json.dumps(scenes))
@@ -109,7 +105,7 @@ def draw_cast(rng, classes):
 
 def make_ms3_clip(heard, silent, rng, size=96):
     """What make_clip gives, and schedules {class: [T] bool}."""
-    things = draw_scene([*heard, *silent], rng)
+    things = draw_scene(heard + silent, rng)
     backdrop = draw_background(rng, size)
     wave = np.zeros(T * RATE)
     schedules = {}

@@ -1,7 +1,6 @@
-"""What the classes of the synthetic sets look like: things that drift and turn before a backdrop.
+"""The looks of the synthetic classes: things that drift and turn before a backdrop.
 
-Lengths are in frame widths, areas in frame areas; x points right and y down. Images are [H, W, 3]
-in 0 to 1, H = W = size.
+Lengths are in frame widths, areas in frame areas; x points right, y down; images hold 0 to 1.
 """
 
 import functools
@@ -12,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from atlas.clips import DOMAINS, T
+from atlas.clips import T
 
-CLASSES = tuple(name for names in DOMAINS.values() for name in names)
 VISIBLE = 0.65  # of a thing is in sight in every frame
 
 PALETTE = {  # hue, saturation, value
@@ -24,32 +22,33 @@ PALETTE = {  # hue, saturation, value
     "magenta": (0.85, 0.8, 0.85), "pink": (0.94, 0.5, 0.97), "brown": (0.06, 0.75, 0.42),
     "white": (0.1, 0.04, 0.97), "black": (0.6, 0.2, 0.08),
 }  # fmt: skip
-LOOKS = {  # shape, texture, two colours; none of them gives a class away alone
-    "baby_laughter": "disc gradient pink white",
-    "female_singing": "heart gradient red yellow",
-    "male_speech": "drop gradient blue sky",
-    "dog_barking": "trefoil blotches brown white",
-    "cat_meowing": "star stripes orange black",
-    "lions_roaring": "burst blotches yellow brown",
-    "horse_clip-clop": "crescent blotches violet black",
-    "coyote_howling": "triangle blotches sky white",
-    "mynah_bird_singing": "chevron stripes blue yellow",
-    "playing_acoustic_guitar": "dumbbell rings orange brown",
-    "playing_tabla": "disc rings black yellow",
-    "playing_violin": "hourglass rings red black",
-    "playing_piano": "square stripes black white",
-    "playing_ukulele": "dumbbell stripes lime white",
-    "playing_glockenspiel": "bar stripes teal magenta",
-    "helicopter": "spikes checker green black",
-    "race_car": "arrow checker red white",
-    "driving_buses": "bar halves yellow blue",
-    "ambulance_siren": "cross halves red sky",
-    "typing_on_computer_keyboard": "frame dots violet white",
-    "chainsawing_trees": "gear spokes magenta black",
-    "cap_gun_shooting": "burst dots teal black",
-    "lawn_mowing": "ring spokes green lime",
-}
-LOOKS = {name: tuple(look.split()) for name, look in LOOKS.items()}
+LOOKS = """
+baby_laughter disc gradient pink white
+female_singing heart gradient red yellow
+male_speech drop gradient blue sky
+dog_barking trefoil blotches brown white
+cat_meowing star stripes orange black
+lions_roaring burst blotches yellow brown
+horse_clip-clop crescent blotches violet black
+coyote_howling triangle blotches sky white
+mynah_bird_singing chevron stripes blue yellow
+playing_acoustic_guitar dumbbell rings orange brown
+playing_tabla disc rings black yellow
+playing_violin hourglass rings red black
+playing_piano square stripes black white
+playing_ukulele dumbbell stripes lime white
+playing_glockenspiel bar stripes teal magenta
+helicopter spikes checker green black
+race_car arrow checker red white
+driving_buses bar halves yellow blue
+ambulance_siren cross halves red sky
+typing_on_computer_keyboard frame dots violet white
+chainsawing_trees gear spokes magenta black
+cap_gun_shooting burst dots teal black
+lawn_mowing ring spokes green lime
+"""  # shape, texture, two colours; none of them gives a class away alone
+LOOKS = {name: tuple(look) for name, *look in map(str.split, LOOKS.strip().split("\n"))}
+CLASSES = tuple(LOOKS)
 
 
 def _star(u, v, points, inner):
@@ -57,8 +56,7 @@ def _star(u, v, points, inner):
     half = np.pi / points
     angle = np.abs((np.arctan2(u, -v) + half) % (2 * half) - half)
     r = np.hypot(u, v)
-    ex = inner * np.cos(half) - 1
-    ey = inner * np.sin(half)
+    ex, ey = inner * np.cos(half) - 1, inner * np.sin(half)
     return ((r * np.cos(angle) - 1) * ey - r * np.sin(angle) * ex) / np.hypot(ex, ey)
 
 
@@ -66,28 +64,15 @@ def _box(u, v, width, height):
     return np.maximum(np.abs(u) - width, np.abs(v) - height)
 
 
-def _heart(u, v):
-    point = (np.abs(u) + np.abs(v) - 0.85) * 0.71
-    return np.minimum(point, np.hypot(np.abs(u) - 0.425, v + 0.425) - 0.6)
-
-
-def _drop(u, v):
-    tip = np.maximum((np.abs(u) - 0.5 * (v + 1.1)) * 0.89, v - 0.1)
-    return np.minimum(np.hypot(u, v - 0.35) - 0.65, tip)
-
-
-def _arrow(u, v):
-    tip = np.maximum((np.abs(u) - 0.85 * (v + 1)) * 0.76, v)
-    return np.minimum(tip, _box(u, v - 0.4, 0.36, 0.6))
-
-
-# u (right), v (down) -> about the signed distance to the outline, negative inside; radius about 1.
+# u (right), v (down) -> roughly the signed distance to the outline, < 0 inside; radius about 1.
 SHAPES = {
     "disc": lambda u, v: np.hypot(u, v) - 1,
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.28,
     "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.68 - np.hypot(u - 0.55, v)),
-    "heart": _heart,
-    "drop": _drop,
+    "heart": lambda u, v: np.minimum((np.abs(u) + np.abs(v) - 0.85) * 0.71,
+        np.hypot(np.abs(u) - 0.425, v + 0.425) - 0.6),
+    "drop": lambda u, v: np.minimum(np.hypot(u, v - 0.35) - 0.65,
+        np.maximum((np.abs(u) - 0.5 * (v + 1.1)) * 0.89, v - 0.1)),
     "triangle": lambda u, v: _star(u, v, 3, 0.5),
     "square": lambda u, v: _box(u, v, 0.75, 0.75),
     "frame": lambda u, v: np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.6) - 0.24,
@@ -98,7 +83,8 @@ SHAPES = {
     "burst": lambda u, v: _star(u, v, 9, 0.65),
     "gear": lambda u, v: np.hypot(u, v) - 0.84 - 0.14 * np.tanh(3 * np.cos(7 * np.arctan2(v, u))),
     "trefoil": lambda u, v: (np.hypot(u, v) - 0.7 - 0.28 * np.cos(3 * np.arctan2(u, -v))) * 0.8,
-    "arrow": _arrow,
+    "arrow": lambda u, v: np.minimum(_box(u, v - 0.4, 0.36, 0.6),
+        np.maximum((np.abs(u) - 0.85 * (v + 1)) * 0.76, v)),
     "chevron": lambda u, v: np.maximum(np.abs(u) - 0.95,
         (np.abs(v + 0.35 - 0.75 * np.abs(u)) - 0.42) * 0.8),
     "hourglass": lambda u, v: np.maximum(np.abs(v) - 0.9,
@@ -108,13 +94,8 @@ SHAPES = {
 
 
 def _hard(wave):
-    """A wave in ±1 to near black and white, 0 to 1: edges about a pixel soft."""
+    """A wave in ±1 to 0 or 1, with edges about a pixel soft."""
     return 0.5 + 0.5 * np.clip(3 * wave, -1, 1)
-
-
-def _blotches(u, v, p, k):
-    across = np.sin(4 * k * u + 1.7 * np.sin(3 * v + p[0]))
-    return _hard(across + np.sin(5 * k * v + 1.7 * np.sin(4 * u + p[1])))
 
 
 # u, v, two phases in radians, a fineness (about 1) -> the share of the second colour, 0 to 1.
@@ -128,8 +109,9 @@ TEXTURES = {
     "dots": lambda u, v, p, k: _hard(np.sin(8 * k * u + p[0]) + np.sin(8 * k * v + p[1]) - 0.6),
     "rings": lambda u, v, p, k: _hard(np.sin(9 * k * np.hypot(u, v) + p[0])),
     "spokes": lambda u, v, p, k: _hard(np.sin(6 * np.arctan2(v, u) + p[0])),
-    "blotches": _blotches,
-}
+    "blotches": lambda u, v, p, k: _hard(np.sin(4 * k * u + 1.7 * np.sin(3 * v + p[0]))
+        + np.sin(5 * k * v + 1.7 * np.sin(4 * u + p[1]))),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,8 +122,8 @@ class Thing:
     path: np.ndarray  # [T, 2] centre: x, y
     area: np.ndarray  # [T] of the whole thing, hidden parts included
     angle: np.ndarray  # [T] radians
-    colours: np.ndarray  # [2, 3] RGB in 0 to 1
-    phase: np.ndarray  # [2] of the texture
+    colours: np.ndarray  # [2, 3] RGB
+    phase: np.ndarray  # [2] of the texture, radians
     fineness: float
 
 
@@ -190,27 +172,19 @@ def render_frame(things, t, background):
 
 
 def draw_scene(names, rng):
-    """Things of the classes `names`, back to front in random order; none is hidden."""
+    """Things of the classes `names`, back to front in random order. VISIBLE of each is in sight,
+    whatever the size of the set."""
     order = rng.permutation(len(names))
     while True:
         things = [draw_object(names[k], rng) for k in order]
-        if not _crowded(things) and all(_in_sight(things, t) for t in range(T)):
+        pairs = itertools.combinations(things, 2)
+        near = [np.hypot(*(a.path - b.path).T) / sum(np.sqrt((a.area, b.area))) for a, b in pairs]
+        if np.min(near) < 0.4:  # one thing must hide another: a cheap first test
+            continue
+        least = VISIBLE * np.array([thing.area for thing in things])  # [things, T]
+        frames = (render_frame(things, t, np.zeros((48, 48, 3), np.float32)) for t in range(T))
+        if all((seen.mean((1, 2)) >= least[:, t]).all() for t, (_, seen) in enumerate(frames)):
             return things
-
-
-def _crowded(things):
-    """Whether one thing must hide another: a cheap first test."""
-    for a, b in itertools.combinations(things, 2):
-        distance = np.hypot(*(a.path - b.path).T)
-        if (distance / (np.sqrt(a.area) + np.sqrt(b.area))).min() < 0.4:
-            return True
-    return False
-
-
-def _in_sight(things, t):
-    """Whether VISIBLE of each thing is seen in frame t, whatever the size of the set."""
-    seen = render_frame(things, t, np.zeros((48, 48, 3), np.float32))[1].mean((1, 2))
-    return (seen >= [VISIBLE * thing.area[t] for thing in things]).all()
 
 
 def draw_background(rng, size):
@@ -220,18 +194,16 @@ def draw_background(rng, size):
         coarse = rng.normal(0, grey, (cells, cells, 1)) + rng.normal(0, colour, (cells, cells, 3))
         for channel in range(3):
             plane = Image.fromarray(coarse[..., channel].astype(np.float32))
-            plane = plane.resize((size, size), Image.Resampling.BICUBIC)
-            backdrop[..., channel] += np.asarray(plane)
+            backdrop[..., channel] += np.asarray(plane.resize((size, size), Image.BICUBIC))
     return np.clip(backdrop, 0.1, 0.9)
 
 
 def paint(things, backdrop, rng):
     """Frames [T, H, W, 3] uint8 with a little grain; what is seen [T, things, H, W] bool."""
-    size = len(backdrop)
-    frames = np.empty((T, size, size, 3), np.uint8)
-    masks = np.empty((T, len(things), size, size), bool)
+    frames, masks = [], []
     for t in range(T):
-        image, masks[t] = render_frame(things, t, backdrop)
-        image += 0.015 * rng.standard_normal((size, size, 1), dtype=np.float32)
-        frames[t] = np.clip(image * 255 + 0.5, 0, 255)
-    return frames, masks
+        image, seen = render_frame(things, t, backdrop)
+        image += 0.015 * rng.standard_normal((*image.shape[:2], 1), dtype=np.float32)
+        frames.append(np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8))
+        masks.append(seen)
+    return np.stack(frames), np.stack(masks)

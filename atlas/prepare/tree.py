@@ -15,34 +15,32 @@ AUDIBLE = 0.1  # a second below this share of its recording's loudness (-20 dB) 
 FADE = 0.02  # seconds
 
 
+def placed(path):
+    """The Path of a file to be written, in a folder that is there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
 def write_clip(clip, frames, masks, wave):
-    """Write a clip: frames [T, H, W, 3] uint8, masks [T, H, W] bool, wave [samples] in ±1."""
-    for path in (clip.frames[0], clip.masks[0], clip.audio):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Write frames [T, H, W, 3] uint8, masks [T, H, W] bool and wave [samples] in ±1; the clip's
+    row for write_csv."""
     for path, frame in zip(clip.frames, frames):
-        Image.fromarray(frame).save(path, compress_level=1)
+        Image.fromarray(frame).save(placed(path), compress_level=1)
     for path, mask in zip(clip.masks, masks):
         if path:
-            Image.fromarray(mask.astype(np.uint8) * 255).save(path)
-    soundfile.write(clip.audio, np.clip(wave, -1, 1), RATE, subtype="PCM_16")
-    return clip
+            Image.fromarray(mask).convert("L").save(placed(path))
+    soundfile.write(placed(clip.audio), np.clip(wave, -1, 1), RATE, subtype="PCM_16")
+    return {"name": clip.id, "video_id": clip.id} | vars(clip)
 
 
-def write_csv(root, clips, dataset="s4", masks=None):
-    """Write AVSBench's table of `clips`; `masks`: "drawn" or "made", a further column."""
-    rows = []
-    for clip in clips:
-        row = {"name": clip.id, "video_id": clip.id, "start": 0}
-        rows.append(row | {"category": clip.category, "split": clip.split})
-    columns = COLUMNS[dataset]
-    if masks:
-        columns += ("mask",)
-        rows = [row | {"mask": mask} for row, mask in zip(rows, masks)]
-    write_table(Path(root, CSVS[dataset]), columns, rows)
+def write_csv(root, dataset, rows):
+    """Write AVSBench's table, with a column `mask` where the rows have one."""
+    columns = COLUMNS[dataset] + ("mask",) * any(row.get("mask") for row in rows)
+    write_table(Path(root, CSVS[dataset]), columns, [{"start": 0} | row for row in rows])
 
 
 def write_table(path, columns, rows):
-    """Write the `columns` of rows, dicts, beside `path` and rename."""
+    """Write the `columns` of rows, dicts, whole or not at all."""
     beside = path.with_suffix(".tmp")
     with open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
