@@ -1,8 +1,7 @@
 """Several runs side by side: Markdown tables, mean ± standard deviation over seeds.
 
-A *problem* is what the rows of one table share: protocol, classes, and how they are cut into tasks.
-A *row* is a method, or one setting of it; its runs differ in their replicate (seed, data_root).
-"""
+The runs of one *problem* are compared: protocol, classes, and how they are cut into tasks. A *row*
+is a method, or one setting of it; its runs differ in their replicate (seed, data_root)."""
 
 import itertools
 import json
@@ -15,15 +14,13 @@ from atlas.methods import METHODS
 from atlas.report.packed import PLACES
 from atlas.results import mean_known
 
-# Runs that differ in one of these keys are not compared.
 PROBLEM = "protocol dataset image_size base step domains stream_blur stream_checkpoints".split()
 # These keys are no setting of a method; an older version wrote `watch`.
-ELSEWHERE = [*PROBLEM, *PLACES]
-ELSEWHERE += "method seed data_root synth compile watch full_scores".split()
+ELSEWHERE = "method seed data_root synth compile watch full_scores".split() + [*PROBLEM, *PLACES]
 OWN = ("lra_", "lora_", "strength")  # of single methods: that methods differ in them is no news
 VAL, FINAL, GAIN = "val J final", "J final", "Δ to "
-SCORES = [VAL, FINAL, "J learning", "J forgetting", "J listening", "J intransigence"]
-SCORES += ["J_source final", "J_drawn final", "F final"]
+ALWAYS = [VAL, FINAL, "J learning", "J forgetting", "J listening", "J intransigence"]
+SCORES = [*ALWAYS, "J_source final", "J_drawn final", "F final"]
 BRIEF = [FINAL, GAIN, "J forgetting", "J listening"]
 LESS_IS_BETTER = ("J forgetting", "J intransigence")
 DEFAULTS = as_dict(Config())
@@ -39,11 +36,11 @@ UNDER = (
 
 def problems(runs):
     """[{"title", "rows": [{"label", "method", "runs": [finished results], "unfinished": int,
-    "scores": {replicate: scores_of}}]}]. Each method has a row in every problem, if only an empty
-    one."""
+    "scores": {column: {replicate: value}}}]}]. Each method has a row in every problem, if only an
+    empty one."""
     groups = {}
     for results in runs:
-        setting = [results["config"].get(name) for name in PROBLEM]
+        setting = [results["config"].get(key) for key in PROBLEM]
         classes = sorted({name for task in results["tasks"] for name in task["classes"]})
         groups.setdefault(repr((setting, classes)), []).append(results)
     groups = sorted(groups.values(), key=lambda g: "til cil dil tfcl".find(g[0]["protocol"]))
@@ -52,8 +49,6 @@ def problems(runs):
     found = []
     for group in groups:
         rows = sum((rows_of(method, group) for method in methods), [])
-        for row in rows:
-            row["scores"] = {replicate(run): scores_of(run, group) for run in row["runs"]}
         found.append({"title": title(group[0], groups), "rows": rows})
     return found
 
@@ -62,8 +57,7 @@ def title(first, groups):
     """The protocol, and what tells the group of `first` from the others of its protocol."""
     alike = [g[0]["config"] for g in groups if g[0]["protocol"] == first["protocol"]]
     differ = [key for key in PROBLEM if len({repr(config.get(key)) for config in alike}) > 1]
-    if len(alike) > 1 and not differ:
-        differ = ["data_root"]
+    differ = differ or ["data_root"] * (len(alike) > 1)
     said = [f"{key}={text(first['config'].get(key))}" for key in differ]
     return " · ".join([first["protocol"].upper(), *said])
 
@@ -73,21 +67,24 @@ def rows_of(method, group):
 
     A run that is given twice counts once; two different runs of one config are an error.
     """
-    empty = {"label": method, "method": method, "runs": [], "unfinished": 0}
+    empty = {"label": method, "method": method, "runs": [], "unfinished": 0, "scores": {}}
     runs = [results for results in group if results["method"] == method]
     usual, rows = {}, {}
     for key in differing_keys(runs):
         usual[key] = Counter(value_in(r, key) for r in group).most_common(1)[0][0]
     for results in runs:
-        setting = {key: value_in(results, key) for key in usual}
-        said = [f"{key}={value}" for key, value in setting.items() if value != usual[key]]
+        own = {key: value_in(results, key) for key in usual}
+        said = [f"{key}={value}" for key, value in own.items() if value != usual[key]]
         label = " ".join([method, *said])
-        row = rows.setdefault(label, empty | {"label": label, "runs": []})
+        row = rows.setdefault(label, empty | {"label": label, "runs": [], "scores": {}})
         twins = [other for other in row["runs"] if replicate(other) == replicate(results)]
         if not results["complete"]:
             row["unfinished"] += 1
         elif not twins:
             row["runs"].append(results)
+            for column, value in scores_of(results, joint_of(results, group)).items():
+                if value is not None:
+                    row["scores"].setdefault(column, {})[replicate(results)] = value
         elif twins[0]["matrix"] != results["matrix"]:
             where = f"seed {results['seed']} on {results['config']['data_root']}"
             said = f"two of the runs are {label}, {results['protocol']}, {where}; give one of them"
@@ -130,24 +127,17 @@ def joint_of(results, runs):
     return min(fits, key=lambda run: len(differing_keys([run, results])), default=None)
 
 
-def scores_of(results, runs):
-    """{column: score} of a finished run, where it is defined; intransigence against the joint run
-    among `runs`."""
-    metrics, joint = results["metrics"], joint_of(results, runs)
+def scores_of(results, joint):
+    """{column: score or None} of a finished run; intransigence against `joint`, if there is one."""
+    metrics = results["metrics"]
     found = {f"J {name}": value for name, value in metrics["J"].items()}
     if joint and results["method"] != "joint":
         rows, best = results["matrix"]["J"][1:], joint["matrix"]["J"][-1]
         scored = [] if None in [*rows, best] else [(x, rows[j][j]) for j, x in enumerate(best)]
         found["J intransigence"] = mean_known([x - y for x, y in scored if None not in (x, y)])
     found |= {"J listening": metrics["listening"], "F final": metrics["F"]["final"]}
-    found |= {f"{name} final": metrics.get(name) for name in ("J_source", "J_drawn")}  # new
-    found[VAL] = mean_known(results["val_matrix"]["J"][-1])
-    return {column: value for column, value in found.items() if value is not None}
-
-
-def values_of(row, column):
-    """{replicate: score} of a row, where it is defined."""
-    return {key: found[column] for key, found in row["scores"].items() if column in found}
+    found |= {f"{name} final": metrics.get(name) for name in ("J_source", "J_drawn")}
+    return found | {VAL: mean_known(results["val_matrix"]["J"][-1])}
 
 
 def paired_p(a, b):
@@ -162,7 +152,7 @@ def paired_p(a, b):
 
 def preferred(row):
     """How validation clips rate a row."""
-    return mean(values_of(row, VAL).values() or [0])
+    return mean(row["scores"].get(VAL, {0: 0}).values())
 
 
 def comparison(runs):
@@ -170,11 +160,8 @@ def comparison(runs):
     said = []
     for problem in problems(runs):
         rows = sorted(problem["rows"], key=lambda row: (row["method"] == "joint", -preferred(row)))
-        told = [
-            c
-            for c in SCORES
-            if c.startswith(("val", "J ")) or any(values_of(row, c) for row in rows)
-        ]
+        known = {*ALWAYS, *(column for row in rows for column in row["scores"])}
+        told = [column for column in SCORES if column in known]
         head, cells = filled(rows, [*told, GAIN, *COSTS])
         lines = [[row["label"], str(len(row["runs"])), *own] for row, own in zip(rows, cells)]
         table = markdown(["method", "runs", *head], lines)
@@ -235,14 +222,15 @@ def filled(rows, columns):
 
 def cells_of(rows, column):
     """The cells of a column of scores; the best, `joint` apart, is bold."""
-    values = [values_of(row, column) for row in rows]
-    means = [mean(v.values()) for v, r in zip(values, rows) if v and r["method"] != "joint"]
-    best = (min if column in LESS_IS_BETTER else max)(means, default=None)
-    cells = []
-    for row, own in zip(rows, values):
-        wins = len(means) > 1 and row["method"] != "joint" and own and mean(own.values()) == best
-        cells.append(f"**{cell(row, column, own)}**" if wins else cell(row, column, own))
-    return cells
+    values = [list(row["scores"].get(column, {}).values()) for row in rows]
+    means = [
+        mean(own) if own and row["method"] != "joint" else None for row, own in zip(rows, values)
+    ]
+    known = [value for value in means if value is not None]
+    best = (min if column in LESS_IS_BETTER else max)(known, default=None)
+    cells = [cell(row, column, own) for row, own in zip(rows, values)]
+    bold = [len(known) > 1 and value == best for value in means]
+    return [f"**{said}**" if wins else said for said, wins in zip(cells, bold)]
 
 
 def gains(rows):
@@ -250,12 +238,13 @@ def gains(rows):
 
     The row is finetune's, the one that validation clips prefer; else a method with nothing changed.
     """
+    finals = {row["label"]: row["scores"].get(FINAL, {}) for row in rows}
     plain = [row for row in rows if row["label"] == row["method"]]
-    base = [row for row in rows if row["method"] == "finetune" and values_of(row, FINAL)]
-    base = max(base or plain or rows[:1], key=preferred)
-    known, found, p = values_of(base, FINAL), {}, {}
+    tuned = [row for row in rows if row["method"] == "finetune" and finals[row["label"]]]
+    base = max(tuned or plain or rows[:1], key=preferred)
+    known, found, p = finals[base["label"]], {}, {}
     for row in rows:
-        label, values = row["label"], values_of(row, FINAL)
+        label, values = row["label"], finals[row["label"]]
         common = sorted(values.keys() & known.keys())
         if row is base or not common:
             continue
@@ -284,8 +273,7 @@ def cell(row, column, values):
     if not values:
         no_joint = column == "J intransigence" and row["method"] != "joint"
         return NONE if no_joint else empty(row)
-    counted = f" ({len(values)})" if len(values) < len(row["runs"]) else ""
-    return spread(list(values.values())) + counted
+    return spread(values) + (f" ({len(values)})" if len(values) < len(row["runs"]) else "")
 
 
 def spread(values):
