@@ -44,21 +44,16 @@ def main(given):
     """Do what the command line asks; the exit status."""
     folder = given.run[0]
     several = len(given.run) > 1 or Path(folder).is_file()
-    of_one = given.rescore or given.clips or given.video
-    of_several = given.brief or given.classes or given.methods
+    one = given.rescore or given.clips or given.video
+    many = given.brief or given.classes or given.methods
+    heard = given.audio or given.task is not None
     for wrong, said in (
-        (of_one and several, "--rescore, --clips and --video are for one run; give its folder"),
-        (of_several and not several, "--brief, --classes and --methods are for several runs"),
+        (one and several, "--rescore, --clips and --video are for one run; give its folder"),
+        (many and not several, "--brief, --classes and --methods are for several runs"),
         (given.video and (given.rescore or given.figures), "--video is for one run, and alone"),
         (given.video and not given.out, "--video needs a file to write: --out overlay.mp4"),
-        (
-            given.figures and several and not given.out,
-            "several runs: --figures needs a folder: give --out DIR",
-        ),
-        (
-            (given.audio or given.task is not None) and not given.video,
-            "--audio and --task go with --video FILE",
-        ),
+        (heard and not given.video, "--audio and --task go with --video FILE"),
+        (several and given.figures and not given.out, "--figures of several runs: give --out DIR"),
     ):
         if wrong:
             raise AtlasError(said)

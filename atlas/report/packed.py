@@ -32,7 +32,7 @@ def pack(path, runs):
     """Write `runs` into one compact file, beside those that it holds; the same config is replaced.
 
     What most runs share is written once, for all and for each (seed, data_root). A key `a/b` stands
-    for results["a"]["b"]. Numbers are rounded.
+    for results["a"]["b"].
     """
     found = {}
     for results in [*(read_runs(path) if Path(path).is_file() else []), *runs]:
