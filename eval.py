@@ -42,35 +42,46 @@ def parse(words=None):
 
 def main(given):
     """Do what the command line asks; the exit status."""
+    folder = given.run[0]
+    several = len(given.run) > 1 or Path(folder).is_file()
+    one = given.rescore or given.clips or given.video
+    many = given.brief or given.classes or given.methods
+    heard = given.audio or given.task is not None
+    for wrong, said in (
+        (one and several, "--rescore, --clips and --video are for one run; give its folder"),
+        (many and not several, "--brief, --classes and --methods are for several runs"),
+        (given.video and (given.rescore or given.figures), "--video is for one run, and alone"),
+        (given.video and not given.out, "--video needs a file to write: --out overlay.mp4"),
+        (heard and not given.video, "--audio and --task go with --video FILE"),
+        (several and given.figures and not given.out, "--figures of several runs: give --out DIR"),
+    ):
+        if wrong:
+            raise AtlasError(said)
     if given.video:
-        return show(given)
-    if given.audio or given.task is not None:
-        raise AtlasError("--audio and --task go with --video FILE")
+        from atlas.report.video import overlay
+
+        done = overlay(folder, given.video, given.out, given.audio, given.task)
+        text = "{frames} frames, {seconds:.1f} s, mean masked area {area:.1%}; after task {task}"
+        print(f"{given.out}: {text.format(**done)}")
+        return 0
     runs = [results for path in given.run for results in read_runs(path)]
     if given.pack:
         finished = [results for results in runs if results["complete"]]
         pack(given.pack, finished)
         print(f"{given.pack}: {len(finished)} finished runs of {len(runs)} written")
         return 0
-    if len(runs) > 1 or not Path(given.run[0]).is_dir():
+    if several:
         return compare(runs, given)
-    if given.brief or given.methods or given.classes:
-        said = "--brief, --classes and --methods are for several runs; give more than one folder"
-        raise AtlasError(said)
     print(summary(runs[0]))
     if given.figures:
-        draw(given.run[0], runs[0], given)
-    return rescore(given.run[0]) if given.rescore else 0
+        draw(folder, runs[0], given)
+    return rescore(folder) if given.rescore else 0
 
 
 def compare(runs, given):
     """Print the table of several runs; with --figures draw them, too."""
     from atlas.report.table import brief, by_class, comparison
 
-    if given.rescore or given.clips:
-        raise AtlasError("--rescore and --clips are for one run; give its folder")
-    if given.figures and not given.out:
-        raise AtlasError("the figures of several runs need a folder: give --out DIR")
     print((by_class if given.classes else brief if given.brief else comparison)(runs))
     if given.figures:
         from atlas.report.figures import save
@@ -141,19 +152,6 @@ def difference(old, new):
     if [a is None for a in old] != [b is None for b in new]:
         return float("inf")
     return max((abs(a - b) for a, b in zip(old, new) if a is not None), default=0.0)
-
-
-def show(given):
-    if len(given.run) > 1 or given.rescore or given.figures:
-        raise AtlasError("--video is for one run, without --rescore and --figures")
-    if not given.out:
-        raise AtlasError("--video needs a file to write: --out overlay.mp4")
-    from atlas.report.video import overlay
-
-    done = overlay(given.run[0], given.video, given.out, given.audio, given.task)
-    text = "{frames} frames, {seconds:.1f} s, mean masked area {area:.1%}; after task {task}"
-    print(f"{given.out}: {text.format(**done)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from atlas.report.table import (
     paired_p,
     problems,
     rows_of,
-    value_of,
+    scores_of,
 )
 
 TASKS = []
@@ -153,7 +153,7 @@ def test_intransigence_is_against_the_joint_run_of_the_same_seed():
     for results, joint in (runs[::2], runs[1::2]):
         best = joint["matrix"]["J"][-1]
         expected = continual_metrics(results["matrix"]["J"], best)["intransigence"]
-        assert value_of(results, ("J", "intransigence"), [joint]) == pytest.approx(expected)
+        assert scores_of(results, joint)["J intransigence"] == pytest.approx(expected)
     table = comparison(runs)
     joint = row(table, "joint")
     assert row(table, "lra")["J intransigence"] == "0.225 ± 0.035"
@@ -174,7 +174,7 @@ def test_intransigence_is_against_the_joint_run_of_the_same_seed():
 def test_rows_that_were_not_scored_leave_what_needs_them_undefined():
     results, joint = made(), made("joint")
     results["matrix"]["J"][2] = None
-    assert value_of(results, ("J", "intransigence"), [joint]) is None
+    assert scores_of(results, joint)["J intransigence"] is None
     results["metrics"]["J"] |= {"forgetting": None}
     results["val_matrix"]["J"][-1] = None
     found = row(comparison([results]), "lra")
@@ -259,7 +259,7 @@ def test_the_same_run_twice_counts_once_and_two_runs_of_one_config_are_an_error(
         comparison([made(), made(shift=0.1, name="again")])
     empty = rows_of("ewc", [made()])
     assert [r["label"] for r in empty] == ["ewc"]
-    assert cell(empty[0], ("J", "final"), {}) == "not run"
+    assert cell(empty[0], "J final", []) == "not run"
 
 
 @pytest.mark.parametrize("name, rows", [

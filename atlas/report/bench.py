@@ -8,7 +8,6 @@ What the lines are, how they are measured, and their targets: docs/speed.md.
 """
 
 import argparse
-import functools
 import json
 import os
 import statistics
@@ -19,13 +18,21 @@ from pathlib import Path
 from atlas.errors import one_line_errors, prepare_process
 
 HERE = Path(__file__).parents[2]
-LINES = "loader metrics step penalty observe sensitivity evaluation gpu".split()
 SCALES = {
     "quick": "image_size=32 width=16 heads=2 lora_rank=2",
     "tiny": "",  # configs/tiny.yaml
     "paper": "image_size=224 visual=pvt_v2_b5 audio=vggish width=256 heads=8 lora_rank=16",
 }
-AT_224 = ("loader", "metrics", "step", "gpu")  # lines that are at paper scale by default
+LINES = {  # of each line its own scale, and what its run is made with
+    "loader": ("paper", {}),
+    "metrics": ("paper", {}),
+    "step": ("paper", {"clips": 2}),
+    "penalty": ("tiny", {}),
+    "observe": ("tiny", {"words": "lra_trigger=plateau"}),
+    "sensitivity": ("tiny", {}),
+    "evaluation": ("tiny", {}),
+    "gpu": ("paper", {"words": "device=cuda amp=bf16"}),
+}
 GPU_BATCH, GPU_STEPS = 16, 5
 
 
@@ -63,7 +70,6 @@ from atlas.updates import Updates
 
 
 def seconds(work, repeat=1):
-    """The seconds that `work` takes, a mean over `repeat` calls."""
     return timeit.timeit(work, number=repeat) / repeat
 
 
@@ -76,9 +82,9 @@ def compared(pairs, kind, ours, plain, repeat=1):
     plain()
     times = [(seconds(ours, repeat), seconds(plain)) for _ in range(pairs)]
     values = [b / a if kind == "ratio" else a / b for a, b in times]
-    ours, plain = map(statistics.median, zip(*times))
+    a, b = map(statistics.median, zip(*times))
     line = {"kind": kind, "median": statistics.median(values), "min": min(values)}
-    return line | {"max": max(values), "runs": pairs, "ours": ours, "plain": plain}
+    return line | {"max": max(values), "runs": pairs, "ours": a, "plain": b}
 
 
 class Bench(Run):
@@ -102,10 +108,9 @@ class Bench(Run):
         self.updates.peak = 0.0
 
     def stepping(self, size, forward=None):
-        """A learning step without a penalty on `size` clips, as a function."""
-        clips = [self.cache[i] for i in self.chosen[:size]]
-        batch = to_device(collate(clips), self.device)
-        return functools.partial(self.step, batch, forward or self.model)
+        """A function that takes a learning step without a penalty on `size` clips."""
+        batch = to_device(collate([self.cache[i] for i in self.chosen[:size]]), self.device)
+        return lambda: self.step(batch, forward or self.model)
 
     def step(self, batch, forward):
         with self.autocast():
@@ -157,77 +162,64 @@ def plain_forward(bench, clips):
 # Each line gives its kind, our way, the plain way and, where ours is short, its repeats.
 
 
-def bench_loader(folder, scale):
-    bench = Bench(folder, scale)
+def bench_loader(bench):
     clips = [bench.files[i] for i in bench.chosen]
     for clip in clips:
         np.save(f"{clip.audio}.npy", log_mel(read_wave(clip.audio), T).numpy())
     return "ratio", lambda: list(bench.batches), lambda: list(map(plain_clip, clips)), 10
 
 
-def bench_metrics(folder, scale):
-    size = 32 if scale == "quick" else 224
+def bench_metrics(bench):
+    size = bench.config.image_size
     masks = torch.zeros(4, T, size, size, dtype=torch.bool)
     masks[..., size // 4 : size // 2, size // 4 :] = True
     logits = 3 * torch.randn(masks.shape, generator=torch.Generator().manual_seed(0)) + 2 * masks
-    annotated = torch.ones(4, T, dtype=torch.bool)
-    ours = functools.partial(MaskMeter().update, logits, masks, annotated)
-    return "ratio", ours, functools.partial(plain_F, logits, masks), 5
+    words = logits, masks, torch.ones(4, T, dtype=torch.bool)
+    return "ratio", lambda: MaskMeter().update(*words), lambda: plain_F(logits, masks), 5
 
 
-def bench_step(folder, scale):
-    bench = Bench(folder, scale, clips=2)
+def bench_step(bench):
     return "ratio", bench.stepping(2), bench.stepping(2, plain_forward(bench, bench.chosen[:2]))
 
 
-def bench_penalty(folder, scale):
-    bench = Bench(folder, scale)
-    anchor = bench.method.anchor
-    bench.method.absorb(torch.rand_like(anchor), torch.zeros_like(anchor))
-    ours = bench.method.penalty
-    return "share", lambda: ours().backward(), bench.stepping(bench.config.batch_size), 10
+def bench_penalty(bench):
+    method, anchor = bench.method, bench.method.anchor
+    method.absorb(torch.rand_like(anchor), torch.zeros_like(anchor))
+    return "share", lambda: method.penalty().backward(), bench.stepping(bench.config.batch_size), 10
 
 
-def bench_observe(folder, scale):
-    bench = Bench(folder, scale, "lra_trigger=plateau")
+def bench_observe(bench):
     step = bench.stepping(bench.config.batch_size)
     step()  # there must be gradients
     note = Step(1.0, bench.config.batch_size, bench.updates.parameters)
-    ours = functools.partial(bench.method.observe, note)
-    return "share", ours, step, 2 * bench.config.lra_window
+    return "share", lambda: bench.method.observe(note), step, 2 * bench.config.lra_window
 
 
-def bench_sensitivity(folder, scale):
-    bench = Bench(folder, scale)
-
+def bench_sensitivity(bench):
     def epoch():
         bench.model.train()
         for batch in bench.batches:
             bench.step(batch, bench.model)
 
-    return "cost", functools.partial(bench.method.end_task, TaskClips(bench, 1)), epoch
+    return "cost", lambda: bench.method.end_task(TaskClips(bench, 1)), epoch
 
 
-def bench_evaluation(folder, scale):
-    bench = Bench(folder, scale)
-
+def bench_evaluation(bench):
     def scoring(listening):
         with merged(bench.model):
             score(bench, bench.sequence[0].test, listening)
 
-    return "cost", functools.partial(scoring, True), functools.partial(scoring, False)
+    return "cost", lambda: scoring(True), lambda: scoring(False)
 
 
-def bench_gpu(folder, scale):
-    bench = Bench(folder, scale, "device=cuda amp=bf16")
-
+def bench_gpu(bench):
     def steps(step):
         for _ in range(GPU_STEPS):
             step()
         torch.cuda.synchronize()
 
-    ways = (bench.stepping(GPU_BATCH, f) for f in (compiled(bench.model), bench.model))
-    return "ratio", *(functools.partial(steps, way) for way in ways)
+    ours, plain = (bench.stepping(GPU_BATCH, f) for f in (compiled(bench.model), bench.model))
+    return "ratio", lambda: steps(ours), lambda: steps(plain)
 
 
 def row(name, line):
@@ -245,9 +237,10 @@ def main(given):
         for name in given.only:
             if name == "gpu" and not torch.cuda.is_available():
                 continue
-            scale = given.scale or ("paper" if name in AT_224 else "tiny")
-            line = globals()[f"bench_{name}"](folder, scale)
-            found[name] = compared(2 if scale == "quick" else 7, *line)
+            own, how = LINES[name]
+            bench = Bench(folder, given.scale or own, **how)
+            line = globals()[f"bench_{name}"](bench)
+            found[name] = compared(2 if given.scale == "quick" else 7, *line)
             print(row(name, found[name]), flush=True)
             if name == "gpu":
                 speed = GPU_BATCH * GPU_STEPS / found[name]["ours"]

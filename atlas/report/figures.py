@@ -1,8 +1,8 @@
 """The style of the figures, how they are written, and heat-maps of R.
 
-A figure is a column or a page wide. The colours (Okabe & Ito) are told apart by all readers.
-"""
+A figure is a column or a page wide. Its colours (Okabe & Ito) are told apart by all readers."""
 
+import os
 from pathlib import Path
 
 import matplotlib
@@ -30,15 +30,10 @@ def new_figure(width, height):
 
 def save(figure, folder, name):
     """Write NAME.png and NAME.pdf; their paths."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        said = f"{folder} is a file, not a folder for figures; choose another --out"
-        raise AtlasError(said) from None
+    os.makedirs(folder, exist_ok=True)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once; it takes most of the time
-    png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
+    png, pdf = (Path(folder, f"{name}.{kind}") for kind in ("png", "pdf"))
     figure.savefig(png, dpi=200, pil_kwargs={"optimize": True})
     figure.savefig(pdf, metadata={"CreationDate": None})  # no date: equal runs give equal files
     return [png, pdf]
@@ -58,16 +53,14 @@ def title_of(results):
     return f"{results['protocol'].upper()} · {results['method']} · seed {results['seed']}{said}"
 
 
-def matrix_of(results):
-    """R of J, [rows, tasks]; nan where a score is None or a row was not scored."""
-    width = len(results["tasks"])
-    rows = [row or [None] * width for row in results["matrix"]["J"]]
-    return np.array(rows, float).reshape(-1, width)
-
-
 def heatmaps(title, rows):
-    """R of J of rows of runs (table.problems), four side by side, each the mean over its seeds. A
-    row after each task, a column for each; the cells of tasks that are not learned yet are grey."""
+    """R of J of rows of runs (table.problems), four side by side, each the mean over its seeds, and
+    grey where a task is not learned yet."""
+
+    def matrix(run):  # nan where a score is None or a row was not scored
+        empty = [None] * len(run["tasks"])
+        return np.array([row or empty for row in run["matrix"]["J"]], float).reshape(-1, len(empty))
+
     across = min(4, len(rows))
     down = -(-len(rows) // across)
     tall = 0.62 + 0.17 * len(rows[0]["runs"][0]["matrix"]["J"])
@@ -76,7 +69,7 @@ def heatmaps(title, rows):
     for ax in axes.flat[len(rows) :]:
         ax.set_axis_off()
     for ax, row in zip(axes.flat, rows):
-        R = np.mean([matrix_of(run) for run in row["runs"]], axis=0)
+        R = np.mean([matrix(run) for run in row["runs"]], axis=0)  # [rows, tasks]
         if not len(R):
             raise AtlasError("the run has no scores yet, so there is nothing to draw")
         image = draw_heatmap(ax, R, row["runs"][0])

@@ -38,8 +38,7 @@ def strip(run, ids=(), count=3):
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             ax.set_xlabel(under(clip, name), fontsize=5.5, labelpad=1.5)
-        said = f"{word} {clip['task'] + 1}\n{shortened(clip['name'], 20)}"
-        row[0].set_ylabel(said, fontsize=6.5)
+        row[0].set_ylabel(f"{word} {clip['task'] + 1}\n{shortened(clip['name'], 20)}", fontsize=6.5)
     for ax, head in zip(axes[0], heads.values()):
         ax.set_title(head)
     figure.suptitle(title_of(run.results))
@@ -57,7 +56,7 @@ def under(clip, name):
 
 def overlaid(picture, mask, width=1):
     """The picture [H, W, 3] with the mask [H, W] bool (True: sounding) in orange, and around it a
-    line of white and one of black, each `width` pixels wide: one is seen on any ground."""
+    line of white and one of black, `width` pixels wide each: one is seen on any ground."""
     drawn = picture.copy()
     drawn[mask] = ((1 - OPACITY) * picture[mask] + OPACITY * np.array(FILL)).round()
     drawn[maximum_filter(mask, 4 * width + 1) & ~mask] = 0
@@ -116,13 +115,13 @@ def predictions(run, ids=(), count=3):
 
 def looked_up(run, task, i):
     """A clip with its middle annotated frame alone."""
-    item, other = run.cache[i], run.partners[i]
+    item, about, other = run.cache[i], run.cache.clips, run.partners[i]
     middle = slice(len(item["second"]) // 2, len(item["second"]) // 2 + 1)
     item |= {name: item[name][middle] for name in ("frames", "masks", "second")}
-    name, partner = (run.cache.clips[k]["category"] or run.cache.clips[k]["id"] for k in (i, other))
+    name, partner = (about[k]["category"] or about[k]["id"] for k in (i, other))
     frame, truth = item["frames"][0].permute(1, 2, 0).numpy(), item["masks"][0].numpy()
-    clip = {"name": name, "task": task, "partner": partner, "other": other, "item": item}
-    return clip | {"id": run.cache.clips[i]["id"], "frame": frame, "truth": truth, "J": {}}
+    clip = {"id": about[i]["id"], "name": name, "task": task, "partner": partner, "other": other}
+    return clip | {"item": item, "frame": frame, "truth": truth, "J": {}}
 
 
 def predict(run, clip, name, item):

@@ -1,7 +1,5 @@
 """Figures of several runs: the methods of a problem side by side, named at their rows and points.
-
-A few methods are in colour and the others grey.
-"""
+A few methods are in colour, the others grey."""
 
 import itertools
 from statistics import mean, stdev
@@ -28,8 +26,8 @@ PLACES = [(side * across, up) for across in (7, 25, 50, 80) for up in UP for sid
 def comparison_figures(runs, methods=()):
     """{name: Figure}: of each problem (table.problems) the overview and the heat-maps.
 
-    `methods`: names of methods or of rows, which are in colour and have heat-maps. Without, a few
-    rows are in colour (all, where there are few), and all but joint have heat-maps.
+    methods: names of methods or rows, which are in colour and have heat-maps. Without, a few rows
+    are in colour, and all but joint have heat-maps.
     """
     figures, found = {}, problems(runs)
     known = {row[name] for p in found for row in p["rows"] for name in ("label", "method")}
@@ -57,8 +55,7 @@ def finals(row):
 
 
 def looks(rows, asked=()):
-    """{label: (colour, marker)}: a colour a method. Rows that are not asked for are grey, where
-    there are many."""
+    """{label: (colour, marker)}. Rows that are not asked for are grey, where there are many."""
     if not asked:
         asked = rows if len(rows) <= FEW else [row for row in rows if row["method"] in COLOURS]
     others, own, found = itertools.cycle(OTHERS), dict(COLOURS), {}
@@ -105,11 +102,8 @@ def draw_final(ax, rows, look):
 
 
 def draw_frontier(ax, rows, look):
-    """Forward transfer against forgetting; {label: (x, y) of its point}.
-
-    Where a method has several rows, such as rates, the rows make a line, and learning stands in the
-    place of transfer: the frontier between learning and forgetting.
-    """
+    """Forward transfer against forgetting; {label: (x, y) of its point}. The rows of a method, such
+    as its rates, make a line: a frontier, with learning in the place of transfer."""
     several = len({row["method"] for row in rows}) < len(rows)
     rise, said = ("learning", "J when learned") if several else ("fwt", "forward transfer of J")
     points, lines = {}, {}

@@ -32,7 +32,7 @@ def pack(path, runs):
     """Write `runs` into one compact file, beside those that it holds; the same config is replaced.
 
     What most runs share is written once, for all and for each (seed, data_root). A key `a/b` stands
-    for results["a"]["b"]. Numbers are rounded.
+    for results["a"]["b"].
     """
     found = {}
     for results in [*(read_runs(path) if Path(path).is_file() else []), *runs]:
@@ -55,11 +55,15 @@ def pack(path, runs):
 
 
 def flattened(results):
+    """Its numbers are rounded."""
     flat = {}
     for key, value in results.items():
-        inner = value if isinstance(value, dict) else {"": value}
-        for name, one in inner.items():
-            flat[f"{key}/{name}".rstrip("/")] = rounded(one, DIGITS.get(key, 5))
+        digits = DIGITS.get(key, 5)
+        for name, one in (value if isinstance(value, dict) else {"": value}).items():
+            rounded = json.loads(
+                json.dumps(one), parse_float=lambda x, n=digits: round(float(x), n)
+            )
+            flat[f"{key}/{name}".rstrip("/")] = rounded
     return flat
 
 
@@ -67,10 +71,8 @@ def nested(flat):
     results = {}
     for key, value in flat.items():
         outer, slash, inner = key.partition("/")
-        if slash:
-            results.setdefault(outer, {})[inner] = value
-        else:
-            results[outer] = value
+        place = results.setdefault(outer, {}) if slash else results
+        place[inner or outer] = value
     return results
 
 
@@ -84,10 +86,6 @@ def split(dicts):
                 shared[key] = text
     own = [{k: v for k, v in one.items() if shared.get(k) != compact(v)} for one in dicts]
     return {key: json.loads(text) for key, text in shared.items()}, own
-
-
-def rounded(value, digits):
-    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), digits))
 
 
 def compact(value):

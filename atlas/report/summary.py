@@ -9,6 +9,10 @@ BESIDE = {
 }
 
 
+def shown(value):
+    return "–" if value is None else f"{value:.3f}"
+
+
 def row_text(results, k):
     """Row k of J, a number a task. A learned task is followed by its change against its best past
     score; a task that is not learned yet stands in brackets."""
@@ -29,23 +33,21 @@ def summary(results):
     tasks, matrix = results["tasks"], results["matrix"]["J"]
     joint, stream = results["method"] == "joint", results["protocol"] == "tfcl"
     column, row = ("segment", "checkpoint") if stream else ("task", "task")
-    learned = ["joint"] if joint else [f"{row} {k + 1}" for k in range(len(tasks))]
-    stages = ["untrained", *learned]
+    stages = ["untrained", *(f"{row} {k + 1}" for k in range(len(tasks)))]
+    stages = ["untrained", "joint"] if joint else stages
     width = len(column) + 3
     lines = [
-        f"{results['method']} · {results['protocol'].upper()} · seed {results['seed']}",
-        "",
+        f"{results['method']} · {results['protocol'].upper()} · seed {results['seed']}\n",
         f"R, J on test clips: a row after each {row}, a column for each {column}",
         " " * 13 + "".join(f"{f'{column} {j + 1}':>{width}}" for j in range(len(tasks))),
     ]
     for name, scores in zip(stages, matrix):
         cells = [f"{shown(value):>{width}}" for value in scores or [None] * len(tasks)]
         lines.append(f"{name:<13}" + "".join(cells))
-    lines.append("")
     if not results["complete"]:
-        lines.append(f"not finished: {len(matrix)} of {len(stages)} rows. The command that began")
+        lines.append(f"\nnot finished: {len(matrix)} of {len(stages)} rows. The command that began")
         return "\n".join([*lines, "this run goes on with --resume."])
-    lines += [*scores_text(results["metrics"]), ""]
+    lines += ["", *scores_text(results["metrics"]), ""]
     if stream and not joint:
         steps = [str(found["step"]) for found in results["consolidations"]]
         lines.append(f"consolidated after steps {', '.join(steps) or 'none'}")
@@ -54,7 +56,6 @@ def summary(results):
 
 
 def scores_text(metrics):
-    """The lines of the metrics, for J and for F."""
     J, F = metrics["J"], metrics["F"]
     lines = [f"{'':<14}{'J':>6}  {'F':>6}"]
     for name in METRICS:
@@ -70,7 +71,7 @@ def scores_text(metrics):
 
 
 def costs_text(results):
-    """The lines of parameters, memory and seconds, and a warning of random weights."""
+    """Parameters, memory and seconds, and a warning of random weights."""
     p, kept = results["parameters"], results.get("method_memory_bytes")
     said = f"{p['total']:,} without the audio encoder, {p['trainable']:,} trainable"
     lines = [f"parameters: {said}, {p['lora']:,} of them LoRA"]
@@ -83,7 +84,3 @@ def costs_text(results):
     if random:
         lines.append(f"note: the {' and '.join(random)} encoder has random weights, not pretrained")
     return lines
-
-
-def shown(value):
-    return "–" if value is None else f"{value:.3f}"

@@ -1,9 +1,9 @@
 """Several runs side by side: Markdown tables, mean ± standard deviation over seeds.
 
-A *problem* is what the rows of one table share: protocol, classes, and how they are cut into tasks.
-A *row* is a method, or one setting of it; its runs differ in their replicate (seed, data_root).
-"""
+The runs of one *problem* are compared: protocol, classes, and how they are cut into tasks. A *row*
+is a method, or one setting of it; its runs differ in their replicate (seed, data_root)."""
 
+import itertools
 import json
 from collections import Counter
 from statistics import mean, stdev
@@ -14,18 +14,15 @@ from atlas.methods import METHODS
 from atlas.report.packed import PLACES
 from atlas.results import mean_known
 
-# Runs that differ in one of these keys are not compared.
-PROBLEM = ("protocol", "dataset", "image_size", "base", "step", "domains")
-PROBLEM += ("stream_blur", "stream_checkpoints")
+PROBLEM = "protocol dataset image_size base step domains stream_blur stream_checkpoints".split()
 # These keys are no setting of a method; an older version wrote `watch`.
-ELSEWHERE = (*PROBLEM, *PLACES, "method", "seed", "data_root", "synth", "compile", "watch")
-ELSEWHERE += ("full_scores",)
+ELSEWHERE = "method seed data_root synth compile watch full_scores".split() + [*PROBLEM, *PLACES]
 OWN = ("lra_", "lora_", "strength")  # of single methods: that methods differ in them is no news
-SCORES = [("val J", "final"), *(("J", name) for name in ("final", "learning", "forgetting"))]
-SCORES += [("J", "listening"), ("J", "intransigence"), ("J_source", "final"), ("J_drawn", "final")]
-SCORES += [("F", "final")]
-BRIEF = [("J", "final"), ("J", "forgetting"), ("J", "listening")]
-LESS_IS_BETTER = ("forgetting", "intransigence")
+VAL, FINAL, GAIN = "val J final", "J final", "Δ to "
+ALWAYS = [VAL, FINAL, "J learning", "J forgetting", "J listening", "J intransigence"]
+SCORES = [*ALWAYS, "J_source final", "J_drawn final", "F final"]
+BRIEF = [FINAL, GAIN, "J forgetting", "J listening"]
+LESS_IS_BETTER = ("J forgetting", "J intransigence")
 DEFAULTS = as_dict(Config())
 COMMON = 3  # the fewest common seeds that are tested
 NONE, UNDEFINED = "not run", "–"
@@ -38,13 +35,12 @@ UNDER = (
 
 
 def problems(runs):
-    """[{"title", "rows": [{"label", "method", "runs": [finished results], "unfinished": int}]}].
-
-    Each method among the runs has a row in every problem, if only an empty one.
-    """
+    """[{"title", "rows": [{"label", "method", "runs": [finished results], "unfinished": int,
+    "scores": {column: {replicate: value}}}]}]. Each method has a row in every problem, if only an
+    empty one."""
     groups = {}
     for results in runs:
-        setting = [results["config"].get(name) for name in PROBLEM]
+        setting = [results["config"].get(key) for key in PROBLEM]
         classes = sorted({name for task in results["tasks"] for name in task["classes"]})
         groups.setdefault(repr((setting, classes)), []).append(results)
     groups = sorted(groups.values(), key=lambda g: "til cil dil tfcl".find(g[0]["protocol"]))
@@ -53,21 +49,17 @@ def problems(runs):
     found = []
     for group in groups:
         rows = sum((rows_of(method, group) for method in methods), [])
-        found.append({"title": title(group, groups), "rows": rows})
+        found.append({"title": title(group[0], groups), "rows": rows})
     return found
 
 
-def title(group, groups):
-    """The protocol, and what tells this group from the other groups of the protocol."""
-    first = group[0]["config"]
-    alike = [g[0]["config"] for g in groups if g[0]["protocol"] == group[0]["protocol"]]
-    said = []
-    for name in PROBLEM[1:]:
-        if len({repr(config.get(name)) for config in alike}) > 1:
-            said.append(f"{name}={text(first.get(name))}")
-    if len(alike) > 1 and not said:
-        said = [f"data_root={first['data_root']}"]
-    return " · ".join([group[0]["protocol"].upper(), *said])
+def title(first, groups):
+    """The protocol, and what tells the group of `first` from the others of its protocol."""
+    alike = [g[0]["config"] for g in groups if g[0]["protocol"] == first["protocol"]]
+    differ = [key for key in PROBLEM if len({repr(config.get(key)) for config in alike}) > 1]
+    differ = differ or ["data_root"] * (len(alike) > 1)
+    said = [f"{key}={text(first['config'].get(key))}" for key in differ]
+    return " · ".join([first["protocol"].upper(), *said])
 
 
 def rows_of(method, group):
@@ -75,31 +67,29 @@ def rows_of(method, group):
 
     A run that is given twice counts once; two different runs of one config are an error.
     """
+    empty = {"label": method, "method": method, "runs": [], "unfinished": 0, "scores": {}}
     runs = [results for results in group if results["method"] == method]
-    usual = {}
+    usual, rows = {}, {}
     for key in differing_keys(runs):
         usual[key] = Counter(value_in(r, key) for r in group).most_common(1)[0][0]
-    rows = {}
     for results in runs:
-        setting = {key: value_in(results, key) for key in usual}
-        said = [f"{key}={value}" for key, value in setting.items() if value != usual[key]]
-        row = new_row(" ".join([method, *said]), method)
-        row = rows.setdefault(row["label"], row)
+        own = {key: value_in(results, key) for key in usual}
+        said = [f"{key}={value}" for key, value in own.items() if value != usual[key]]
+        label = " ".join([method, *said])
+        row = rows.setdefault(label, empty | {"label": label, "runs": [], "scores": {}})
         twins = [other for other in row["runs"] if replicate(other) == replicate(results)]
         if not results["complete"]:
             row["unfinished"] += 1
         elif not twins:
             row["runs"].append(results)
+            for column, value in scores_of(results, joint_of(results, group)).items():
+                if value is not None:
+                    row["scores"].setdefault(column, {})[replicate(results)] = value
         elif twins[0]["matrix"] != results["matrix"]:
-            raise AtlasError(
-                f"two of the runs are {row['label']}, {results['protocol']}, seed "
-                f"{results['seed']} on {results['config']['data_root']}; give one of them"
-            )
-    return list(rows.values()) or [new_row(method, method)]
-
-
-def new_row(label, method):
-    return {"label": label, "method": method, "runs": [], "unfinished": 0}
+            where = f"seed {results['seed']} on {results['config']['data_root']}"
+            said = f"two of the runs are {label}, {results['protocol']}, {where}; give one of them"
+            raise AtlasError(said)
+    return list(rows.values()) or [empty]
 
 
 def differing_keys(runs):
@@ -132,34 +122,22 @@ def text(value):
 def joint_of(results, runs):
     """The joint run over the same tasks, seed and data with the nearest config, or None."""
     fits = [run for run in runs if run["method"] == "joint" and run["complete"]]
-    own = (replicate(results), results["tasks"])
-    fits = [run for run in fits if (replicate(run), run["tasks"]) == own]
+    fits = [run for run in fits if replicate(run) == replicate(results)]
+    fits = [run for run in fits if run["tasks"] == results["tasks"]]
     return min(fits, key=lambda run: len(differing_keys([run, results])), default=None)
 
 
-def value_of(results, column, runs):
-    """One score of a finished run, or None; intransigence against the joint run among `runs`."""
-    score, name = column
-    if score == "val J":
-        return mean_known(results["val_matrix"]["J"][-1])
-    if name == "listening":
-        return results["metrics"]["listening"]
-    if score in ("J_source", "J_drawn"):
-        return results["metrics"].get(score)  # an older version had none
-    joint = joint_of(results, runs) if name == "intransigence" else None
-    if joint is None or results["method"] == "joint":
-        return results["metrics"][score][name]
-    rows, best = results["matrix"][score][1:], joint["matrix"][score][-1]
-    if None in [*rows, best]:
-        return None
-    pairs = [(best[j], rows[j][j]) for j in range(len(best))]
-    return mean_known([None if None in pair else pair[0] - pair[1] for pair in pairs])
-
-
-def values_of(row, column, runs=()):
-    """{replicate: value} of a row, without the undefined. `runs`: all of the problem."""
-    values = {replicate(results): value_of(results, column, runs) for results in row["runs"]}
-    return {key: value for key, value in values.items() if value is not None}
+def scores_of(results, joint):
+    """{column: score or None} of a finished run; intransigence against `joint`, if there is one."""
+    metrics = results["metrics"]
+    found = {f"J {name}": value for name, value in metrics["J"].items()}
+    if joint and results["method"] != "joint":
+        rows, best = results["matrix"]["J"][1:], joint["matrix"]["J"][-1]
+        scored = [] if None in [*rows, best] else [(x, rows[j][j]) for j, x in enumerate(best)]
+        found["J intransigence"] = mean_known([x - y for x, y in scored if None not in (x, y)])
+    found |= {"J listening": metrics["listening"], "F final": metrics["F"]["final"]}
+    found |= {f"{name} final": metrics.get(name) for name in ("J_source", "J_drawn")}
+    return found | {VAL: mean_known(results["val_matrix"]["J"][-1])}
 
 
 def paired_p(a, b):
@@ -172,9 +150,23 @@ def paired_p(a, b):
     return float(ttest_rel(a, b).pvalue)
 
 
+def preferred(row):
+    """How validation clips rate a row."""
+    return mean(row["scores"].get(VAL, {0: 0}).values())
+
+
 def comparison(runs):
     """Markdown: for each problem a heading, a table, and the lines that say how to read it."""
-    return "\n\n".join(section(problem) for problem in problems(runs))
+    said = []
+    for problem in problems(runs):
+        rows = sorted(problem["rows"], key=lambda row: (row["method"] == "joint", -preferred(row)))
+        known = {*ALWAYS, *(column for row in rows for column in row["scores"])}
+        told = [column for column in SCORES if column in known]
+        head, cells = filled(rows, [*told, GAIN, *COSTS])
+        lines = [[row["label"], str(len(row["runs"])), *own] for row, own in zip(rows, cells)]
+        table = markdown(["method", "runs", *head], lines)
+        said.append(f"### {problem['title']}\n\n{table}\n\n" + "  \n".join([UNDER, *notes(rows)]))
+    return "\n\n".join(said)
 
 
 def brief(runs):
@@ -182,15 +174,11 @@ def brief(runs):
     found, head, told = problems(runs), ["method"], {}
     methods = [row["method"] for row in found[0]["rows"]]
     for k, problem in enumerate(found):
-        columns = [f"{score} {name}" for score, name in BRIEF]
-        rows = problem["rows"]
-        base, gained = gains(rows)
-        columns.insert(1, f"Δ to {base}")
+        columns, lines = filled(problem["rows"], BRIEF)
         head += [f"{problem['title']}: {column}" for column in columns]
-        for row, cells, gain in zip(rows, cells_of(rows, BRIEF), gained):
+        for row, cells in zip(problem["rows"], lines):
             place = methods.index(row["method"]), row["label"]
-            cells.insert(1, gain)
-            told.setdefault(place, [[NONE] * len(columns)] * len(found))[k] = cells
+            told.setdefault(place, [[NONE] * len(BRIEF)] * len(found))[k] = cells
     return markdown(head, [[label, *sum(told[place, label], [])] for place, label in sorted(told)])
 
 
@@ -198,29 +186,20 @@ def by_class(runs):
     """For each problem a table of final J on the test clips of each class, hardest class first."""
     told = []
     for problem in problems(runs):
-        rows = [row for row in problem["rows"] if row["runs"]]
-        found = [class_scores(row) for row in rows]
-        level = {}  # of a class: its mean in each row
-        for scores in found:
-            for name, values in scores.items():
-                level.setdefault(name, []).append(mean(values))
+        labels = [row["label"] for row in problem["rows"] if row["runs"]]
+        found = {}  # {class: {label: [final J of each run]}}
+        for row in problem["rows"]:
+            for results in row["runs"]:
+                matrix = results.get("class_matrix") or {"classes": [], "J": [[]]}
+                for name, value in zip(matrix["classes"], matrix["J"][-1]):
+                    if value is not None:
+                        found.setdefault(name, {}).setdefault(row["label"], []).append(value)
+        level = {name: mean(map(mean, values.values())) for name, values in found.items()}
         lines = []
-        for name in sorted(level, key=lambda name: mean(level[name])):
-            lines.append([name, *(spread(f[name]) if name in f else UNDEFINED for f in found)])
-        table = markdown(["class", *(row["label"] for row in rows)], lines)
-        told.append(f"### {problem['title']}\n\n{table}")
+        for name in sorted(level, key=level.get):
+            lines.append([name, *(spread(found[name].get(label)) for label in labels)])
+        told.append(f"### {problem['title']}\n\n{markdown(['class', *labels], lines)}")
     return "\n\n".join(told)
-
-
-def class_scores(row):
-    """{class: [final J of each run]}, without the undefined."""
-    found = {}
-    for results in row["runs"]:
-        matrix = results.get("class_matrix") or {"classes": [], "J": [[]]}  # of a stream None
-        for name, value in zip(matrix["classes"], matrix["J"][-1]):
-            if value is not None:
-                found.setdefault(name, []).append(value)
-    return found
 
 
 def markdown(head, rows):
@@ -228,37 +207,30 @@ def markdown(head, rows):
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def section(problem):
-    def rank(row):
-        values = values_of(row, SCORES[0]).values()
-        return row["method"] == "joint", -mean(values) if values else 0.0
-
-    rows = sorted(problem["rows"], key=rank)
-    told = [c for c in SCORES if "J" in c[0][-1] or any(values_of(row, c) for row in rows)]
-    head = ["method", "runs", *(f"{score} {name}" for score, name in told)]
-    base, gained = gains(rows)
-    head += [f"Δ to {base}", "MB kept", "s train / consolidate / evaluate"]
-    lines = []
-    for row, cells, gain in zip(rows, cells_of(rows, told), gained):
-        counted = [row["label"], str(len(row["runs"]))]
-        lines.append([*counted, *cells, gain, memory(row), seconds(row)])
-    under = "  \n".join([UNDER, *notes(rows)])
-    return f"### {problem['title']}\n\n{markdown(head, lines)}\n\n{under}"
+def filled(rows, columns):
+    """([the heading of each column], [[the cell in each column] of each row])."""
+    head, told = list(columns), []
+    for k, column in enumerate(columns):
+        if column == GAIN:
+            base, cells = gains(rows)
+            head[k] += base
+        else:
+            cells = list(map(COSTS[column], rows)) if column in COSTS else cells_of(rows, column)
+        told.append(cells)
+    return head, list(map(list, zip(*told)))
 
 
-def cells_of(rows, columns):
-    """The cells of each row; the best of a column, `joint` apart, is bold."""
-    runs = [results for row in rows for results in row["runs"]]
-    cells = [[] for _ in rows]
-    for column in columns:
-        values = [values_of(row, column, runs) for row in rows]
-        means = [mean(v.values()) for v, r in zip(values, rows) if v and r["method"] != "joint"]
-        best = (min if column[1] in LESS_IS_BETTER else max)(means, default=None)
-        for row, own, of_row in zip(rows, cells, values):
-            said = cell(row, column, of_row)
-            wins = len(means) > 1 and row["method"] != "joint" and of_row
-            own.append(f"**{said}**" if wins and mean(of_row.values()) == best else said)
-    return cells
+def cells_of(rows, column):
+    """The cells of a column of scores; the best, `joint` apart, is bold."""
+    values = [list(row["scores"].get(column, {}).values()) for row in rows]
+    means = [
+        mean(own) if own and row["method"] != "joint" else None for row, own in zip(rows, values)
+    ]
+    known = [value for value in means if value is not None]
+    best = (min if column in LESS_IS_BETTER else max)(known, default=None)
+    cells = [cell(row, column, own) for row, own in zip(rows, values)]
+    bold = [len(known) > 1 and value == best for value in means]
+    return [f"**{said}**" if wins else said for said, wins in zip(cells, bold)]
 
 
 def gains(rows):
@@ -266,87 +238,81 @@ def gains(rows):
 
     The row is finetune's, the one that validation clips prefer; else a method with nothing changed.
     """
-    values = [values_of(row, BRIEF[0]) for row in rows]
-    plain = [k for k, row in enumerate(rows) if row["label"] == row["method"]]
-    base = [k for k, row in enumerate(rows) if row["method"] == "finetune" and values[k]]
-    preferred = [mean(values_of(row, SCORES[0]).values() or [0]) for row in rows]
-    base = max(base or plain or [0], key=preferred.__getitem__)
-    found, p = {}, {}
-    for k, row in enumerate(rows):
-        common = sorted(values[k].keys() & values[base].keys())
-        if k == base or not common:
+    finals = {row["label"]: row["scores"].get(FINAL, {}) for row in rows}
+    plain = [row for row in rows if row["label"] == row["method"]]
+    tuned = [row for row in rows if row["method"] == "finetune" and finals[row["label"]]]
+    base = max(tuned or plain or rows[:1], key=preferred)
+    known, found, p = finals[base["label"]], {}, {}
+    for row in rows:
+        label, values = row["label"], finals[row["label"]]
+        common = sorted(values.keys() & known.keys())
+        if row is base or not common:
             continue
-        own, other = ([values[i][key] for key in common] for i in (k, base))
-        found[k] = mean(own) - mean(other)
+        own, other = ([scores[key] for key in common] for scores in (values, known))
+        found[label] = f"{mean(own) - mean(other):+.3f}"
         if len(common) >= COMMON and row["method"] != "joint":
-            p[k] = paired_p(own, other)
-    p = holm(p)
-    told = []
-    for k in range(len(rows)):
-        said = f" (p {p[k]:.3f})" if k in p else ""
-        empty = UNDEFINED if rows[k]["runs"] else NONE
-        told.append(f"{found[k]:+.3f}{said}" if k in found else empty)
-    return rows[base]["method"], told
+            p[label] = paired_p(own, other)
+    for label, value in holm(p).items():
+        found[label] += f" (p {value:.3f})"
+    return base["method"], [found.get(row["label"], empty(row)) for row in rows]
 
 
 def holm(p):
     """{name: p} corrected for the number of tests (Holm 1979): p_(k) (m - k + 1), never falling."""
-    corrected, least = {}, 0.0
-    for k, name in enumerate(sorted(p, key=p.get)):
-        least = max(least, min(1.0, p[name] * (len(p) - k)))
-        corrected[name] = least
-    return corrected
+    names = sorted(p, key=p.get)
+    raised = [min(1.0, p[name] * (len(p) - k)) for k, name in enumerate(names)]
+    return dict(zip(names, itertools.accumulate(raised, max)))
+
+
+def empty(row):
+    return UNDEFINED if row["runs"] else NONE
 
 
 def cell(row, column, values):
     """Mean ± deviation over the runs; in brackets of how many, where not of all of the row."""
     if not values:
-        no_joint = column[1] == "intransigence" and row["method"] != "joint"
-        return NONE if no_joint or not row["runs"] else UNDEFINED
-    counted = f" ({len(values)})" if len(values) < len(row["runs"]) else ""
-    return spread(list(values.values())) + counted
+        no_joint = column == "J intransigence" and row["method"] != "joint"
+        return NONE if no_joint else empty(row)
+    return spread(values) + (f" ({len(values)})" if len(values) < len(row["runs"]) else "")
 
 
-def spread(found):
-    return f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
+def spread(values):
+    if not values:
+        return UNDEFINED
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def memory(row):
     """What the method keeps beside the model, at most over the runs."""
     kept = [results.get("method_memory_bytes") for results in row["runs"]]
-    kept = [value for value in kept if value is not None]
-    empty = UNDEFINED if row["runs"] else NONE
-    return f"{max(kept) / 1e6:.1f}" if kept else empty
+    most = max((value for value in kept if value is not None), default=None)
+    return empty(row) if most is None else f"{most / 1e6:.1f}"
 
 
 def seconds(row):
-    if not row["runs"]:
-        return NONE
-    spent = [results["seconds"] for results in row["runs"]]
     parts = ("train", "consolidate", "evaluate")
-    return " / ".join(f"{mean(sum(times[part]) for times in spent):.0f}" for part in parts)
+    spent = [[sum(results["seconds"][part]) for part in parts] for results in row["runs"]]
+    return " / ".join(f"{mean(times):.0f}" for times in zip(*spent)) or NONE
+
+
+COSTS = {"MB kept": memory, "s train / consolidate / evaluate": seconds}
 
 
 def notes(rows):
     """What to be careful with in a table, line by line."""
     runs = [results for row in rows for results in row["runs"]]
-    lines = []
-    unfinished = [f"{row['label']} ({row['unfinished']})" for row in rows if row["unfinished"]]
-    if unfinished:
+    lines, own = [], set()
+    if unfinished := [f"{row['label']} ({row['unfinished']})" for row in rows if row["unfinished"]]:
         lines.append(f"Left out as unfinished: {', '.join(unfinished)}.")
-    own = set()
     for method in {row["method"] for row in rows}:
         own |= set(differing_keys([r for r in runs if r["method"] == method]))
-    others = [key for key in differing_keys(runs) if key not in own and not key.startswith(OWN)]
-    if others:
+    if others := [k for k in differing_keys(runs) if k not in own and not k.startswith(OWN)]:
         lines.append(f"CAUTION: the methods also differ in {', '.join(others)}.")
     environments = [results["environment"] for results in runs]
-    machines = sorted({f"{e['device']} ({e['threads']} threads)" for e in environments})
-    if machines:
+    if machines := sorted({f"{e['device']} ({e['threads']} threads)" for e in environments}):
         lines.append(f"Seconds on {' and '.join(machines)}.")
-    commits = Counter(
-        (r["commit"] or "unknown")[:8] + (" with changes" if r["dirty"] else "") for r in runs
-    )
+    names = [(r["commit"] or "unknown")[:8] + " with changes" * bool(r["dirty"]) for r in runs]
+    commits = Counter(names)
     if len(commits) > 1:
         said = ", ".join(f"{commit} ({count})" for commit, count in commits.most_common())
         lines.append(f"Runs of several commits: {said}.")

@@ -1,8 +1,7 @@
 """What a trained model hears, drawn over a video of any length, frame rate and size.
 
-From its first frame on, it is a row of clips of T seconds, as in training. It is read frame by
-frame, its sound clip by clip, so memory does not grow with it. Times are seconds, as fractions.
-"""
+From its first frame on, it is a row of clips of T seconds, as in training. Frames are read one by
+one, sound clip by clip, so memory does not grow. Times are seconds, as fractions."""
 
 import contextlib
 import itertools
@@ -43,7 +42,7 @@ def overlay(run, source, out, sound=None, task=None):
     out = Path(out)
     if out.suffix.lower() not in CONTAINERS:
         raise AtlasError(f"--out {out}: the overlay is an {', '.join(CONTAINERS)} file; name one")
-    if os.path.realpath(out) in [os.path.realpath(path) for path in (source, sound) if path]:
+    if any(os.path.realpath(out) == os.path.realpath(path) for path in (source, sound) if path):
         raise AtlasError(f"--out {out} is the file to read; choose another name")
     with contextlib.ExitStack() as files:
         tracks = Tracks(source, sound, files)  # first: what is wrong with them is said at once
@@ -95,7 +94,7 @@ def open_trained(run, task=None):
     learner.load(Path(run, f"task_{learned:02d}"))
     decoder = learner.model.eval().decoder
     heads = len(decoder.heads)
-    if task is not None and not 1 <= task <= heads:
+    if task not in (None, *range(1, heads + 1)):
         raise AtlasError(f"--task {task}: {run} has heads for the tasks 1 to {heads}")
     decoder.use_head((task or heads) - 1)
     return learner, encoder, learned
@@ -104,10 +103,10 @@ def open_trained(run, task=None):
 def mask_of(learner, picture, second, sound):
     """The mask [H, W] bool, True on what sounds, of a picture [H, W, 3] in this second of a clip
     whose sound is (context [T, D_a], tokens [T, N, D_u])."""
-    small = torch.tensor(resized(picture, learner.config.image_size))
+    small = torch.tensor(resized(picture, learner.config.image_size)).permute(2, 0, 1)
     context, tokens = (torch.from_numpy(x).float()[None] for x in sound)
-    batch = {"frames": small.permute(2, 0, 1)[None], "context": context, "tokens": tokens}
-    batch |= {"clip": torch.tensor([0]), "second": torch.tensor([second])}
+    batch = {"frames": small[None], "second": torch.tensor([second]), "clip": torch.tensor([0])}
+    batch |= {"context": context, "tokens": tokens}
     with learner.autocast():
         logits = learner.model(to_device(batch, learner.device))["masks"].float()
     large = F.interpolate(logits[:, None], picture.shape[:2], mode="bilinear")
@@ -116,7 +115,7 @@ def mask_of(learner, picture, second, sound):
 
 class Tracks:
     """The frames of a video, and the sound to hear and to play: its own, or that of the file
-    `sound`, which begins with the first frame. files: an ExitStack that closes all."""
+    `sound`, which begins with the first frame. The ExitStack `files` closes all."""
 
     def __init__(self, source, sound, files):
         self.video = opened(source, "video", files)
@@ -132,12 +131,11 @@ class Tracks:
 
     def picture(self, frame):
         """A frame upright, [H, W, 3] uint8, in the size of the first, made even for H.264."""
-        first = self.first
+        width, height = self.first.width, self.first.height
         with reading(self.video):
-            picture = frame.to_ndarray(format="rgb24", width=first.width, height=first.height)
-        picture = np.rot90(picture, round(first.rotation / 90))  # of a phone's video
-        height, width, _ = picture.shape
-        return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            picture = frame.to_ndarray(format="rgb24", width=width, height=height)
+        picture = np.rot90(picture, round(self.first.rotation / 90))  # of a phone's video
+        return np.pad(picture, [(0, n % 2) for n in picture.shape[:2]] + [(0, 0)], mode="edge")
 
     def encodable(self, picture, frame):
         """A picture as the frame to encode in place of `frame`; the first one's time is 0."""
@@ -150,7 +148,7 @@ class Tracks:
 
 @contextlib.contextmanager
 def reading(source):
-    """What a broken file, a path or a stream, makes PyAV raise, as one line."""
+    """What a broken `source`, a path or a stream, makes PyAV raise, as one line."""
     try:
         yield
     except (av.FFmpegError, ValueError) as error:
@@ -179,9 +177,10 @@ def decoded(stream):
     with reading(stream):
         for frame in stream.container.decode(stream):
             if stream.type == "video":
-                if frame.pts is None or (last is not None and frame.pts <= last):
-                    step = max(1, round(1 / (rate_of(stream) * frame.time_base)))
-                    frame.pts = 0 if last is None else last + step
+                if last is None:
+                    frame.pts = frame.pts or 0
+                elif frame.pts is None or frame.pts <= last:
+                    frame.pts = last + max(1, round(1 / (rate_of(stream) * frame.time_base)))
                 last = frame.pts
             yield frame
 
@@ -239,8 +238,7 @@ def written_beside(out):
     except (av.FFmpegError, OSError) as error:
         raise AtlasError(f"cannot write {out}: {error.strerror}") from None
     finally:
-        if beside.exists():
-            beside.unlink()
+        beside.unlink(missing_ok=True)
 
 
 def add_pictures(output, tracks):
@@ -261,6 +259,6 @@ def sound_frame(wave, clip, seconds):
     samples = np.pad(wave[:length], (0, max(0, length - len(wave))))
     frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
     frame.sample_rate = PLAYED
-    frame.pts = clip * T * PLAYED
     frame.time_base = Fraction(1, PLAYED)
+    frame.pts = clip * T * PLAYED
     return frame
