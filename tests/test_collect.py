@@ -325,9 +325,15 @@ def test_a_list_names_no_file_outside_the_stock(tmp_path):
         fill_stock(tmp_path / "stock", folders, lists=[tmp_path / "s.csv"])
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", "[" * 10**5, '{"images": [{}]}', '{"categories": [{"id": 1}]}']
+REGION = (
+    '{"categories": [{"id": 1, "name": "dog"}], "images": [{"id": 1, "width": %s, "height": 9, '
+    '"file_name": "1.jpg"}], "annotations": [{"category_id": 1, "image_id": 1, "segmentation": %s}]}'
 )
+BROKEN = ["{", "[]", "[" * 10**5, '{"images": [{}]}', '{"categories": [{"id": 1}]}']
+BROKEN += [REGION % ('"wide"', "[]"), REGION % ("9", '[["x", 1, 2, 3, 4, 5]]')]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_coco_file_is_named(tmp_path, text):
     made(tmp_path / "annotations" / "instances_val2017.json").write_text(text)
     with pytest.raises(AtlasError, match="instances_val2017.json is not COCO's"):

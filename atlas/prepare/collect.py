@@ -133,9 +133,12 @@ def read_instances(file, class_of):
         for region in data["annotations"]:
             name = category[region["category_id"]]
             if name:
-                regions[region["image_id"]].append((name, region["segmentation"]))
+                polygons = region["segmentation"]  # a dict where it is RLE
+                if isinstance(polygons, list):
+                    polygons = [list(map(float, polygon)) for polygon in polygons]
+                regions[region["image_id"]].append((name, polygons))
         images = [image for image in data["images"] if image["id"] in regions]
-        sizes = [(image["width"], image["height"]) for image in images]
+        sizes = [(int(image["width"]), int(image["height"])) for image in images]
         return [(i["id"], i["file_name"], s, regions[i["id"]]) for i, s in zip(images, sizes)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AtlasError(f"{file} is not COCO's instances json: {error!r}") from None
