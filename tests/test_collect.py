@@ -327,7 +327,8 @@ def test_a_list_names_no_file_outside_the_stock(tmp_path):
 
 REGION = (
     '{"categories": [{"id": 1, "name": "dog"}], "images": [{"id": 1, "width": %s, "height": 9, '
-    '"file_name": "1.jpg"}], "annotations": [{"category_id": 1, "image_id": 1, "segmentation": %s}]}'
+    '"file_name": "1.jpg"}], '
+    '"annotations": [{"category_id": 1, "image_id": 1, "segmentation": %s}]}'
 )
 BROKEN = ["{", "[]", "[" * 10**5, '{"images": [{}]}', '{"categories": [{"id": 1}]}']
 BROKEN += [REGION % ('"wide"', "[]"), REGION % ("9", '[["x", 1, 2, 3, 4, 5]]')]
