@@ -238,7 +238,8 @@ def written_beside(out):
     except (av.FFmpegError, OSError) as error:
         raise AtlasError(f"cannot write {out}: {error.strerror}") from None
     finally:
-        beside.unlink(missing_ok=True)
+        if beside.exists():
+            beside.unlink()
 
 
 def add_pictures(output, tracks):
