@@ -263,7 +263,7 @@ def test_the_same_run_twice_counts_once_and_two_runs_of_one_config_are_an_error(
 
 
 @pytest.mark.parametrize("name, rows", [
-    ("til", 7), ("cil", 9), ("dil", 7), ("tfcl", 7), ("open_tfcl", 10), ("openavs", 5),
+    ("til", 7), ("cil", 9), ("dil", 7), ("tfcl", 7), ("open_tfcl", 10), ("openavs", 6),
     ("ablate_cil", 8), ("ablate_tfcl", 6),
 ])  # fmt: skip
 def test_the_results_in_the_repository_are_whole(name, rows):
